@@ -1,0 +1,317 @@
+"""The vocabulary: what may happen to a layer (`Option`), what is allowed (`Budget`), what was decided (`Plan`).
+
+All three are frozen values whose text form is exact: `Option.parse(str(o)) == o`, `Budget.parse(str(b)) == b`,
+`Plan.from_json(p.to_json()) == p`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autocompress.errors import BudgetError, MismatchError, OptionError
+
+__all__ = ["DENSE", "Budget", "Option", "Plan", "option_sort_key"]
+
+
+def _number(value: float) -> str:
+    """Shortest text that reads back as the same float: 75, 97.5, 0.031."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
+
+
+_NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
+_OPTION = re.compile(
+    rf"(?:rd\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
+    rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)|blk(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
+    rf"|k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+)|ch(?P<channels>{_NUM}))?"
+    r"(?:w(?P<bits>\d+)(?:g(?P<group>\d+))?)?"
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What may happen to one layer: a structure (what is kept) and a representation of the values that are kept.
+
+    Structure, at most one: `sparsity` in percent of the weights of the layer (`s75`); `nm` = (zeros, group) as in `2:4`;
+    `block` weights at a time with `sparsity` percent gone (`blk4@50`); `rank` (`rank32`), with `groups` channel groups
+    (`k4r12`); `channels` percent of the input channels gone (`ch50`).
+    Values, at most one: `bits` per weight, with a scale per output row or per `group` weights (`w4`, `w4g128`); rate-distortion
+    codes `rd(step,lam)` with the step in units of the layer's root mean square weight and lam the price of a bit in units of
+    the mean error of a step (see `autocompress.obs.rd`); half precision (`fp16`); otherwise float32 (`dense`).
+
+    >>> str(Option(sparsity=75, bits=4)), Option.parse("rd(0.031,0.2)s60").lam
+    ('s75w4', 0.2)
+    """
+
+    sparsity: float = 0.0
+    nm: tuple[int, int] | None = None
+    block: int | None = None
+    rank: int | None = None
+    groups: int | None = None
+    channels: float | None = None
+    bits: int | None = None
+    group: int | None = None
+    step: float | None = None
+    lam: float | None = None
+    half: bool = False
+
+    def __str__(self) -> str:
+        if self.half:
+            return "fp16"
+        text = f"rd({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
+        if self.nm is not None:
+            text += f"{self.nm[0]}:{self.nm[1]}"
+        elif self.block is not None:
+            text += f"blk{self.block}@{_number(self.sparsity)}"
+        elif self.groups is not None:
+            text += f"k{self.groups}r{self.rank}"
+        elif self.rank is not None:
+            text += f"rank{self.rank}"
+        elif self.channels is not None:
+            text += f"ch{_number(self.channels)}"
+        elif self.sparsity:
+            text += f"s{_number(self.sparsity)}"
+        if self.bits is not None:
+            text += f"w{self.bits}" + (f"g{self.group}" if self.group is not None else "")
+        return text or "dense"
+
+    @property
+    def is_dense(self) -> bool:
+        return self == DENSE
+
+    @classmethod
+    def parse(cls, text: str) -> Option:
+        """Inverse of `str`. Raises OptionError, naming the text, if it is not the name of an option."""
+        if text == "dense":
+            return DENSE
+        if text == "fp16":
+            return cls(half=True)
+        match = _OPTION.fullmatch(text)
+        if not text or match is None:
+            raise OptionError(f"{text!r} is not an option; names look like dense, fp16, w4, s75w4, 2:4w8, rd(0.25,0.1)s60")
+        got = match.groupdict()
+
+        def number(key: str) -> float | None:
+            return None if got[key] is None else float(got[key])
+
+        def integer(key: str) -> int | None:
+            return None if got[key] is None else int(got[key])
+
+        sparsity = number("sparsity") or number("block_sparsity") or 0.0
+        option = cls(
+            sparsity=sparsity,
+            nm=(int(got["n"]), int(got["m"])) if got["n"] else None,
+            block=integer("block"),
+            rank=integer("rank") if got["rank"] else integer("group_rank"),
+            groups=integer("groups"),
+            channels=number("channels"),
+            bits=integer("bits"),
+            group=integer("group"),
+            step=number("step"),
+            lam=number("lam"),
+        )
+        option._validate(text)
+        return option
+
+    def _validate(self, text: str) -> None:
+        def need(condition: bool, what: str) -> None:
+            if not condition:
+                raise OptionError(f"option {text!r}: {what}")
+
+        need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
+        need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
+        need(self.bits is None or 1 <= self.bits <= 8, f"{self.bits} bits, needed 1 to 8")
+        need(self.step is None or 0 < self.step < math.inf, f"step is {self.step}, needed a positive number")
+        need(self.step is None or self.bits is None, "rate-distortion codes and fixed bits exclude each other")
+        need(self.nm is None or 0 < self.nm[0] < self.nm[1], "N:M needs 0 < N < M")
+        for name in ("block", "rank", "groups", "group"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"{name} is {value}, needed at least 1")
+
+
+DENSE = Option()
+
+
+def option_sort_key(option: Option) -> tuple[bool, str]:
+    """A total order for deterministic tables: dense first, then by name."""
+    return (not option.is_dense, str(option))
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_BUDGET = re.compile(rf"\s*(?P<value>{_NUM})\s*(?P<unit>[a-zA-Z]*)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the result may cost; every limit that is given holds at once.
+
+    `size` in bytes of the whole file; `ratio`: the dense file's bytes divided by it (see `types.Budget.bytes`); `bits_per_weight`:
+    bits of the whole file over the number of parameters in it; `macs`, `bops`, `latency_ms` of one forward pass.
+
+    >>> str(Budget.parse("64 kB")), Budget.parse("12x").ratio, Budget.parse("64 KiB").size
+    ('64000', 12.0, 65536)
+    """
+
+    size: int | None = None
+    ratio: float | None = None
+    bits_per_weight: float | None = None
+    macs: float | None = None
+    bops: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+        if not given:
+            raise BudgetError('an empty budget; give one, for example size=64_000, or "64 kB", "12x", "3.2bpw"')
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise BudgetError(f"budget {name} is {value!r}; needed a positive, finite number")
+        if self.size is not None and self.size != int(self.size):
+            raise BudgetError(f"budget size is {self.size!r}; needed a whole number of bytes")
+
+    @classmethod
+    def of(cls, value: Budget | str | int | float | Mapping[str, Any]) -> Budget:
+        """Whatever a user may write where a budget is wanted. Raises BudgetError."""
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, Mapping):
+            return cls(**value)
+        if isinstance(value, bool):
+            raise BudgetError(f"budget is {value!r}; needed bytes, or text like '64 kB', '12x', '3.2bpw'")
+        return cls(size=_whole(value, value)) if isinstance(value, int | float) else cls.parse(value)
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Inverse of `str`: `64000`, `64 kB` (1000), `64 KiB` (1024), `12x`, `3.2bpw`; several joined by `,`. Raises BudgetError."""
+        fields: dict[str, Any] = {}
+        for part in str(text).split(","):
+            key, _, rest = part.partition("=")
+            if rest and key.strip() in {"macs", "bops", "latency_ms"}:
+                match = re.fullmatch(_NUM, rest.strip())
+                name, value = key.strip(), float(match[0]) if match else math.nan
+            else:
+                name, value = cls._parse_size(part, text)
+            if name in fields:
+                raise BudgetError(f"budget {text!r} gives {name} twice")
+            fields[name] = value
+        return cls(**fields)
+
+    @staticmethod
+    def _parse_size(part: str, text: str) -> tuple[str, float]:
+        match = _BUDGET.fullmatch(part)
+        unit = match["unit"].lower() if match else ""
+        if match is None or unit not in {"", "x", "bpw", *_UNITS}:
+            raise BudgetError(f"{text!r} is not a budget; write bytes (64000), a size (64 kB, 64 KiB), 12x, or 3.2bpw")
+        value = float(match["value"])
+        if unit == "x":
+            return "ratio", value
+        if unit == "bpw":
+            return "bits_per_weight", value
+        return "size", _whole(value * _UNITS.get(unit, 1), text)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.size is not None:
+            parts.append(str(int(self.size)))
+        if self.ratio is not None:
+            parts.append(f"{_number(self.ratio)}x")
+        if self.bits_per_weight is not None:
+            parts.append(f"{_number(self.bits_per_weight)}bpw")
+        parts += [f"{n}={_number(getattr(self, n))}" for n in ("macs", "bops", "latency_ms") if getattr(self, n) is not None]
+        return ",".join(parts)
+
+    def bytes(self, dense_bytes: int, parameters: int) -> int | None:
+        """The tightest limit on the file in bytes, rounded down; None if only other costs are limited.
+
+        dense_bytes: the floating-point tensors of the state dict as fp32 in a safetensors file without metadata.
+        """
+        limits = []
+        if self.size is not None:
+            limits.append(int(self.size))
+        if self.ratio is not None:
+            limits.append(math.floor(dense_bytes / self.ratio))
+        if self.bits_per_weight is not None:
+            limits.append(math.floor(self.bits_per_weight * parameters / 8))
+        return min(limits) if limits else None
+
+
+def _whole(value: float, text: object) -> int:
+    if not math.isfinite(value) or value <= 0:
+        raise BudgetError(f"budget is {text!r}; needed a positive, finite number of bytes")
+    return math.floor(value)
+
+
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One option per layer, what it was chosen for, and how good it is.
+
+    `budget_bytes` bounds the whole file; `predicted_bytes` is its length (exact); `fixed_bytes` is the part that no choice changes.
+    `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of the same profile within the
+    same bytes, `gap` = (predicted_loss - bound)/|bound| (inf where nothing is proven).
+    `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: the plan is unmeasured).
+    `fingerprint` names the profile.
+    """
+
+    layers: Mapping[str, Option]
+    budget: Budget
+    budget_bytes: int
+    strategy: str
+    predicted_loss: float
+    predicted_bytes: int
+    fixed_bytes: int
+    bound: float
+    gap: float
+    fingerprint: str
+    seed: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_measured(self) -> bool:
+        return bool(self.measured)
+
+    def replace(self, **changes: Any) -> Plan:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """Deterministic JSON with a schema version; numbers that are not finite are written as text."""
+        body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        body["layers"] = {name: str(option) for name, option in self.layers.items()}
+        body["budget"] = str(self.budget)
+        body["measured"] = {k: _finite(v) for k, v in self.measured.items()}
+        body["notes"] = list(self.notes)
+        for name in ("predicted_loss", "bound", "gap"):
+            body[name] = _finite(body[name])
+        return json.dumps({"schema": PLAN_SCHEMA, **body}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of `to_json`. Raises MismatchError if the text is not a plan of this schema."""
+        try:
+            body = json.loads(text)
+            if not isinstance(body, dict) or body.get("schema") != PLAN_SCHEMA:
+                got = body.get("schema") if isinstance(body, dict) else type(body).__name__
+                raise MismatchError(f"plan schema is {got!r}, this version reads {PLAN_SCHEMA}")
+            body.pop("schema")
+            for name in ("predicted_loss", "bound", "gap"):
+                body[name] = float(body[name])
+            body["layers"] = {name: Option.parse(option) for name, option in body["layers"].items()}
+            body["budget"] = Budget.parse(body["budget"])
+            body["measured"] = {k: float(v) for k, v in body["measured"].items()}
+            body["notes"] = tuple(body["notes"])
+            return cls(**body)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise MismatchError(f"this is not a plan: {error}") from error
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
