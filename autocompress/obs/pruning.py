@@ -1,0 +1,139 @@
+"""Exact greedy pruning of a layer: the order and the losses (`prune_trace`), how many per row (`pruned_counts`), the weights (`prune`)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from scipy.linalg import LinAlgError, lapack
+from threadpoolctl import ThreadpoolController
+
+from autocompress.obs import kernels
+
+__all__ = ["layer_error", "prune", "prune_trace", "pruned_counts"]
+
+BLOCK = 64  # pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py)
+
+
+def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Prune every row greedily to the end and return the order and the loss of each step.
+
+    Step: p = argmin w_p²/[H⁻¹]_pp over what is left, loss = w_p²/(2 [H⁻¹]_pp), then the optimal update of the rest. The sum of the
+    first n losses of a row is its exact error ½ (ŵ-w) H (ŵ-w)ᵀ after n steps.
+
+    W (rows, d); H (d, d) symmetric positive definite (no damping is added here). With leading groups: W (g, rows, d), H (g, d, d).
+    Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt to that many (0: one per core); the result
+    does not depend on it. Raises ValueError on shapes that do not match, values that are not finite, or H not positive definite.
+    Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted Cholesky factorisation of H⁻¹ with lazy updates.
+    """
+    weight, hessian = as_groups(W, H)
+    groups, rows, d = weight.shape
+    order = np.empty((groups, rows, d), np.int32)
+    losses = np.empty((groups, rows, d), np.float64)
+    for g in range(groups):
+        w, row_scale = scaled_rows(weight[g])
+        h, h_scale = scaled_hessian(hessian[g])
+        inverse, floor = inverse_hessian(h).astype(np.float32), (1.0 / np.diag(h)).astype(np.float32)
+        trace = np.empty((rows, d), np.float32)
+
+        def run(part: slice, w=w, inverse=inverse, floor=floor, trace=trace, g=g) -> None:  # type: ignore[no-untyped-def]
+            kernels.layer_trace(kernels.SYRK, inverse, floor, w[part], order[g, part], trace[part], BLOCK)
+
+        over_rows(run, rows, threads)
+        losses[g] = trace * (row_scale**2 * h_scale)
+    shape = np.shape(W)
+    return order.reshape(shape), losses.reshape(shape)
+
+
+def pruned_counts(losses: np.ndarray, sparsity: float) -> np.ndarray:
+    """How many weights each row loses so that ceil(sparsity · size) are gone from the layer: always the smallest *next* loss.
+
+    A heap over the rows' next losses pops in the order of the running maxima of the losses, because what follows a large loss
+    and is smaller leaves the heap at once; so one stable sort of the running maxima replaces the heap.
+    losses (..., d) as `prune_trace` returns them; returns int64 counts in the leading shape.
+    Raises ValueError if sparsity is not in [0, 1]. Source: OBC, arXiv 2208.11580, section 4 (global mask selection).
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity is {sparsity}, needed a fraction between 0 and 1")
+    flat = np.maximum.accumulate(losses.reshape(-1, losses.shape[-1]), axis=1)
+    total = min(flat.size, int(np.ceil(sparsity * flat.size - 1e-9)))
+    first = np.argsort(flat, axis=None, kind="stable")[:total]
+    return np.bincount(first // flat.shape[1], minlength=flat.shape[0]).reshape(losses.shape[:-1]).astype(np.int64)
+
+
+def prune(W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, threads: int = 0) -> np.ndarray:
+    """Rebuild the pruned layer from its order: the first `counts` of each row are zero, the rest is refitted optimally.
+
+    With M gone and R kept, ŵ_R = w_R + H_RR⁻¹ H_RM w_M (float32 factorisation). Shapes as in `prune_trace`; returns float64.
+    """
+    from autocompress.obs.quantising import salient_cells
+
+    return salient_cells(W, H, order, counts, [], threads=threads)[1]
+
+
+def layer_error(W: np.ndarray, W_hat: np.ndarray, H: np.ndarray) -> float:
+    """½ tr(ΔW H ΔWᵀ) with ΔW = W_hat - W, in float64, summed over groups. Shapes as in `prune_trace`."""
+    weight, hessian = as_groups(W, H)
+    delta = np.asarray(W_hat, np.float64).reshape(weight.shape) - weight
+    return 0.5 * float(sum(np.vdot(d @ h, d) for d, h in zip(delta, hessian, strict=True)))
+
+
+def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(groups, rows, d) and (groups, d, d) views in float64, checked."""
+    weight, hessian = np.asarray(W, np.float64), np.asarray(H, np.float64)
+    if weight.ndim == 2 and hessian.ndim == 2:
+        weight, hessian = weight[None], hessian[None]
+    groups_match = weight.ndim == 3 and hessian.ndim == 3 and weight.shape[0] == hessian.shape[0]
+    if not groups_match or hessian.shape[1:] != (weight.shape[-1], weight.shape[-1]):
+        raise ValueError(f"weight has shape {np.shape(W)} and Hessian {np.shape(H)}; needed (rows, d) and (d, d), or both with groups")
+    if not np.isfinite(weight).all():
+        raise ValueError("the weight has values that are not finite")
+    if not np.isfinite(hessian).all():
+        raise ValueError("the Hessian has values that are not finite")
+    return weight, hessian
+
+
+def scaled_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in float32 with a largest magnitude of one, and their scales (rows, 1): float32 then holds 1e-20 and 1e20 alike."""
+    scale = np.abs(weight).max(axis=1, keepdims=True, initial=0.0)
+    scale[scale == 0.0] = 1.0
+    return np.ascontiguousarray(weight / scale, np.float32), scale
+
+
+def scaled_hessian(hessian: np.ndarray) -> tuple[np.ndarray, float]:
+    """The Hessian with a mean diagonal of one, and its scale."""
+    scale = float(np.mean(np.diag(hessian)))
+    if not scale > 0.0 or not (np.diag(hessian) > 0.0).all():
+        raise ValueError("the Hessian has a diagonal entry that is not positive; add damping (calibrate does)")
+    return hessian / scale, scale
+
+
+def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
+    """Inverse of a symmetric positive definite matrix through its Cholesky factor, float64, both halves filled."""
+    factor, info = lapack.dpotrf(hessian, lower=1)
+    if info == 0:
+        inverse, info = lapack.dpotri(factor, lower=1)
+        if info == 0:
+            return np.tril(inverse) + np.tril(inverse, -1).T
+    raise LinAlgError("the Hessian is not positive definite; add damping (calibrate does, 1e-2 of the mean diagonal by default)")
+
+
+_POOLS = ThreadpoolController()
+
+
+def over_rows(run, rows: int, threads: int) -> None:  # type: ignore[no-untyped-def]
+    """Call run(slice) for panels of rows on that many threads, with BLAS on one thread in each."""
+    if threads <= 0:
+        import os
+
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(threads, rows)
+    with _POOLS.limit(limits=1, user_api="blas"):
+        if threads <= 1:
+            run(slice(0, rows))
+            return
+        panels = min(rows, 4 * threads)
+        edges = [rows * i // panels for i in range(panels + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(run, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]):
+                pass

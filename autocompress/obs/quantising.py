@@ -1,0 +1,210 @@
+"""Quantising what pruning left, most salient weight first, each against the error of those before it.
+
+One factorisation per row and sparsity serves every cell: every width of a uniform grid, every (step, λ) of rate-distortion OBS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.obs import kernels
+from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+
+__all__ = ["Cell", "quantise_salient", "rate_distortion_cells", "rd_quantise", "salient_cells", "search_scale"]
+
+CODE_LIMIT = 32767  # codes stay within int16; a grid that needs more is clipped there
+SAMPLE_ROWS = 16  # rows that a rate table is learned from
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to quantise a layer. Code q stands for q · step; low <= q <= high; a bit costs `price` in units of the layer error.
+
+    step float32 (groups, rows); low, high int (groups, rows); bits float32 (table,): length of code q at q + offset.
+    """
+
+    step: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    price: float = 0.0
+    bits: np.ndarray | None = None
+    offset: int = 0
+
+
+def salient_cells(
+    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, cells: Sequence[Cell], threads: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of every cell, int32 (cells, *W.shape), and the pruned weights that they quantise, float64 in the shape of W.
+
+    Visit the kept columns from the last pruned to the first; the target of a is w_a - Σ_b C_ba (ŵ_b - w_b)/C_aa over the visited b,
+    H_RR = C Cᵀ in pruning order; choosing ŵ_a costs C_aa² (ŵ_a - target)²/2. Pruned weights have code 0.
+    Shapes as in `prune_trace`; counts in the leading shape. Raises ValueError if H over a row's kept columns is not positive definite.
+    Source: OBS error feedback as in OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323), with one order per row.
+    """
+    weight, hessian = as_groups(W, H)
+    groups, rows, d = weight.shape
+    order = np.ascontiguousarray(order, np.int64).reshape(weight.shape)
+    counts = np.asarray(counts, np.int64).reshape(groups, rows)
+    n = len(cells)
+    table = max((c.bits.size for c in cells if c.bits is not None), default=1)
+    bits = np.zeros((n, table), np.float32)
+    for i, cell in enumerate(cells):
+        if cell.bits is not None:
+            bits[i, : cell.bits.size] = cell.bits
+            bits[i, cell.bits.size :] = cell.bits[-1]
+    offset = np.array([c.offset for c in cells], np.int64)
+    codes = np.zeros((n, groups, rows, d), np.int32)
+    refits = np.zeros(weight.shape, np.float64)
+    magnitude = float(np.abs(weight).max(initial=0.0)) or 1.0  # one scale for the layer: steps are shared by its rows
+    for g in range(groups):
+        h, h_scale = scaled_hessian(hessian[g])
+        h32 = h.astype(np.float32)
+        w32 = (weight[g] / magnitude).astype(np.float32)
+        price = np.array([c.price / (magnitude**2 * h_scale) for c in cells], np.float32)
+        step = np.array([c.step[g] / magnitude for c in cells], np.float32).reshape(n, rows)
+        low = np.array([c.low[g] for c in cells], np.int64).reshape(n, rows)
+        high = np.array([c.high[g] for c in cells], np.int64).reshape(n, rows)
+        out = np.zeros((rows, d), np.float32)
+        failed: list[int] = []
+
+        def run(p: slice, g=g, h32=h32, w32=w32, price=price, step=step, low=low, high=high, out=out, failed=failed) -> None:  # type: ignore[no-untyped-def]
+            part = np.zeros((n, p.stop - p.start, d), np.int32)
+            bad = kernels.salient_rows(
+                kernels.POTRF,
+                h32,
+                w32[p],
+                order[g, p],
+                counts[g, p],
+                step[:, p],
+                low[:, p],
+                high[:, p],
+                price,
+                bits,
+                offset,
+                part,
+                out[p],
+            )
+            codes[:, g, p] = part
+            if bad >= 0:
+                failed.append(p.start + bad)
+
+        over_rows(run, rows, threads)
+        if failed:
+            raise ValueError(f"the Hessian is not positive definite over what row {min(failed)} keeps; add damping")
+        refits[g] = out.astype(np.float64) * magnitude
+    return codes.reshape(n, *np.shape(W)), refits.reshape(np.shape(W))
+
+
+def quantise_salient(
+    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, step: np.ndarray, low: int, high: int, threads: int = 0
+) -> np.ndarray:
+    """Codes int32 of one uniform grid, step per row (rows,) or scalar, after pruning to `counts`. See `salient_cells`."""
+    leading = np.shape(W)[:-1]
+    cell = Cell(
+        step=np.broadcast_to(np.asarray(step, np.float32), leading).reshape(-1, leading[-1]),
+        low=np.full(leading, low).reshape(-1, leading[-1]),
+        high=np.full(leading, high).reshape(-1, leading[-1]),
+    )
+    return salient_cells(W, H, order, counts, [cell], threads=threads)[0][0]
+
+
+def rd_quantise(
+    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, step: float, lam: float, threads: int = 0
+) -> np.ndarray:
+    """Rate-distortion codes int32 of one (step, λ); `step` is absolute, `lam` as in `rate_distortion_cells`."""
+    cells = rate_distortion_cells(W, H, order, counts, [(step, lam)], threads=threads)
+    return salient_cells(W, H, order, counts, cells, threads=threads)[0][0]
+
+
+def rate_distortion_cells(
+    W: np.ndarray,
+    H: np.ndarray,
+    order: np.ndarray,
+    counts: np.ndarray,
+    grid: Sequence[tuple[float, float]],
+    threads: int = 0,
+) -> list[Cell]:
+    """Cells of rate-distortion OBS for (step, λ) pairs, with rate tables learned from a sample of the layer's rows.
+
+    A code costs C_aa² (q step - target)²/2 + price · bits(q), price = λ · u · step²/2, u = exp(log det H / d) the geometric mean of the
+    squared pivots of H: λ is the price of a bit in units of the error of one whole step. bits() is the symmetrised histogram of a
+    first pass over at most 16 rows (pruned zeros included, for they are coded too), mixed with 1% of a two-sided geometric law
+    so that no code is free of charge or forbidden. Source: engine.md section 4; ECSQ (Chou, Lookabaugh, Gray 1989) inside OBS.
+    """
+    weight, hessian = as_groups(W, H)
+    groups, rows, d = weight.shape
+    order = np.asarray(order).reshape(weight.shape)
+    counts = np.asarray(counts).reshape(groups, rows)
+    log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
+    unit = 0.5 * float(np.exp(log_det))
+    peak = float(np.abs(weight).max(initial=0.0))
+    zeroed = weight.copy()
+    kept_first = np.arange(d)[None, None, :] < counts[:, :, None]
+    np.put_along_axis(zeroed, order.astype(np.int64), np.where(kept_first, 0.0, np.take_along_axis(weight, order.astype(np.int64), 2)), 2)
+
+    def cell(step: float, lam: float, codes: np.ndarray) -> Cell:
+        size = int(min(np.ceil(1.25 * peak / step) + 2, CODE_LIMIT))
+        return Cell(
+            step=np.full((groups, rows), step, np.float32),
+            low=np.full((groups, rows), -CODE_LIMIT),
+            high=np.full((groups, rows), CODE_LIMIT),
+            price=lam * unit * step * step,
+            bits=rate_table(codes, size),
+            offset=size,
+        )
+
+    cells = [cell(step, lam, np.rint(np.clip(zeroed / step, -CODE_LIMIT, CODE_LIMIT)).astype(np.int32)) for step, lam in grid]
+    priced = [i for i, (_, lam) in enumerate(grid) if lam > 0.0]
+    if priced:
+        take = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).astype(int))
+        some = np.unique(np.linspace(0, groups - 1, min(groups, SAMPLE_ROWS)).astype(int))
+        sample = [
+            Cell(c.step[np.ix_(some, take)], c.low[np.ix_(some, take)], c.high[np.ix_(some, take)], c.price, c.bits, c.offset)
+            for c in (cells[i] for i in priced)
+        ]
+        codes, _ = salient_cells(
+            weight[np.ix_(some, take)], hessian[some], order[np.ix_(some, take)], counts[np.ix_(some, take)], sample, threads=threads
+        )
+        for j, i in enumerate(priced):
+            cells[i] = cell(*grid[i], codes[j])
+    return cells
+
+
+def rate_table(codes: np.ndarray, size: int) -> np.ndarray:
+    """Ideal code length in bits of q = -size ... size under the symmetrised histogram of `codes`, float32 (2 size + 1,)."""
+    magnitude = np.minimum(np.abs(codes.ravel()), size)
+    count = np.bincount(magnitude, minlength=size + 1).astype(np.float64)
+    total = max(magnitude.size, 1)
+    mean = magnitude.mean() if magnitude.size else 0.0
+    ratio = mean / (1.0 + mean)  # geometric law of the magnitudes with the same mean
+    law = (1.0 - ratio) * ratio ** np.arange(size + 1) + 1e-12
+    share = 0.01
+    p = (1.0 - share) * count / total + share * law / law.sum()
+    half = -np.log2(p)
+    half[1:] += 1.0  # the sign
+    return np.concatenate([half[:0:-1], half]).astype(np.float32)
+
+
+def search_scale(weight: np.ndarray, bits: int, exponent: float = 2.4, shrinks: int = 80) -> np.ndarray:
+    """Step per row of the symmetric grid -2^(b-1) ... 2^(b-1) - 1 that minimises Σ |w - ŵ|^2.4 over shrink factors 1 - i/100.
+
+    weight (..., d); returns float64 in the leading shape (1 where a row is zero). Source: OBC's published code (grid search with
+    exponent 2.4), arXiv 2208.11580.
+    """
+    top = np.abs(weight).max(axis=-1, initial=0.0)
+    top = np.where(top == 0.0, 1.0, top)
+    high = 2 ** (bits - 1) - 1
+    best = np.full(top.shape, np.inf)
+    chosen = 2.0 * top / (2**bits - 1)
+    unit = weight / top[..., None]
+    for i in range(shrinks):
+        scale = 2.0 * (1.0 - i / 100.0) / (2**bits - 1)
+        q = np.clip(np.rint(unit / scale), -high - 1, high)
+        error = (np.abs(unit - q * scale) ** exponent).sum(axis=-1)
+        better = error < best
+        best = np.where(better, error, best)
+        chosen = np.where(better, scale * top, chosen)
+    return chosen
