@@ -1,7 +1,7 @@
 """The task that needs no download: scikit-learn's 8x8 handwritten digits and a small residual network trained on them.
 
-`load_task("digits")` is this module. The 1,797 images are split once, by class and from a fixed seed: 1,097 to train and calibrate
-on, 300 to validate on (`score`), 400 that nothing but `evaluate` ever sees.
+`load_task("digits")` is this module. The 1,797 images are split once, by class and from a fixed seed: 1,097 to train
+and calibrate on, 300 to validate on (`score`), 400 that nothing but `evaluate` ever sees.
 """
 
 from __future__ import annotations
@@ -161,7 +161,10 @@ def _untrained() -> DigitsNet:
 
 
 def _train(network: DigitsNet) -> None:
-    """SGD with momentum under a one-cycle rate, on images shifted by up to one pixel; one thread, for the same sums everywhere."""
+    """SGD with momentum under a one-cycle rate, on images shifted by up to one pixel.
+
+    One thread: with several, the order of the sums and so the weights would depend on the number of cores.
+    """
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     steps = sum(1 for _ in training())
     optimiser = torch.optim.SGD(

@@ -26,8 +26,8 @@ def cache_dir() -> Path:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A scratch path beside `path`, which takes its place when the block ends well and is removed when it does not.
 
-    The parent folder is made. A reader sees the old file or the new one, never a part: the bytes are on the disk before the
-    name changes. Raises OSError (no permission, disk full), with `path` as it was.
+    The parent folder is made. A reader sees the old file or the new one, never a part: the bytes are on the disk before
+    the name changes. Raises OSError (no permission, disk full), with `path` as it was.
 
     >>> with atomic_path("plan.json") as scratch:  # doctest: +SKIP
     ...     scratch.write_text(plan.to_json())

@@ -8,8 +8,8 @@
     training()               -> labelled batches; or training(seed)
     example_input()          -> one batch
 
-The last five are optional. `load_task` finds them and turns everything that can go wrong inside them into one line that names
-the function and the task.
+The last five are optional. `load_task` finds them and turns everything that can go wrong inside them into one line that
+names the function and the task.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OPTIONAL = ("evaluate", "score", "loss", "training", "example_input")
 
 @dataclass(frozen=True)
 class Task:
-    """The functions of one task; those that it does not define are None. Calling them raises TaskError and nothing else.
+    """The functions of one task, None where it does not define one. Whatever they raise arrives as a TaskError.
 
     `name` is for people and folders, `source` finds the task again: `load_task(task.source)`.
     """
@@ -77,7 +77,7 @@ class Task:
         return batches
 
     def training_batches(self, seed: int = 0) -> Iterator[Any]:
-        """The batches of `training(seed)` or `training()`, one by one. Raises TaskError if the task has none or fails."""
+        """The batches of `training(seed)` or `training()`, one by one. Raises TaskError if there are none."""
         if self.training is None:
             raise TaskError(f"task {self.name} does not define training(); this needs labelled batches")
         return self._batches("training", self.training, seed)
@@ -105,8 +105,8 @@ _END = object()
 def load_task(spec: str | Path) -> Task:
     """The task of a Python file, an importable module, or a built-in name (`digits`).
 
-    A file may import modules that lie beside it. Raises TaskError, in one line, if there is no such task, if importing it fails
-    (with the line), or if it does not define `model()` and `calibration()`.
+    A file may import modules that lie beside it. Raises TaskError, in one line, if there is no such task, if importing
+    it fails (with the line), or if it does not define `model()` and `calibration()`.
     """
     source = str(spec)
     if source in BUILTIN_TASKS:
@@ -247,7 +247,7 @@ def _seed_argument(function: Callable[..., Any], seed: int) -> tuple[int, ...]:
 
 
 def _is_instance_of_module(value: object) -> bool:
-    # An nn.Module is callable, and `model = Net()` an easy slip; a class `model` is fine, as calling it makes the network.
+    # An nn.Module is callable, and `model = Net()` an easy slip; a class `model` is fine: calling it makes the network.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.nn.Module)
 
