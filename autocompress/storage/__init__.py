@@ -1,0 +1,37 @@
+"""The file: codecs with exact sizes, and the container that holds them. Numpy and numba; nothing here knows torch."""
+
+from __future__ import annotations
+
+from autocompress.storage.codecs import CODECS, Codec, codec_named
+from autocompress.storage.container import VERSION, Archive, FileInfo, file_size, read, serialise, write
+from autocompress.storage.entries import Entry, float_entry, step_bytes, weight_entry, weight_size
+from autocompress.storage.entropy import MAX_CODE, coded_size, decode_codes, encode_codes, order0_bits
+from autocompress.storage.errors import FormatError
+from autocompress.storage.floats import round_small
+from autocompress.storage.integers import nm_pattern
+
+__all__ = [
+    "CODECS",
+    "MAX_CODE",
+    "VERSION",
+    "Archive",
+    "Codec",
+    "Entry",
+    "FileInfo",
+    "FormatError",
+    "coded_size",
+    "codec_named",
+    "decode_codes",
+    "encode_codes",
+    "file_size",
+    "float_entry",
+    "nm_pattern",
+    "order0_bits",
+    "read",
+    "round_small",
+    "serialise",
+    "step_bytes",
+    "weight_entry",
+    "weight_size",
+    "write",
+]

@@ -1,0 +1,176 @@
+"""Entries: one named tensor each, as the bytes that stand in a file and what is needed to read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autocompress.storage.bits import MAX_EXPANSION, Value
+from autocompress.storage.codecs import codec_named
+from autocompress.storage.errors import FormatError
+from autocompress.storage.floats import DTYPES, round_small
+
+__all__ = ["Entry", "float_entry", "step_bytes", "weight_entry", "weight_size"]
+
+STEPS = ("none", "tensor", "row")  # position = number in a file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named tensor of a file: `payload` is its steps, if it has any, followed by what its codec wrote.
+
+    A weight entry (`step` is "tensor" or "row") holds integer codes; its value is float32(code) * float32(step), where
+    the step is one binary32 for the tensor or one binary16 per row, rows being shape[0]. Any other entry holds its
+    values. `params` is free for the caller (an option's name, say) and is stored in the header.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    payload: bytes = field(repr=False)
+    step: str = "none"
+    params: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """The payload's length, steps included; names, shapes and checksums are the header's."""
+        return len(self.payload)
+
+    def check(self) -> None:
+        """Raise FormatError unless dtype, codec, step kind and lengths fit together; decodes nothing."""
+        codec = codec_named(self.codec)
+        if self.dtype not in DTYPES:
+            raise FormatError(f"unknown dtype {self.dtype!r}; this version knows {', '.join(DTYPES)}")
+        if self.step not in STEPS:
+            raise FormatError(f"unknown kind of step {self.step!r}; this version knows {', '.join(STEPS)}")
+        if self.step != "none" and (codec.kind != "codes" or self.dtype not in ("float16", "float32", "float64")):
+            raise FormatError(f"steps belong to integer codes of a float tensor, not to {self.codec} of {self.dtype}")
+        if self.step == "none" and codec.kind == "codes" and self.dtype != "int32":
+            raise FormatError(f"codes without a step are int32, not {self.dtype}")
+        if self.step == "row" and not self.shape:
+            raise FormatError("a step per row needs a row axis")
+        prefix = step_bytes(self.shape, self.step)
+        if prefix > len(self.payload):
+            raise FormatError(f"{prefix} bytes of steps wanted, the payload has {len(self.payload)}")
+        if self.numel > MAX_EXPANSION * (len(self.payload) - prefix):
+            raise FormatError(f"{len(self.payload) - prefix} bytes cannot hold {self.numel} values")
+
+    def steps(self) -> np.ndarray:
+        """Read the steps as float32: shape () for the tensor, (rows,) per row. Raises FormatError if there are none."""
+        self.check()
+        if self.step == "none":
+            raise FormatError(f"entry {self.name!r} holds values, not codes with steps")
+        raw = self.payload[: step_bytes(self.shape, self.step)]
+        steps = np.frombuffer(raw, "<f4" if self.step == "tensor" else "<f2").astype(np.float32)
+        if not (np.isfinite(steps).all() and (steps >= 0).all()):
+            raise FormatError(f"entry {self.name!r}: a step that is negative or not finite")
+        return steps.reshape(()) if self.step == "tensor" else steps
+
+    def codes(self) -> np.ndarray:
+        """Decode the stored integers (int32) of a weight entry, or the stored values of any other entry."""
+        self.check()
+        body = self.payload[step_bytes(self.shape, self.step) :]
+        try:
+            return codec_named(self.codec).decode(body, self.shape, self.dtype)
+        except FormatError as error:
+            raise error.within(f"entry {self.name!r}") from error
+
+    def dequantise(self) -> np.ndarray:
+        """Decode the tensor: float32(code) * float32(step) for a weight, else the values; in the entry's dtype."""
+        if self.step == "none":
+            return self.codes()
+        steps = self.steps()
+        steps = steps.reshape((-1,) + (1,) * (len(self.shape) - 1)) if self.step == "row" else steps
+        with np.errstate(over="ignore"):
+            values = self.codes().astype(np.float32)
+            values *= steps
+            values = values.astype(np.dtype(self.dtype), copy=False)
+        if not np.isfinite(values).all():
+            raise FormatError(f"entry {self.name!r}: a weight beyond {self.dtype}")
+        return values
+
+
+def step_bytes(shape: Sequence[int], step: str) -> int:
+    """Count the bytes of the steps in front of a payload: 4 for a tensor, 2 * shape[0] per row, 0 for none."""
+    return {"none": 0, "tensor": 4, "row": 2 * shape[0] if shape else 0}[step]
+
+
+def _step(shape: tuple[int, ...], step: float | np.ndarray) -> tuple[str, bytes]:
+    """Encode a scalar step as binary32, a vector of shape[0] steps as binary16."""
+    values = np.asarray(step, np.float64)
+    if values.ndim == 0:
+        kind, raw = "tensor", values.astype("<f4")
+    elif values.shape == shape[:1]:
+        kind, raw = "row", values.astype("<f2")
+    else:
+        raise ValueError(f"a step is one number or one per row {shape[:1]}, got shape {values.shape}")
+    if not (np.isfinite(raw).all() and (raw >= 0).all()):
+        raise ValueError("steps are finite and not negative in the precision they are stored in")
+    return kind, raw.tobytes()
+
+
+def weight_entry(
+    name: str,
+    codes: np.ndarray,
+    step: float | np.ndarray,
+    *,
+    codec: str = "entropy",
+    dtype: str = "float32",
+    params: Mapping[str, Value] | None = None,
+) -> Entry:
+    """Make the entry of a quantised weight: integer codes of its shape and one step, or one step per row.
+
+    The steps are stored as binary32 (one) or binary16 (a vector): choose the codes with the rounded steps.
+    """
+    codes = np.asarray(codes)
+    chosen = codec_named(codec)
+    if chosen.kind != "codes":
+        raise ValueError(f"{codec} stores floats; codes need one of the integer codecs")
+    kind, raw = _step(codes.shape, step)
+    entry = Entry(name, codes.shape, dtype, codec, raw + chosen.encode(codes), kind, dict(params or {}))
+    entry.check()
+    return entry
+
+
+def weight_size(codes: np.ndarray, step: float | np.ndarray, codec: str = "entropy") -> int:
+    """Count the bytes of `weight_entry(...)` exactly, without encoding."""
+    codes = np.asarray(codes)
+    return step_bytes(codes.shape, _step(codes.shape, step)[0]) + codec_named(codec).size(codes)
+
+
+def float_entry(
+    name: str,
+    array: np.ndarray,
+    *,
+    codec: str = "fp16",
+    mantissa: int | None = None,
+    params: Mapping[str, Value] | None = None,
+) -> Entry:
+    """Make the entry of a tensor that is stored by value: fp16, raw in its own dtype, or smallfloat.
+
+    `mantissa` (smallfloat only) rounds to that many mantissa bits first; without it the values are stored exactly.
+    """
+    array = np.asarray(array)
+    chosen = codec_named(codec)
+    if chosen.kind != "floats":
+        raise ValueError(f"{codec} stores integer codes; use weight_entry, or one of the float codecs")
+    if array.dtype.name not in DTYPES:
+        raise ValueError(f"entry {name!r}: dtype {array.dtype} cannot be stored; {', '.join(DTYPES)} can")
+    if codec != "raw" and array.dtype.kind != "f":
+        raise ValueError(f"entry {name!r}: {codec} stores floats, got {array.dtype}; use codec='raw'")
+    if mantissa is not None:
+        if codec != "smallfloat":
+            raise ValueError(f"mantissa bits belong to smallfloat, not to {codec}")
+        array = round_small(array, mantissa)
+    entry = Entry(name, array.shape, array.dtype.name, codec, chosen.encode(array), "none", dict(params or {}))
+    entry.check()
+    return entry

@@ -1,0 +1,127 @@
+"""Every codec is exactly inverse and says its exact size, on every kind of array that it accepts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from autocompress.storage import CODECS, FormatError, encode_codes, nm_pattern, order0_bits, round_small
+from autocompress.storage.bits import pack_bits, unpack_bits
+
+SHAPES = [(16, 3, 3, 3), (10, 64), (33,), (1, 1), (7, 5, 3), (4, 1, 3, 3), (2, 3, 2, 2, 2), (0, 4), (5, 0), ()]
+CODE_CODECS = sorted(name for name, codec in CODECS.items() if codec.kind == "codes")
+FLOAT_CODECS = sorted(name for name, codec in CODECS.items() if codec.kind == "floats")
+
+
+def laplace(shape: tuple[int, ...], scale: float, seed: int = 0) -> np.ndarray:
+    """Integer codes of a Laplace-distributed tensor."""
+    return np.rint(np.random.default_rng(seed).laplace(size=shape) * scale).astype(np.int64)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.2, 1.0, 20.0, 900.0], ids=lambda s: f"scale{s}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CODE_CODECS)
+def test_integer_codecs_are_inverse_and_know_their_size(name: str, shape: tuple[int, ...], scale: float) -> None:
+    codes = laplace(shape, scale)
+    if name == "nm":
+        codes.reshape(-1)[1::2] = 0
+        if nm_pattern(codes) is None:
+            pytest.skip("an odd number of codes is no N:M tensor")
+    payload = CODECS[name].encode(codes)
+    decoded = CODECS[name].decode(payload, shape, "int32")
+    assert decoded.dtype == np.int32
+    assert decoded.shape == shape
+    np.testing.assert_array_equal(decoded, codes)
+    assert CODECS[name].size(codes) == len(payload)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FLOAT_CODECS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_float_codecs_are_inverse_and_know_their_size(name: str, shape: tuple[int, ...], dtype: str) -> None:
+    array = np.random.default_rng(1).standard_normal(shape).astype(np.float16).astype(dtype)
+    array.reshape(-1)[::5] = 0
+    payload = CODECS[name].encode(array)
+    np.testing.assert_array_equal(CODECS[name].decode(payload, shape, dtype), array)
+    assert CODECS[name].size(array) == len(payload)
+
+
+@pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 4), (1, 8), (4, 8), (2, 16), (8, 16)])
+def test_nm_finds_its_pattern(n: int, m: int) -> None:
+    rng = np.random.default_rng(n * m)
+    codes = np.zeros((12, m), np.int64)
+    for group in codes:
+        group[rng.choice(m, n, replace=False)] = rng.integers(1, 8, n)
+    codes = codes.reshape(4, -1)
+    found = nm_pattern(codes)
+    assert found is not None
+    assert found[0] / found[1] <= n / m
+    np.testing.assert_array_equal(CODECS["nm"].decode(CODECS["nm"].encode(codes), codes.shape, "int32"), codes)
+
+
+def test_nm_refuses_dense_codes() -> None:
+    with pytest.raises(ValueError, match="follow none of the patterns 1:2, 1:4"):
+        CODECS["nm"].encode(np.ones((4, 16), np.int64))
+
+
+@pytest.mark.parametrize("bits", range(33))
+def test_packing_is_inverse(bits: int) -> None:
+    values = np.random.default_rng(bits).integers(0, 2**bits, 101)
+    packed = pack_bits(values, bits)
+    assert len(packed) == -(-101 * bits // 8)
+    np.testing.assert_array_equal(unpack_bits(packed, 101, bits), values)
+
+
+def test_packing_layout() -> None:
+    assert pack_bits(np.array([1, 2, 3, 4, 5]), 3) == bytes([0b11_010_001, 0b0_101_100_0])
+
+
+@pytest.mark.parametrize("magnitude", [0, 1, 2, 3, 4, 7, 8, 255, 65535, 2**30 - 1, 2**30])
+def test_entropy_coder_holds_every_magnitude(magnitude: int) -> None:
+    codes = np.array([[magnitude, -magnitude, 0, 1]])
+    np.testing.assert_array_equal(CODECS["entropy"].decode(encode_codes(codes), (1, 4), "int32"), codes)
+
+
+def test_entropy_coder_refuses_larger_magnitudes() -> None:
+    with pytest.raises(ValueError, match=r"at most 2\*\*30, got 1073741825"):
+        encode_codes(np.array([[2**30 + 1]]))
+
+
+def test_order0_bits_of_a_fair_coin() -> None:
+    assert order0_bits(np.array([0, 1] * 50)) == pytest.approx(100)
+
+
+def test_entropy_coding_beats_order_0_on_a_tensor_with_structure() -> None:
+    rng = np.random.default_rng(3)
+    scale = np.exp(rng.normal(size=(64, 1, 1, 1)) + rng.normal(size=(1, 64, 1, 1)))
+    codes = np.rint(rng.laplace(size=(64, 64, 3, 3)) * scale * 0.4).astype(int)
+    assert len(encode_codes(codes)) < 0.92 * order0_bits(codes) / 8
+
+
+@pytest.mark.parametrize("mantissa", range(0, 24, 3))
+def test_round_small_is_idempotent_and_close(mantissa: int) -> None:
+    array = np.random.default_rng(5).standard_normal(500).astype(np.float32)
+    rounded = round_small(array, mantissa)
+    np.testing.assert_array_equal(round_small(rounded, mantissa), rounded)
+    assert (np.abs(rounded - array) <= 2.0 ** -(mantissa + 1) * np.abs(array)).all()
+    np.testing.assert_array_equal(
+        CODECS["smallfloat"].decode(CODECS["smallfloat"].encode(rounded), (500,), "float32"), rounded
+    )
+
+
+@pytest.mark.parametrize("name", CODE_CODECS)
+def test_a_shape_that_the_payload_cannot_hold_is_refused_at_once(name: str) -> None:
+    payload = CODECS[name].encode(np.zeros((4, 16), np.int64))
+    with pytest.raises(FormatError, match="bytes cannot hold 1099511627776 values"):
+        CODECS[name].decode(payload, (2**20, 2**20), "int32")
+
+
+@pytest.mark.parametrize("name", CODE_CODECS)
+def test_a_cut_payload_is_refused(name: str) -> None:
+    codes = laplace((8, 64), 2.0)
+    codes[:, 1::2] = 0
+    payload = CODECS[name].encode(codes)
+    with pytest.raises(FormatError):
+        CODECS[name].decode(payload[: len(payload) // 2], codes.shape, "int32")
+    with pytest.raises(FormatError):
+        CODECS[name].decode(payload + bytes(9), codes.shape, "int32")
