@@ -1,0 +1,197 @@
+"""The core of a one-resource problem: partial choices over the undecided groups, pruned by bounds and by dominance.
+
+Write a choice as its difference from a base choice x: ΔC more cost, ΔL more loss. With r_gj ≥ 0 the loss of an option at the
+dual price λ above its group's best, every choice within the limit has
+
+    loss = bound + Σ_g r_gj + λ·slack,        slack = limit - cost ≥ 0,
+
+so a partial choice whose Σ r, plus the least that using up or regaining its slack can still add, reaches the gap is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.lagrangian import EPS, Dual, Rows
+from solvers.problem import Array, Deadline, FloatArray, IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Partial choices sorted by cost: `cost` (S,) int64 and `loss` (S,) over the base, `above` (S,) = Σ r."""
+
+    cost: IntArray
+    loss: FloatArray
+    above: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """What an expansion ended with: a proven bound, whether it was complete, and how many states it kept in all."""
+
+    bound: float
+    complete: bool
+    states: int
+
+
+class Core:
+    """The search state of one problem: the best rows so far, `rows` (G,), with scaled loss `upper`, and the proven `bound`."""
+
+    def __init__(self, rows: Rows, at: Dual) -> None:
+        self.problem, self.price, self.base = rows, at.price, at.within
+        self.loss, self.cost, self.start = rows.loss, rows.cost[:, 0], rows.start
+        self.bound, self.noise = at.bound, at.noise
+        values = self.loss + at.price * self.cost
+        if (rows.sizes == rows.sizes[0]).all():
+            square = values.reshape(len(rows.sizes), -1)
+            self.above = (square - square.min(axis=1)[:, None]).ravel()
+        else:
+            self.above = values - np.minimum.reduceat(values, rows.start[:-1])[rows.group]
+        self.slack = int(rows.limit[0]) - int(self.cost[self.base].sum())
+        self.rows = self.base
+        self.upper = self.base_loss = math.fsum(self.loss[self.base])
+        # Rows that may still matter; reduced again whenever the gap has shrunk.
+        self.live = np.arange(len(self.loss))
+
+    @property
+    def gap(self) -> float:
+        return self.upper - self.bound
+
+    def candidates(self) -> tuple[IntArray, IntArray]:
+        """Rows other than the base that a better choice could use, by group in the order of expansion; and where groups start."""
+        self.live = self.live[self.above[self.live] < self.gap - self.noise]
+        group = np.searchsorted(self.start, self.live, side="right") - 1
+        # An option of the base's own cost is worse than the base.
+        differ = self.cost[self.live] != self.cost[self.base[group]]
+        live, group = self.live[differ], group[differ]
+        if not len(live):
+            return live, np.zeros(1, np.int64)
+        ratio = self.above[live] / np.abs(self.cost[live] - self.cost[self.base[group]])
+        cuts = np.flatnonzero(np.diff(group, prepend=-1))
+        key = np.minimum.reduceat(ratio, cuts)
+        rank = np.empty(len(cuts), np.int64)
+        rank[np.lexsort((np.arange(len(cuts)), key))] = np.arange(len(cuts))
+        sizes = np.diff(np.append(cuts, len(live)))
+        order = np.argsort(np.repeat(rank, sizes), kind="stable")
+        starts = np.concatenate([[0], np.cumsum(sizes[np.argsort(rank)])])
+        return live[order], starts
+
+    def expand(self, deadline: Deadline, cap: int, total: int, most_groups: int) -> Expansion:
+        """Expand the core group by group, improving `rows` and `upper` on the way.
+
+        At most `cap` states are kept at a time (the most promising), `total` over all stages, and `most_groups` groups are
+        expanded; where one of these or the deadline cuts, the expansion is not complete and its bound is what is left.
+        """
+        rows, starts = self.candidates()
+        owner = np.searchsorted(self.start, rows, side="right") - 1
+        more_cost = self.cost[rows] - self.cost[self.base[owner]]
+        more_loss = self.loss[rows] - self.loss[self.base[owner]]
+        above = self.above[rows]
+        up, down = _rates(more_cost, above, starts)
+        states = States(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
+        history: list[tuple[IntArray, IntArray]] = []
+        dropped, kept, stages, widest = math.inf, 1, len(starts) - 1, 0.0
+        best: tuple[int, int] | None = None
+        last = min(stages, most_groups)
+        stage = 0
+        while stage < last and not deadline.passed and kept < total:
+            part = slice(int(starts[stage]), int(starts[stage + 1]))
+            limit = self.gap - self.noise
+            usable = np.flatnonzero(above[part] < limit) + part.start
+            made, parent, row = _join(states, more_cost, more_loss, above, usable, limit)
+            stage += 1
+            promise = made.above + _rest(self.slack - made.cost, self.price, up[stage], down[stage])
+            states, parent, row, promise = _prune(made, parent, row, promise, limit)
+            if not len(states.cost):
+                break
+            if len(states.cost) > cap:
+                pick = np.sort(np.argpartition(promise, cap)[:cap])
+                left = np.delete(promise, pick)
+                dropped = min(dropped, float(left.min()))
+                states = States(states.cost[pick], states.loss[pick], states.above[pick])
+                parent, row, promise = parent[pick], row[pick], promise[pick]
+            history.append((parent, row))
+            kept += len(states.cost)
+            widest = max(widest, float(np.abs(states.loss).max()))
+            fits = int(np.searchsorted(states.cost, self.slack, side="right"))
+            if fits:
+                # Dominated states are gone, so loss falls with cost and the dearest state that fits is the best.
+                loss = self.base_loss + float(states.loss[fits - 1])
+                if loss < self.upper:
+                    self.upper, best = loss, (len(history), fits - 1)
+        if best is not None:
+            self.rows = self._trace(history, rows, *best)
+            self.upper = math.fsum(self.loss[self.rows])
+        complete = dropped == math.inf and (stage == stages or not len(states.cost))
+        if not complete and len(states.cost):
+            dropped = min(dropped, float(promise.min()) if stage else 0.0)
+        noise = self.noise + EPS * (2 * len(history) + 4) * widest
+        self.bound = max(self.bound, min(self.upper, self.bound + dropped) - noise)
+        return Expansion(self.bound, complete, kept)
+
+    def _trace(self, history: list[tuple[IntArray, IntArray]], rows: IntArray, stage: int, state: int) -> IntArray:
+        """The rows (G,) of a state, from who it was made of."""
+        chosen = self.base.copy()
+        for parent, row in reversed(history[:stage]):
+            if row[state] >= 0:
+                at = rows[row[state]]
+                chosen[np.searchsorted(self.start, at, side="right") - 1] = at
+            state = parent[state]
+        return chosen
+
+
+def _rates(more_cost: IntArray, above: FloatArray, starts: IntArray) -> tuple[FloatArray, FloatArray]:
+    """For groups k and later: the least Σ r per unit of cost added (`up`), or given back (`down`); (stages + 1,), inf where none can."""
+    found = []
+    for sign in (1, -1):
+        moved = (sign * more_cost) > 0
+        ratio = np.full(len(above), np.inf)
+        ratio[moved] = above[moved] / (sign * more_cost[moved])
+        least = np.minimum.reduceat(ratio, starts[:-1]) if len(above) else np.zeros(0)
+        found.append(np.append(np.minimum.accumulate(least[::-1])[::-1], np.inf))
+    return found[0], found[1]
+
+
+def _rest(slack: IntArray, price: float, up: float, down: float) -> FloatArray:
+    """The least that a state with this slack (S,) still adds: unused slack costs the price, or a dearer option; a debt cheaper ones."""
+    rest = np.minimum(price, up) * slack
+    debt = slack < 0
+    rest[debt] = np.inf if down == math.inf else down * -slack[debt]
+    return rest
+
+
+def _join(
+    states: States, more_cost: IntArray, more_loss: FloatArray, above: FloatArray, usable: IntArray, limit: float
+) -> tuple[States, IntArray, IntArray]:
+    """Every state with the base and with every usable option of one group, where Σ r stays under the limit; and where from."""
+    S = len(states.cost)
+    cost, loss, total = [states.cost], [states.loss], [states.above]
+    parent, row = [np.arange(S, dtype=np.int32)], [np.full(S, -1, np.int32)]
+    for j in usable:
+        alive = np.flatnonzero(states.above < limit - above[j])
+        cost.append(states.cost[alive] + more_cost[j])
+        loss.append(states.loss[alive] + more_loss[j])
+        total.append(states.above[alive] + above[j])
+        parent.append(alive.astype(np.int32))
+        row.append(np.full(len(alive), j, np.int32))
+    made = States(np.concatenate(cost), np.concatenate(loss), np.concatenate(total))
+    return made, np.concatenate(parent), np.concatenate(row)
+
+
+def _prune(
+    made: States, parent: IntArray, row: IntArray, promise: FloatArray, limit: float
+) -> tuple[States, IntArray, IntArray, FloatArray]:
+    """Keep what may still beat the limit and is not dominated (no dearer state with a loss as large), sorted by cost."""
+    alive = np.flatnonzero(promise < limit)
+    order = alive[np.argsort(made.cost[alive], kind="stable")]
+    cost, loss = made.cost[order], made.loss[order]
+    keep = np.ones(len(order), bool)
+    keep[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+    order = order[keep]
+    cost = cost[keep]
+    # Of states with one cost the last is the best.
+    order = order[np.append(cost[1:] != cost[:-1], True)] if len(order) else order
+    return States(made.cost[order], made.loss[order], made.above[order]), parent[order], row[order], promise[order]

@@ -1,0 +1,253 @@
+"""Prices: the Lagrangian dual of a budgeted choice, its bound, and the choices it leads to.
+
+L(λ) = Σ_g min_j (loss_gj + λ·cost_gj) - λ·budget is a lower bound for every λ ≥ 0 (Everett 1963; Fisher 1981). For one
+resource its maximum is where two choices meet, one over and one within the budget; cutting planes find it exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from solvers.problem import INTEGER_LIMIT, Array, Flat, FloatArray, IntArray, Problem, ProblemError
+from solvers.solution import ROUNDING, Solution, Status, magnitude
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Options of G groups with every group's smallest loss and cost taken off, and losses scaled by a power of two.
+
+    `loss` (N,) float64 in [0, 1]; `cost` (N, K) ≥ 0, int64 where the problem's are; `limit` (K,) what is left of the limits;
+    `start` (G + 1,). True loss = `base` + 2**`exponent` · loss. Smallest entries are zero, so all sums have one sign, and
+    float64 sums are right to a few EPS *relatively*; that is what the bounds below rest on.
+    """
+
+    loss: FloatArray
+    cost: Array
+    limit: Array
+    start: IntArray
+    base: float
+    exponent: int
+
+    @cached_property
+    def sizes(self) -> IntArray:
+        return np.diff(self.start)
+
+    @cached_property
+    def group(self) -> IntArray:
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    @classmethod
+    def of(cls, flat: Flat, cost: Array | None = None, limit: Array | None = None) -> Rows:
+        """Take the smallest entries off; `cost` and `limit` stand in for those of the problem."""
+        cost = flat.cost if cost is None else cost
+        limit = flat.limit if limit is None else limit
+        low = np.minimum.reduceat(flat.loss, flat.start[:-1])
+        least = np.minimum.reduceat(cost, flat.start[:-1], axis=0)
+        n = int(flat.sizes[0])
+        if (flat.sizes == n).all():
+            loss = (flat.loss.reshape(-1, n) - low[:, None]).ravel()
+            cost = (cost.reshape(-1, n, cost.shape[1]) - least[:, None]).reshape(cost.shape)
+        else:
+            loss = flat.loss - low[flat.group]
+            cost = cost - least[flat.group]
+        if cost.dtype == np.int64:
+            left = limit - least.sum(axis=0)
+        else:
+            left = np.array([math.fsum([b, *(-column)]) for b, column in zip(limit, least.T, strict=True)])
+        exponent = int(np.frexp(loss.max())[1]) if loss.max() > 0 else 0
+        return cls(np.ldexp(loss, -exponent), cost, left, flat.start, math.fsum(low), exponent)
+
+    def true(self, loss: float) -> float:
+        """A loss of these rows in the problem's own scale."""
+        return math.fsum([self.base, math.ldexp(loss, self.exponent)])
+
+    def argmin(self, values: FloatArray) -> IntArray:
+        """The first row with the smallest value in every group, (G,)."""
+        return argmin(values, self.start)
+
+
+def argmin(values: Array, start: IntArray) -> IntArray:
+    """The first row with the smallest value between start[g] and start[g + 1], for every g."""
+    n = int(start[1] - start[0])
+    if n * (len(start) - 1) == start[-1] and (np.diff(start) == n).all():
+        return values.reshape(-1, n).argmin(axis=1) + start[:-1]
+    least = np.minimum.reduceat(values, start[:-1])
+    hits = np.flatnonzero(values == np.repeat(least, np.diff(start)))
+    return hits[np.searchsorted(hits, start[:-1])]
+
+
+def lexmin(first: Array, second: Array, start: IntArray) -> IntArray:
+    """Like argmin, ties in `first` broken by `second`."""
+    least = np.repeat(np.minimum.reduceat(first, start[:-1]), np.diff(start))
+    worst = np.iinfo(np.int64).max if second.dtype == np.int64 else np.inf
+    return argmin(np.where(first == least, second, worst), start)
+
+
+def whole(flat: Flat, up: bool) -> tuple[IntArray, IntArray, bool]:
+    """Costs (N, 1) and limit (1,) of a one-resource problem as integers; the third says whether they are exact.
+
+    Float costs are multiples of a power of two small enough that sums just fit 62 bits: rounded `up` every choice within the
+    limit is within the budget, rounded down every choice within the budget is within the limit.
+    """
+    if flat.cost.dtype == np.int64:
+        return flat.cost, flat.limit, True
+    most = float(np.maximum.reduceat(np.abs(flat.cost[:, 0]), flat.start[:-1]).sum())
+    shift = 60 - int(np.frexp(most)[1])
+    scaled = np.ldexp(flat.cost, shift)
+    limit = np.floor(np.clip(np.ldexp(flat.limit, shift), -float(INTEGER_LIMIT), float(INTEGER_LIMIT)))
+    rounded = np.ceil(scaled) if up else np.floor(scaled)
+    return rounded.astype(np.int64), limit.astype(np.int64), bool((rounded == scaled).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """The best price of a one-resource problem: the rows chosen just within the budget and just over it, and the bound.
+
+    `within` and `over` (G,) row indices (`over` is None where the smallest losses fit, and the choice is optimal); `price` in
+    scaled loss per unit; `bound` in scaled loss, proven; `noise`: what rounding may hide in the bound.
+    """
+
+    within: IntArray
+    over: IntArray | None
+    price: float
+    bound: float
+    noise: float
+    iterations: int
+
+
+def bound_at(rows: Rows, price: FloatArray) -> tuple[float, float]:
+    """L(price) of scaled rows for a price (K,) ≥ 0, lowered by all that rounding may have added; and that amount."""
+    values = rows.loss + rows.cost @ price
+    least = math.fsum(np.minimum.reduceat(values, rows.start[:-1]))
+    paid = math.fsum((price * rows.limit).tolist())
+    noise = EPS * ((4 + 2 * len(price)) * least + 4 * float(np.abs(price * rows.limit).sum()))
+    return least - paid - noise, noise
+
+
+def dual(rows: Rows) -> Dual | None:
+    """Maximise L over the price of one resource, by cutting planes; None where the cheapest choice is over the limit.
+
+    The two choices that bracket the limit give the next price, the slope of the line between them; where no choice lies below
+    that line, the price is optimal. Options outside the bracket are dropped as it closes, so all steps together cost a few
+    passes over the options. Each group's losses must be scaled rows with integer costs.
+    """
+    loss, cost, limit = rows.loss, rows.cost[:, 0], int(rows.limit[0])
+    if limit < 0:
+        return None
+    over = lexmin(loss, cost, rows.start)
+    if int(cost[over].sum()) <= limit:
+        return Dual(over, None, 0.0, 0.0, 0.0, 1)
+    within = lexmin(cost, loss, rows.start)
+    low_price, high_price, price = 0.0, math.inf, 0.0
+    origin, start = None, rows.start
+    iterations = 1
+    while True:
+        # Options cheaper than `within` or dearer than `over` are no longer chosen at any price in the bracket.
+        open_groups = np.flatnonzero(within != over)
+        ends = np.sort(np.stack([cost[within], cost[over]]), axis=0)
+        at = rows.group if origin is None else np.repeat(np.arange(len(start) - 1), np.diff(start))
+        keep = (cost >= ends[0][at]) & (cost <= ends[1][at]) & (within != over)[at]
+        if origin is None:
+            done_within, done_over, origin = within.copy(), over.copy(), np.arange(len(loss))
+            groups = np.arange(len(within))
+        done_within[groups], done_over[groups] = origin[within], origin[over]
+        groups = groups[open_groups]
+        kept = np.flatnonzero(keep)
+        position = np.cumsum(keep) - 1
+        loss, cost, origin = loss[kept], cost[kept], origin[kept]
+        within, over = position[within[open_groups]], position[over[open_groups]]
+        start = np.concatenate([[0], np.cumsum(np.bincount(at[kept], minlength=len(start) - 1)[open_groups])])
+        fixed_cost = int(rows.cost[done_within, 0].sum()) - int(cost[within].sum())
+
+        chord = float((loss[within] - loss[over]).sum()) / float(int((cost[over] - cost[within]).sum()))
+        price = chord
+        middle = iterations > 12 and iterations % 2 == 0 and low_price > 0 and high_price < math.inf
+        if middle:
+            price = math.sqrt(low_price) * math.sqrt(high_price)
+        values = loss + price * cost
+        chosen = argmin(values, start)
+        iterations += 1
+        total = fixed_cost + int(cost[chosen].sum())
+        below = float((values[chosen] - values[within]).sum())
+        inside = fixed_cost + int(cost[within].sum()) < total < fixed_cost + int(cost[over].sum())
+        if not middle and (not inside or below >= -4 * EPS * float(values[within].sum())):
+            break
+        if total <= limit:
+            high_price, within = price, chosen if inside else within
+        else:
+            low_price, over = price, chosen if inside else over
+    bound, noise = bound_at(rows, np.array([price]))
+    return Dual(done_within, done_over, price, max(bound, 0.0), noise, iterations)
+
+
+def one_resource(problem: Problem, solver: str) -> str:
+    """Why a one-resource solver does not take a problem, or ""."""
+    if problem.objective != "sum":
+        return f"solver '{solver}' minimises the sum of losses, and this problem asks for the smallest '{problem.objective}'; use 'minimax'"
+    if problem.pairwise:
+        return (
+            f"solver '{solver}' knows no pairwise terms, and this problem has {len(problem.pairwise)}; use 'relaxation'"
+        )
+    if problem.flat.cost.shape[1] != 1:
+        what = f"{len(problem.resources)} resources" + (" and lower bounds" if problem.lower is not None else "")
+        return f"solver '{solver}' takes one resource and no lower bounds, and this problem has {what}; use 'milp'"
+    return ""
+
+
+def ask_one(problem: Problem, solver: str) -> None:
+    reason = one_resource(problem, solver)
+    if reason:
+        raise ProblemError(reason)
+
+
+@dataclass(frozen=True)
+class Lagrangian:
+    """The choice at the best price, repaired: what is left of the budget goes to the most loss saved that still fits.
+
+    Fast and close, with a bound; for the proven optimum take `exact` (one resource) or `milp`.
+    """
+
+    name: str = "lagrangian"
+
+    def why_not(self, problem: Problem) -> str:
+        """Why this solver does not take the problem, or ""."""
+        return one_resource(problem, self.name)
+
+    def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
+        """Solve; deterministic, so `seed` is not used, and a few passes over the options, so neither is `time_limit`."""
+        ask_one(problem, self.name)
+        flat = problem.flat
+        lower = Rows.of(flat, *whole(flat, up=False)[:2])
+        at = dual(lower)
+        if at is None:
+            return Solution.none(problem, Status.INFEASIBLE, self.name)
+        price = np.array([math.ldexp(at.price, lower.exponent)])
+        upper = Rows.of(flat, *whole(flat, up=True)[:2])
+        found = dual(upper)
+        if found is None:
+            return Solution.none(problem, Status.UNKNOWN, self.name, lower.true(at.bound))
+        choice = flat.choice(improve(upper, found.within))
+        loss, bound = problem.total_loss(choice), lower.true(at.bound)
+        status = Status.OPTIMAL if loss - bound <= ROUNDING * magnitude(problem, choice) else Status.FEASIBLE
+        return Solution.of(problem, choice, bound, status, self.name, iterations=at.iterations, price=price)
+
+
+def improve(rows: Rows, chosen: IntArray, moves: int = 100) -> IntArray:
+    """Rows (G,) within the limits, made better by single changes: each time the one that saves the most loss and still fits."""
+    now = chosen.copy()
+    for _ in range(moves):
+        left = rows.limit - rows.cost[now].sum(axis=0)
+        saved = rows.loss[now][rows.group] - rows.loss
+        fits = ((rows.cost - rows.cost[now][rows.group]) <= left).all(axis=1)
+        saved[~fits] = 0.0
+        best = int(saved.argmax())
+        if saved[best] <= 0:
+            break
+        now[rows.group[best]] = best
+    return now

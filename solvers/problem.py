@@ -1,0 +1,379 @@
+"""Budgeted choice: what is asked (`Problem`), and an answer that checks itself (`Solution`, in `solution.py`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+
+SCHEMA = 1
+# Sums of integer costs stay below 2**62, so that no sum or difference of two of them overflows int64.
+INTEGER_LIMIT = 2**62
+
+
+class ProblemError(ValueError):
+    """A problem that cannot be read, or that a solver does not take; the message says what was got and what is needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairwise:
+    """A loss that depends on two groups: choosing option i in group `first` and j in `second` adds `loss[i, j]`."""
+
+    first: int
+    second: int
+    loss: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """All options that may still be chosen, end to end: N rows, group g owning rows start[g] to start[g + 1].
+
+    `loss` (N,) float64; `cost` (N, K) int64 or float64 and `limit` (K,), the rows of Σ cost ≤ limit: one per resource, and one
+    negated row per lower bound; `option` (N,) the index of the option within its group; `group` (N,); `start` (G + 1,).
+    """
+
+    loss: FloatArray
+    cost: Array
+    limit: Array
+    option: IntArray
+    start: IntArray
+
+    @cached_property
+    def sizes(self) -> IntArray:
+        return np.diff(self.start)
+
+    @cached_property
+    def group(self) -> IntArray:
+        return np.repeat(np.arange(len(self.sizes)), self.sizes)
+
+    def choice(self, rows: IntArray) -> IntArray:
+        """The option chosen in every group, from one row per group."""
+        return self.option[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Choose one option in each of G groups: least loss within every budget (a multiple-choice knapsack).
+
+    minimise   Σ_g loss[g][x_g] + Σ_p pairwise_p[x_g, x_h]     (objective "sum"; "max" takes the largest loss of a group)
+    subject to lower[r] ≤ Σ_g cost[g][x_g, r] ≤ budget[r]      for every resource r;   x_g = fixed[g] where that is given
+
+    `loss`: G arrays (n_g,), finite, any sign. `cost`: G arrays (n_g,) or (n_g, R); where all are integers they stay int64, so
+    bytes are exact. `budget`: one number or (R,); inf means no limit. `resources`: R names with their units, such as "bytes".
+    `names`: G names of groups. `options`: per group the n_g printable names of its options. `pairwise`: (g, h, matrix)
+    triples, the matrix (n_g, n_h). `lower`: like budget, -inf means no limit. `fixed`: {group index: option index}.
+    Raises ProblemError, saying what was got and what is needed.
+    """
+
+    loss: Sequence[Array]
+    cost: Sequence[Array]
+    budget: Any
+    resources: Sequence[str] = ("bytes",)
+    names: Sequence[str] | None = None
+    options: Sequence[Sequence[str]] | None = None
+    pairwise: Sequence[Any] = ()
+    lower: Any = None
+    fixed: Mapping[int, int] | None = None
+    objective: str = "sum"
+
+    def __post_init__(self) -> None:
+        def put(field: str, value: object) -> None:
+            object.__setattr__(self, field, value)
+
+        put("resources", (self.resources,) if isinstance(self.resources, str) else tuple(self.resources))
+        if len(self.loss) == 0:
+            raise ProblemError("the problem has no groups; at least one is needed")
+        if len(self.loss) != len(self.cost):
+            raise ProblemError(
+                f"{len(self.loss)} groups have losses but {len(self.cost)} have costs; both need one array per group"
+            )
+        if self.objective not in ("sum", "max"):
+            raise ProblemError(f"objective is {self.objective!r}; it must be 'sum' or 'max'")
+        put("names", _names(self.names, len(self.loss)))
+        put("loss", tuple(_losses(self._at(g), a) for g, a in enumerate(self.loss)))
+        put("cost", _costs(self))
+        put("budget", self._limits("budget", self.budget, np.floor))
+        lower = -np.inf if self.lower is None else self.lower
+        put("lower", None if np.all(np.asarray(lower) == -np.inf) else self._limits("lower", lower, np.ceil))
+        put("options", _labels(self))
+        put("pairwise", tuple(_pair(self, p) for p in self.pairwise))
+        put("fixed", _fixed(self))
+        if self.objective == "max" and self.pairwise:
+            raise ProblemError("pairwise terms need the objective 'sum'; this problem has the objective 'max'")
+
+    def _at(self, g: int) -> str:
+        assert self.names is not None
+        return f"group {self.names[g]!r}"
+
+    @property
+    def groups(self) -> int:
+        return len(self.loss)
+
+    @property
+    def integer(self) -> bool:
+        """Whether costs are integers, and so exact."""
+        return self.cost[0].dtype == np.int64
+
+    def _limits(self, word: str, value: Any, rounding: Any) -> Array:
+        limits = np.atleast_1d(np.asarray(value))
+        R = len(self.resources)
+        if limits.shape != (R,):
+            raise ProblemError(
+                f"{word} has shape {limits.shape} but there are {R} resources {list(self.resources)}; it needs one number for each"
+            )
+        if limits.dtype == object or not (np.issubdtype(limits.dtype, np.number) and not np.iscomplexobj(limits)):
+            raise ProblemError(f"{word} is {value!r}; it needs real numbers that fit 64 bits")
+        if np.issubdtype(limits.dtype, np.floating) and np.isnan(limits).any():
+            raise ProblemError(
+                f"{word} for {self.resources[int(np.isnan(limits).argmax())]!r} is nan; it needs a number"
+            )
+        if not self.integer:
+            return limits.astype(np.float64)
+        if np.issubdtype(limits.dtype, np.floating):
+            # A whole number of bytes obeys 10.7 exactly where it obeys 10.
+            limits = np.clip(rounding(limits), -float(INTEGER_LIMIT), float(INTEGER_LIMIT))
+        return np.clip(limits, -INTEGER_LIMIT, INTEGER_LIMIT).astype(np.int64)
+
+    @cached_property
+    def flat(self) -> Flat:
+        """The options that may be chosen, end to end (see Flat)."""
+        assert isinstance(self.fixed, dict)
+        option = [np.array([self.fixed[g]]) if g in self.fixed else np.arange(len(a)) for g, a in enumerate(self.loss)]
+        start = np.concatenate([[0], np.cumsum([len(j) for j in option])]).astype(np.int64)
+        whole = not self.fixed
+        loss = np.concatenate(self.loss if whole else [a[j] for a, j in zip(self.loss, option, strict=True)])
+        cost = np.concatenate(self.cost if whole else [a[j] for a, j in zip(self.cost, option, strict=True)])
+        limit = self.budget
+        if self.lower is not None:
+            held = self.lower > (-INTEGER_LIMIT if self.integer else -np.inf)
+            cost = np.concatenate([cost, -cost[:, held]], axis=1)
+            limit = np.concatenate([limit, -self.lower[held]])
+        return Flat(loss, cost, limit, np.concatenate(option).astype(np.int64), start)
+
+    def total_loss(self, choice: Array) -> float:
+        """The objective of a choice (G,), the sum correctly rounded."""
+        terms = [float(a[j]) for a, j in zip(self.loss, choice, strict=True)]
+        if self.objective == "max":
+            return max(terms)
+        return math.fsum(terms + [float(p.loss[choice[p.first], choice[p.second]]) for p in self.pairwise])
+
+    def total_cost(self, choice: Array) -> Array:
+        """What a choice (G,) costs, (R,): exact for integers, correctly rounded for floats."""
+        rows = np.stack([a[j] for a, j in zip(self.cost, choice, strict=True)])
+        return rows.sum(axis=0) if self.integer else np.array([math.fsum(c) for c in rows.T])
+
+    def violated(self, choice: Array) -> str:
+        """Which limit a choice (G,) breaks, in words, or "". Exact: integers are added as integers, and floats by their sign."""
+        rows = np.stack([a[j] for a, j in zip(self.cost, choice, strict=True)])
+        for r, resource in enumerate(self.resources):
+            column = rows[:, r].tolist()
+            # The exactly rounded sum of floats has the sign of the exact sum.
+            if (
+                self.budget[r] != np.inf and math.fsum([*column, -float(self.budget[r])]) > 0
+                if not self.integer
+                else sum(column) > int(self.budget[r])
+            ):
+                return f"{resource}: {_add(column)!r} is over the budget of {self.budget[r]}"
+            if self.lower is None or self.lower[r] == -np.inf:
+                continue
+            if (
+                math.fsum([*column, -float(self.lower[r])]) < 0
+                if not self.integer
+                else sum(column) < int(self.lower[r])
+            ):
+                return f"{resource}: {_add(column)!r} is under the lower bound of {self.lower[r]}"
+        return ""
+
+    def feasible(self, choice: Array) -> bool:
+        """Whether a choice (G,) keeps every limit, exactly."""
+        return not self.violated(choice)
+
+    def smallest(self) -> Array:
+        """The least each resource can be, (R,), whatever the others are."""
+        flat = self.flat
+        least = np.minimum.reduceat(flat.cost[:, : len(self.resources)], flat.start[:-1], axis=0)
+        return least.sum(axis=0) if self.integer else np.array([math.fsum(c) for c in least.T])
+
+    def with_budget(self, budget: Any) -> Problem:
+        """The same problem under another budget; arrays are shared."""
+        new = object.__new__(Problem)
+        for field in self.__dataclass_fields__:
+            object.__setattr__(new, field, getattr(self, field))
+        object.__setattr__(new, "budget", self._limits("budget", budget, np.floor))
+        return new
+
+    def save(self, path: str | Path) -> None:
+        """Write the problem as one npz file: flat arrays, and a JSON header under the name `header`; no pickle."""
+        header = {
+            "schema": SCHEMA,
+            "resources": list(self.resources),
+            "names": list(self.names or ()),
+            "options": None if self.options is None else [list(o) for o in self.options],
+            "pairwise": [[p.first, p.second] for p in self.pairwise],
+            "fixed": sorted((self.fixed or {}).items()),
+            "objective": self.objective,
+        }
+        arrays = {
+            "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+            "sizes": np.array([len(a) for a in self.loss], np.int64),
+            "loss": np.concatenate(self.loss),
+            "cost": np.concatenate(self.cost),
+            "budget": self.budget,
+        }
+        if self.lower is not None:
+            arrays["lower"] = self.lower
+        for k, p in enumerate(self.pairwise):
+            arrays[f"pairwise_{k}"] = p.loss
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        Path(path).write_bytes(buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Problem:
+        """Read what `save` wrote. Raises ProblemError where the schema is another one."""
+        with np.load(path, allow_pickle=False) as data:
+            header = json.loads(data["header"].tobytes().decode())
+            if header.get("schema") != SCHEMA:
+                raise ProblemError(f"{path} has schema {header.get('schema')!r}; this version reads schema {SCHEMA}")
+            cuts = np.cumsum(data["sizes"])[:-1]
+            return cls(
+                loss=np.split(data["loss"], cuts),
+                cost=np.split(data["cost"], cuts),
+                budget=data["budget"],
+                resources=header["resources"],
+                names=header["names"],
+                options=header["options"],
+                pairwise=[(g, h, data[f"pairwise_{k}"]) for k, (g, h) in enumerate(header["pairwise"])],
+                lower=data["lower"] if "lower" in data else None,
+                fixed=dict(header["fixed"]),
+                objective=header["objective"],
+            )
+
+
+class Deadline:
+    """A time limit in seconds, counted from now; None never passes."""
+
+    def __init__(self, limit: float | None) -> None:
+        if limit is not None and not limit > 0:
+            raise ProblemError(f"time_limit is {limit!r} seconds; it must be positive, or None for no limit")
+        self.limit = limit
+        self.begun = time.perf_counter()
+
+    @property
+    def left(self) -> float:
+        return math.inf if self.limit is None else self.limit - (time.perf_counter() - self.begun)
+
+    @property
+    def passed(self) -> bool:
+        return self.limit is not None and self.left <= 0
+
+
+def _add(column: list[Any]) -> Any:
+    return sum(column) if isinstance(column[0], int) else math.fsum(column)
+
+
+def _names(names: Sequence[str] | None, G: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(f"g{g}" for g in range(G))
+    if len(names) != G:
+        raise ProblemError(f"{len(names)} names for {G} groups; one name per group is needed")
+    if len(set(names)) != G:
+        twice = next(n for k, n in enumerate(names) if n in names[:k])
+        raise ProblemError(f"two groups are named {twice!r}; names must differ")
+    return tuple(names)
+
+
+def _losses(at: str, values: Array) -> FloatArray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ProblemError(f"{at} has losses of shape {array.shape}; a non-empty vector is needed")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).argmax())
+        raise ProblemError(f"{at} option {bad} has loss {array[bad]}; losses must be finite")
+    return array
+
+
+def _costs(problem: Problem) -> tuple[Array, ...]:
+    R = len(problem.resources)
+    given = [np.asarray(a) for a in problem.cost]
+    for g, a in enumerate(given):
+        at, n = problem._at(g), len(problem.loss[g])
+        if a.ndim not in (1, 2) or a.dtype.kind not in "iufb":
+            raise ProblemError(
+                f"{at} has costs of shape {a.shape} and type {a.dtype}; numbers of shape (options,) or (options, resources) are needed"
+            )
+        if len(a) != n:
+            raise ProblemError(f"{at} has {n} losses but {len(a)} costs; both need one entry per option")
+        if (1 if a.ndim == 1 else a.shape[1]) != R:
+            raise ProblemError(
+                f"{at} has {1 if a.ndim == 1 else a.shape[1]} costs per option but there are {R} resources {list(problem.resources)}"
+            )
+        if a.dtype.kind == "f" and not np.isfinite(a).all():
+            bad = int(np.argwhere(~np.isfinite(a.reshape(n, R)))[0, 0])
+            raise ProblemError(f"{at} option {bad} has cost {a[bad]}; costs must be finite")
+    whole = all(a.dtype.kind in "iub" for a in given)
+    if whole:
+        most = sum(max(abs(int(a.max())), abs(int(a.min()))) for a in given)
+        if most >= INTEGER_LIMIT:
+            raise ProblemError(f"integer costs may add up to {most}; sums must stay under 2**62, so use a larger unit")
+    kind = np.int64 if whole else np.float64
+    return tuple(a.astype(kind).reshape(len(a), R) for a in given)
+
+
+def _labels(problem: Problem) -> tuple[tuple[str, ...], ...] | None:
+    if problem.options is None:
+        return None
+    if len(problem.options) != problem.groups:
+        raise ProblemError(
+            f"{len(problem.options)} lists of option names for {problem.groups} groups; one list per group is needed"
+        )
+    for g, labels in enumerate(problem.options):
+        if len(labels) != len(problem.loss[g]):
+            raise ProblemError(
+                f"{problem._at(g)} has {len(problem.loss[g])} losses but {len(labels)} option names; both need one entry per option"
+            )
+    return tuple(tuple(labels) for labels in problem.options)
+
+
+def _pair(problem: Problem, pair: Any) -> Pairwise:
+    g, h, matrix = (pair.first, pair.second, pair.loss) if isinstance(pair, Pairwise) else pair
+    if not (0 <= g < problem.groups and 0 <= h < problem.groups) or g == h:
+        raise ProblemError(
+            f"a pairwise term joins groups {g} and {h}; two different groups of 0 to {problem.groups - 1} are needed"
+        )
+    array = np.asarray(matrix, dtype=np.float64)
+    need = (len(problem.loss[g]), len(problem.loss[h]))
+    if array.shape != need:
+        raise ProblemError(
+            f"the pairwise term of groups {g} and {h} has shape {array.shape}; their options need {need}"
+        )
+    if not np.isfinite(array).all():
+        raise ProblemError(
+            f"the pairwise term of groups {g} and {h} holds {array[~np.isfinite(array)][0]}; losses must be finite"
+        )
+    return Pairwise(int(g), int(h), array)
+
+
+def _fixed(problem: Problem) -> dict[int, int]:
+    fixed = {int(g): int(j) for g, j in dict(problem.fixed or {}).items()}
+    for g, j in fixed.items():
+        if not 0 <= g < problem.groups:
+            raise ProblemError(f"group {g} is fixed, but groups are 0 to {problem.groups - 1}")
+        if not 0 <= j < len(problem.loss[g]):
+            raise ProblemError(
+                f"{problem._at(g)} is fixed to option {j}, but its options are 0 to {len(problem.loss[g]) - 1}"
+            )
+    return dict(sorted(fixed.items()))
