@@ -1,0 +1,206 @@
+"""What a model takes: a batch is a tensor, a tuple or a dict. How to feed, split, join, count and fingerprint batches."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.errors import CalibrationError
+
+__all__ = ["batch_digest", "batch_samples", "describe_batch", "feed", "first_tensor", "join_batches", "materialise", "split_batches"]
+
+Batch = Any
+HOLDOUT = 0.2
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for key in batch for t in _tensors(batch[key])]
+    if isinstance(batch, tuple | list):
+        return [t for item in batch for t in _tensors(item)]
+    return []
+
+
+def _map(batch: Batch, function: Any) -> Batch:
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _map(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_map(item, function) for item in batch)
+    return batch
+
+
+def describe_batch(batch: Batch) -> str:
+    """A batch in a few words, for messages: `float32 (128, 3, 32, 32)`."""
+    if isinstance(batch, torch.Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {describe_batch(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, tuple | list):
+        return "(" + ", ".join(describe_batch(item) for item in batch) + ")"
+    return type(batch).__name__
+
+
+def materialise(batches: Iterable[Batch] | Batch) -> list[Batch]:
+    """All batches as a list; a single tensor counts as one batch.
+
+    Raises CalibrationError if there are none, or one holds no tensor.
+    """
+    if isinstance(batches, torch.Tensor | Mapping):
+        batches = [batches]
+    try:
+        out = list(batches)
+    except TypeError:
+        raise CalibrationError(f"batches are a {type(batches).__name__}; needed an iterable of tensors, tuples or dicts") from None
+    if not out:
+        raise CalibrationError("calibration yields no batches; needed at least one")
+    for i, batch in enumerate(out):
+        if not _tensors(batch):
+            raise CalibrationError(f"batch {i} is {describe_batch(batch)}; needed a tensor, or a tuple or dict of tensors")
+        if batch_samples(batch) == 0:
+            raise CalibrationError(f"batch {i} is empty: {describe_batch(batch)}")
+    return out
+
+
+def first_tensor(batch: Batch) -> torch.Tensor:
+    return _tensors(batch)[0]
+
+
+def batch_samples(batch: Batch) -> int:
+    """Length of the leading dimension of the first tensor (1 for a scalar)."""
+    tensor = first_tensor(batch)
+    return int(tensor.shape[0]) if tensor.ndim else 1
+
+
+def batch_digest(batch: Batch) -> str:
+    """SHA-256 over keys, types, shapes and bytes of a batch."""
+    digest = hashlib.sha256()
+
+    def visit(item: Batch) -> None:
+        if isinstance(item, torch.Tensor):
+            digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            digest.update(np.ascontiguousarray(item.detach().cpu().contiguous().view(torch.uint8).numpy()).tobytes() if item.numel() else b"")
+        elif isinstance(item, Mapping):
+            for key in item:
+                digest.update(f"[{key}]".encode())
+                visit(item[key])
+        elif isinstance(item, tuple | list):
+            digest.update(b"(")
+            for value in item:
+                visit(value)
+            digest.update(b")")
+        else:
+            digest.update(repr(item).encode())
+
+    visit(batch)
+    return digest.hexdigest()
+
+
+def _positional_limits(model: nn.Module) -> tuple[int, float]:
+    """How many positional arguments forward needs, and how many it can take."""
+    needed, most = 0, 0.0
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            most = float("inf")
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            most += 1
+            needed += parameter.default is parameter.empty
+    return needed, most
+
+
+def model_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for model.forward.
+
+    A pair whose second item the model cannot take is [inputs, labels], and only the inputs are fed.
+    Raises CalibrationError where the signature leaves open what a pair is, and says how to write it.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if not isinstance(batch, tuple | list):
+        return (batch,), {}
+    needed, most = _positional_limits(model)
+    n = len(batch)
+    if n == 2 and most == 1:
+        return (batch[0],), {}
+    if n == 2 and needed == 1 and most > 1:
+        raise CalibrationError(
+            f"a batch is a pair, and {type(model).__name__}.forward takes one argument or more: is the second item an input or the labels? "
+            "Yield the inputs alone, or a dict of arguments by name"
+        )
+    if not needed <= n <= most:
+        raise CalibrationError(f"a batch has {n} items, {type(model).__name__}.forward takes {needed} to {most:g}; yield what it takes")
+    return tuple(batch), {}
+
+
+def feed(model: nn.Module, batch: Batch) -> Any:
+    """model(batch) on the model's device, without gradients being switched on or off.
+
+    Raises CalibrationError, describing the batch, if the model refuses it.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = model_arguments(model, _map(batch, lambda t: t.to(device)))
+    try:
+        return model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CalibrationError(f"the model cannot take a batch of {describe_batch(batch)}: {reason}") from error
+
+
+def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int = 0) -> tuple[list[Batch], list[Batch]]:
+    """(fit, held): a slice of the data that the Hessians never see, chosen by the seed; the same call gives the same split.
+
+    From five batches on, whole batches are held out; with fewer, the last samples of each. A single sample cannot be split, and then
+    nothing is held out.
+    """
+    n = len(batches)
+    if n >= 5:
+        count = max(1, round(holdout * n))
+        held = set(np.random.default_rng(seed).permutation(n)[:count].tolist())
+        return [b for i, b in enumerate(batches) if i not in held], [b for i, b in enumerate(batches) if i in held]
+    fit, out = [], []
+    for batch in batches:
+        size = batch_samples(batch)
+        keep = size - max(1, round(holdout * size)) if size > 1 else size
+        fit.append(_map(batch, lambda t, keep=keep, size=size: t[:keep] if t.ndim and t.shape[0] == size else t))
+        if keep < size:
+            out.append(_map(batch, lambda t, keep=keep, size=size: t[keep:] if t.ndim and t.shape[0] == size else t))
+    return fit, out
+
+
+def join_batches(batches: Sequence[Batch], samples: int) -> Batch:
+    """The first `samples` samples as one batch; where shapes differ between batches, the largest single batch.
+
+    A statistics correction needs one forward pass that holds all its data, because each layer is corrected before the next sees it.
+    """
+    chosen, total = [], 0
+    for batch in batches:
+        if total >= samples:
+            break
+        chosen.append(batch)
+        total += batch_samples(batch)
+
+    def join(items: list[Batch]) -> Batch:
+        head = items[0]
+        if isinstance(head, torch.Tensor):
+            return torch.cat(items) if head.ndim else head
+        if isinstance(head, Mapping):
+            return {key: join([item[key] for item in items]) for key in head}
+        if isinstance(head, tuple | list):
+            return tuple(join(list(group)) for group in zip(*items, strict=True))
+        return head
+
+    try:
+        joined = join(chosen)
+    except (RuntimeError, KeyError, ValueError):
+        joined = max(chosen, key=batch_samples)
+    size = batch_samples(joined)
+    return _map(joined, lambda t: t[:samples] if t.ndim and t.shape[0] == size else t)

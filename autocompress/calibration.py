@@ -1,0 +1,309 @@
+"""Calibration: forward hooks that stream Hessians. The only place where Hessians are accumulated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autocompress.batches import Batch, batch_digest, batch_samples, feed, materialise, split_batches
+from autocompress.errors import CalibrationError, MismatchError
+from autocompress.files import atomic_path
+from autocompress.layers import Layer, find_layers, model_digest
+
+__all__ = ["LayerStatistics", "Statistics", "calibrate"]
+
+CALIBRATION_VERSION = 1
+IN_FLIGHT = 1 << 23  # entries of the unfolded input held at a time (32 MiB of float32)
+PANEL = 256  # rows of a panel of the symmetric product; only panels on and above the diagonal are multiplied
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration saw of one layer.
+
+    hessian: 2 X Xᵀ / N + damping · mean(diag) · I, float64 (groups, d, d), N samples (batch entries, not positions).
+    mean, var: moments of each output channel over samples and positions, float64 (out,). dead: inputs that were always zero.
+    """
+
+    hessian: np.ndarray
+    calls: int
+    mean: np.ndarray
+    var: np.ndarray
+    dead: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-layer statistics of one model on one set of data; `fields` is everything that they depend on, `fingerprint` its digest."""
+
+    layers: Mapping[str, LayerStatistics]
+    samples: int
+    damping: float
+    unreached: tuple[str, ...]
+    fields: Mapping[str, str]
+    seen: tuple[str, ...] = field(default=())
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(dict(sorted(self.fields.items()))).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write one npz file (no pickle), atomically; layers with the same input share one Hessian in it."""
+        arrays: dict[str, np.ndarray] = {}
+        names: dict[str, Any] = {}
+        stored: dict[int, str] = {}
+        for i, (name, s) in enumerate(self.layers.items()):
+            at = stored.setdefault(id(s.hessian), f"h{i}")
+            arrays.setdefault(at, s.hessian)
+            arrays[f"m{i}"], arrays[f"v{i}"] = s.mean, s.var
+            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead]
+        meta = {
+            "layers": names,
+            "samples": self.samples,
+            "damping": self.damping,
+            "unreached": self.unreached,
+            "fields": dict(self.fields),
+            "seen": self.seen,
+        }
+        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+        with atomic_path(path) as scratch, scratch.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Inverse of `save`. Raises MismatchError if the file is not one of statistics."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                meta = json.loads(bytes(data["meta"]))
+                cache = {key: data[key] for key in data.files}
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise MismatchError(f"{path} does not hold statistics: {error}") from error
+        layers = {
+            name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead) for name, (h, m, v, calls, dead) in meta["layers"].items()
+        }
+        return cls(layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"]))
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    seed: int = 0,
+    damping: float = 1e-2,
+    holdout: float | None = None,
+) -> Statistics:
+    """Run the model over the batches and accumulate every layer's Hessian.
+
+    H = 2 X Xᵀ / N + damping · mean(diag) · I: float32 products of chunks, summed in float64; X holds each layer's inputs, a
+    convolution's unfolded over its kernel. `holdout` (default 0.2; 0 for none) of the data, chosen by `seed`, is left out: it is what
+    `Context` measures plans on. A layer called several times sums its calls; an input shared by several layers is multiplied once.
+    Raises CalibrationError for no data, batches that do not fit, or values that are not finite (naming the layer).
+    Source: OBC, arXiv 2208.11580, section 3.
+    """
+    data = materialise(batches)
+    layers = find_layers(model)
+    fit = split_batches(data, seed=seed)[0] if holdout is None else split_batches(data, holdout, seed)[0] if holdout else list(data)
+    fields = {
+        "model": model_digest(model),
+        "data": hashlib.sha256("".join(batch_digest(b) for b in fit).encode()).hexdigest(),
+        "damping": repr(damping),
+        "calibration_version": str(CALIBRATION_VERSION),
+    }
+    collector = _Collector(model, list(layers))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), collector:
+            for batch in fit:
+                feed(model, batch)
+                collector.end_batch()
+    finally:
+        model.train(was_training)
+    samples = sum(batch_samples(b) for b in fit)
+    found = {name: acc.finish(samples, damping) for name, acc in collector.accumulators.items() if acc.calls}
+    _share_equal(found)
+    unreached = tuple(name for name, acc in collector.accumulators.items() if not acc.calls)
+    return Statistics(found, samples, damping, unreached, fields, tuple(batch_digest(b) for b in fit))
+
+
+def _share_equal(found: dict[str, LayerStatistics]) -> None:
+    """Let layers whose Hessians are bit for bit equal (the same input) hold one array."""
+    known: dict[bytes, np.ndarray] = {}
+    for name, s in found.items():
+        key = hashlib.sha256(s.hessian.tobytes()).digest()
+        array = known.setdefault(key, s.hessian)
+        if array is not s.hessian:
+            found[name] = LayerStatistics(array, s.calls, s.mean, s.var, s.dead)
+
+
+class _Accumulator:
+    def __init__(self, layer: Layer) -> None:
+        groups, _, d = layer.matrix_shape
+        self.layer = layer
+        self.gram = np.zeros((groups, d, d))
+        self.calls = 0
+        self.positions = 0
+        self.sum = np.zeros(layer.shape[0])
+        self.squares = np.zeros(layer.shape[0])
+
+    def finish(self, samples: int, damping: float) -> LayerStatistics:
+        hessian = self.gram
+        hessian *= 2.0 / samples
+        dead = 0
+        for h in hessian:
+            diagonal = np.diag(h)
+            dead += int((diagonal == 0.0).sum())
+            mean = float(diagonal.mean())
+            # A layer whose inputs are all zero has no opinion: the identity makes its error the plain squared weight error.
+            h[np.diag_indices_from(h)] += damping * mean if mean > 0.0 else 1.0
+        mean = self.sum / max(self.positions, 1)
+        var = np.maximum(self.squares / max(self.positions, 1) - mean**2, 0.0)
+        return LayerStatistics(hessian, self.calls, mean, var, dead)
+
+
+class _Collector:
+    """Forward hooks on every owner of every layer, for the time of a `with` block."""
+
+    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+        self.model = model
+        self.accumulators = {layer.name: _Accumulator(layer) for layer in layers}
+        self.layers = layers
+        self.handles: list[Any] = []
+        # Products of inputs that are still alive in this forward pass, so that several layers on one input cost one product.
+        self.products: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}
+
+    def __enter__(self) -> _Collector:
+        for layer in self.layers:
+            for owner in layer.owners:
+                module = self.model.get_submodule(owner)
+                accumulator = self.accumulators[layer.name]
+
+                def hook(m: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, accumulator: _Accumulator = accumulator) -> None:
+                    self._add(accumulator, m, args[0] if args else kwargs["input"], output)
+
+                self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.products.clear()
+
+    def end_batch(self) -> None:
+        self.products.clear()
+
+    def _add(self, accumulator: _Accumulator, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
+        key = (id(x), x._version, _geometry(module))
+        cached = self.products.get(key)
+        if cached is not None and cached[0]() is x:
+            gram = cached[1]
+        else:
+            gram = _gram(module, x.detach())
+            if not bool(torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all()):
+                raise CalibrationError(
+                    f"layer {accumulator.layer.name!r} receives values that are NaN, infinite or beyond 1e18; "
+                    "look at the layers before it and at the calibration data"
+                )
+            self.products[key] = (weakref.ref(x, lambda _, key=key: self.products.pop(key, None)), gram)
+        accumulator.gram += gram.cpu().numpy()
+        accumulator.calls += 1
+        flat = _channels_last(module, output.detach())
+        total, squares = flat.sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
+        if not bool(torch.isfinite(squares).all()):
+            raise CalibrationError(f"layer {accumulator.layer.name!r} puts out values that are NaN or infinite")
+        accumulator.sum += total.cpu().numpy()
+        accumulator.squares += squares.cpu().numpy()
+        accumulator.positions += flat.shape[0]
+
+
+def _geometry(module: nn.Module) -> tuple[Any, ...]:
+    if isinstance(module, nn.Linear):
+        return ("linear",)
+    m: Any = module
+    return ("conv", m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+
+
+def _channels_last(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """(positions, channels)"""
+    if isinstance(module, nn.Linear):
+        return output.reshape(-1, output.shape[-1])
+    dims = len(module.kernel_size)  # type: ignore[arg-type]
+    batched = output if output.ndim == dims + 2 else output[None]
+    return batched.movedim(1, -1).reshape(-1, batched.shape[1])
+
+
+def _gram(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """X Xᵀ of one input, float64 (groups, d, d): float32 products of chunks with at most IN_FLIGHT unfolded entries."""
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1]).float()
+        d = rows.shape[1]
+        gram = torch.zeros(1, d, d, dtype=torch.float64, device=x.device)
+        for chunk in rows.split(max(1, IN_FLIGHT // d)):
+            _add_product(gram[0], chunk.t())
+        return gram
+    m: Any = module
+    dims = len(m.kernel_size)
+    x = x.float() if x.ndim == dims + 2 else x.float()[None]
+    x = _pad(m, x)
+    groups, d = m.groups, x.shape[1] // m.groups * int(np.prod(m.kernel_size))
+    spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
+    gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
+    per_chunk = max(1, IN_FLIGHT // max(1, d * groups * int(np.prod(spatial))))
+    for chunk in x.split(per_chunk):
+        windows = _windows(m, chunk, spatial)
+        for g in range(groups):
+            _add_product(gram[g], windows[g])
+    return gram
+
+
+def _windows(m: Any, x: torch.Tensor, spatial: list[int]) -> torch.Tensor:
+    """Unfolded input (groups, in/groups · kernel, samples · positions), columns in the order of the weight: in, then kernel."""
+    dims = len(m.kernel_size)
+    x = x.contiguous()
+    n, c = x.shape[:2]
+    s = x.stride()
+    size = (c, *m.kernel_size, n, *spatial)
+    stride = (
+        s[1],
+        *(s[2 + i] * m.dilation[i] for i in range(dims)),
+        s[0],
+        *(s[2 + i] * m.stride[i] for i in range(dims)),
+    )
+    return x.as_strided(size, stride).reshape(m.groups, c // m.groups * int(np.prod(m.kernel_size)), -1)
+
+
+def _pad(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """The input padded as the module pads it before its convolution."""
+    if m.padding == "valid":
+        return x
+    sides: list[int] = []
+    for i in reversed(range(len(m.kernel_size))):  # F.pad wants the last dimension first
+        if m.padding == "same":
+            total = m.dilation[i] * (m.kernel_size[i] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [m.padding[i], m.padding[i]]
+    if not any(sides):
+        return x
+    return F.pad(x, sides) if m.padding_mode == "zeros" else F.pad(x, sides, mode=m.padding_mode)
+
+
+def _add_product(gram: torch.Tensor, X: torch.Tensor) -> None:
+    """gram += X Xᵀ in panels: the part on and above the diagonal panels is multiplied, the rest mirrored."""
+    d = X.shape[0]
+    panels = max(1, -(-d // PANEL))
+    edges = [d * i // panels for i in range(panels + 1)]
+    for a, b in zip(edges, edges[1:], strict=False):
+        product = (X[a:b] @ X[a:].t()).double()
+        gram[a:b, a:] += product
+        if b < d:
+            gram[b:, a:b] += product[:, b - a :].t()
