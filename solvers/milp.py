@@ -1,0 +1,164 @@
+"""Several resources: reduce by the dual bound, give what is left to HiGHS, prove the answer ourselves.
+
+HiGHS stops at a relative gap of 1e-4 and keeps limits within 1e-6 of their scale, so its "optimal" can be over a budget of bytes
+and its bound is a float's word. Here its choice is added up in integers, and the bound printed is the Lagrangian one, raised by
+partial choices (`several.Bundle`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from solvers.lagrangian import Rows, improve
+from solvers.problem import Array, Deadline, IntArray, Problem, ProblemError
+from solvers.several import Bundle, dual_prices
+from solvers.solution import ROUNDING, Solution, Status, magnitude
+
+
+@dataclass(frozen=True)
+class MILP:
+    """Solve to a relative `gap` proven by our own bound, or say what was proven.
+
+    `states`: how many partial choices the proof may hold. `reduce=False` hands HiGHS the whole problem (for comparison).
+    """
+
+    gap: float = 1e-4
+    states: int = 300_000
+    reduce: bool = True
+    name: str = "milp"
+
+    def why_not(self, problem: Problem) -> str:
+        """Why this solver does not take the problem, or ""."""
+        if problem.objective != "sum":
+            return f"solver '{self.name}' minimises the sum of losses; use 'minimax'"
+        if problem.pairwise:
+            return f"solver '{self.name}' knows no pairwise terms, and this problem has {len(problem.pairwise)}; use 'relaxation'"
+        return ""
+
+    def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
+        """Solve; deterministic, so `seed` is not used."""
+        if self.why_not(problem):
+            raise ProblemError(self.why_not(problem))
+        deadline = Deadline(time_limit)
+        flat = problem.flat
+        if (problem.smallest() > problem.budget).any():
+            return Solution.none(problem, Status.INFEASIBLE, self.name)
+        rows = Rows.of(flat, *finite(flat.cost, flat.limit))
+        prices = dual_prices(rows, deadline)
+        if prices.infeasible:
+            return self._infeasible(problem, "proven: the Lagrangian bound is above every loss", time_limit)
+        state = Bundle(rows, prices)
+        for chosen in [state.base, *prices.met[::-1][:8]]:
+            fixed = state.repair(chosen)
+            if fixed is not None:
+                state.offer(improve(rows, fixed))
+        state.expand(deadline, cap=300, total=self.states, most_groups=40)
+        said = ""
+        if self._open(rows, state) and not deadline.passed:
+            said, chosen = highs(rows, state.reduce() if self.reduce else np.arange(len(rows.loss)), state, deadline, self.gap)
+            if chosen is not None and not state.offer(chosen):
+                fixed = state.repair(chosen)
+                if fixed is not None:
+                    state.offer(improve(rows, fixed))
+        if self._open(rows, state) and not deadline.passed:
+            aim = 0.5 * self.gap * abs(rows.true(state.upper)) if state.rows is not None else 0.0
+            state.expand(deadline, self.states, self.states, len(rows.sizes), math.ldexp(aim, -rows.exponent))
+        if state.rows is None:
+            if state.bound == math.inf:
+                return self._infeasible(problem, "proven: every partial choice ends over a limit", time_limit)
+            if said == "infeasible":
+                return self._infeasible(problem, "by HiGHS's word: the linear relaxation is feasible", time_limit)
+            status = Status.TIME_LIMIT if deadline.passed else Status.UNKNOWN
+            return Solution.none(problem, status, self.name, rows.true(state.bound), message=f"HiGHS: {said}")
+        choice, bound = flat.choice(state.rows), rows.true(state.bound)
+        status = Status.TIME_LIMIT if deadline.passed else Status.FEASIBLE
+        if problem.total_loss(choice) - bound <= ROUNDING * magnitude(problem, choice):
+            status = Status.OPTIMAL
+        left = f"{len(state.live)} of {len(rows.loss)} options left by the bound" + (f"; HiGHS: {said}" if said else "")
+        price = np.ldexp(prices.price, rows.exponent)[: len(problem.resources)]
+        return Solution.of(
+            problem, choice, bound, status, self.name, iterations=prices.iterations, message=left, price=price
+        )
+
+    def _open(self, rows: Rows, state: Bundle) -> bool:
+        """Whether the gap is not reached yet."""
+        if state.rows is None:
+            return state.bound < math.inf
+        loss, bound = rows.true(state.upper), rows.true(state.bound)
+        return loss - bound > self.gap * abs(bound) and state.upper - state.bound > 4 * state.noise
+
+    def _infeasible(self, problem: Problem, why: str, time_limit: float | None) -> Solution:
+        """The least of each resource that the other budgets allow; where they allow nothing, whatever they are."""
+        smallest = problem.smallest().copy()
+        if not (smallest > problem.budget).any():
+            for r in range(len(smallest)):
+                others = problem.budget.copy()
+                others[r] = problem.total_cost(np.array([a[:, r].argmax() for a in problem.cost]))[r]
+                asked = Problem(
+                    [a[:, r].astype(np.float64) for a in problem.cost],
+                    problem.cost,
+                    others,
+                    problem.resources,
+                    lower=problem.lower,
+                    fixed=problem.fixed,
+                )
+                rows = Rows.of(asked.flat, *finite(asked.flat.cost, asked.flat.limit))
+                if dual_prices(rows, Deadline(time_limit)).infeasible:
+                    continue
+                least = MILP(self.gap, self.states)._least(asked, time_limit)
+                if least is not None:
+                    smallest[r] = asked.total_cost(least)[r]
+        return Solution.none(problem, Status.INFEASIBLE, self.name, smallest_budget=smallest, message=why)
+
+    def _least(self, asked: Problem, time_limit: float | None) -> IntArray | None:
+        """A choice of the least loss, or None where none is found (never asks for advice again)."""
+        found = _Quiet(self.gap, self.states)(asked, time_limit=time_limit)
+        return found.choice if found.found else None
+
+
+class _Quiet(MILP):
+    """MILP that reports an infeasible problem without working out the smallest budgets."""
+
+    def _infeasible(self, problem: Problem, why: str, time_limit: float | None) -> Solution:
+        return Solution.none(problem, Status.INFEASIBLE, self.name, message=why)
+
+
+def finite(cost: Array, limit: Array) -> tuple[Array, Array]:
+    """Costs (N, K) and limits (K,) with unlimited resources dropped (one is kept where all are unlimited, at 2**61)."""
+    held = limit < 2.0**61 if limit.dtype == np.int64 else limit < np.inf
+    if held.all():
+        return cost, limit
+    if not held.any():
+        return cost[:, :1], np.full(1, 2**61, limit.dtype)
+    return cost[:, held], limit[held]
+
+
+def highs(rows: Rows, live: IntArray, state: Bundle, deadline: Deadline, gap: float) -> tuple[str, IntArray | None]:
+    """What HiGHS says about the options `live` (the others are out), and its rows (G,), not yet checked."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    live = np.union1d(live, state.base) if state.rows is None else np.union1d(live, state.rows)
+    group = rows.group[live]
+    unit = np.maximum(np.abs(rows.limit.astype(np.float64)), np.maximum(rows.cost.max(axis=0), 1e-300))
+    one = csr_matrix((np.ones(len(live)), (group, np.arange(len(live)))), shape=(len(rows.sizes), len(live)))
+    answer = milp(
+        rows.loss[live],
+        constraints=[
+            LinearConstraint(one, 1, 1),
+            LinearConstraint(csr_matrix((rows.cost[live] / unit).T), -np.inf, rows.limit / unit),
+        ],
+        integrality=np.ones(len(live)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": gap / 4, "time_limit": max(0.01, min(deadline.left, 1e9))},
+    )
+    said = {0: "optimal", 1: "limit reached", 2: "infeasible", 3: "unbounded"}.get(answer.status, "error")
+    if answer.x is None:
+        return said, None
+    cuts = np.flatnonzero(np.diff(group, prepend=-1))
+    from solvers.lagrangian import argmin
+
+    return said, live[argmin(-answer.x, np.append(cuts, len(live)))]
