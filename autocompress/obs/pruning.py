@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import numpy as np
 from scipy.linalg import LinAlgError, lapack
@@ -10,7 +12,7 @@ from threadpoolctl import ThreadpoolController
 
 from autocompress.obs import kernels
 
-__all__ = ["layer_error", "prune", "prune_trace", "pruned_counts"]
+__all__ = ["layer_error", "prune", "prune_trace", "pruned_counts", "single_threaded"]
 
 BLOCK = 64  # pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py)
 
@@ -121,14 +123,20 @@ def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
 _POOLS = ThreadpoolController()
 
 
+def single_threaded() -> AbstractContextManager[object]:
+    """Hold BLAS to one thread for a `with` block: sums then have one order, whatever the machine's number of cores.
+
+    The limit is the process's; hold it around a pool of threads, not inside each of them.
+    """
+    return _POOLS.limit(limits=1, user_api="blas")
+
+
 def over_rows(run, rows: int, threads: int) -> None:  # type: ignore[no-untyped-def]
     """Call run(slice) for panels of rows on that many threads, with BLAS on one thread in each."""
     if threads <= 0:
-        import os
-
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(threads, rows)
-    with _POOLS.limit(limits=1, user_api="blas"):
+    with single_threaded():
         if threads <= 1:
             run(slice(0, rows))
             return

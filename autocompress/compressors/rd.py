@@ -1,0 +1,53 @@
+"""Rate-distortion OBS: `rd(step,lam)` and `rd(step,lam)s60`. Each code is chosen by the error it causes and the bits it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from autocompress import obs
+from autocompress.compressors.base import LayerProblem, Realised
+from autocompress.types import Option
+
+__all__ = ["RateDistortion", "default_grid"]
+
+
+class RateDistortion:
+    """Uniform grid with one step per layer, entropy-coded, after exact pruning to s percent; see `obs.rate_distortion_cells`.
+
+    step is in units of the layer's root mean square weight, so that one option means the same for every layer.
+    Source: engine.md section 4 (OBS error feedback with entropy-constrained scalar quantisation).
+    """
+
+    version = 1
+    source = "this project: entropy-constrained quantisation inside OBS"
+
+    def offers(self, option: Option) -> bool:
+        return option.step is not None and option == Option(sparsity=option.sparsity, step=option.step, lam=option.lam)
+
+    def needs_data(self, option: Option) -> bool:
+        return True
+
+    def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
+        hessian = problem.known_hessian()
+        order, _ = problem.trace()
+        rms = problem.rms
+        found: dict[Option, Realised] = {}
+        for sparsity in sorted({o.sparsity for o in options}):
+            wanted = [o for o in options if o.sparsity == sparsity]
+            steps = [float(np.float32((o.step or 0.0) * rms)) for o in wanted]
+            counts = problem.counts(sparsity)
+            grid = [(s, o.lam or 0.0) for o, s in zip(wanted, steps, strict=True)]
+            cells = obs.rate_distortion_cells(problem.weight, hessian, order, counts, grid, threads=1)
+            codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)
+            for o, s, q in zip(wanted, steps, codes, strict=True):
+                found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=s)
+        return [found[o] for o in options]
+
+
+def default_grid() -> list[Option]:
+    """Sparsity x step x λ offered by default."""
+    sparsities = (0, 20, 35, 50, 60, 70, 77.5, 85, 90, 94, 97)
+    steps = [round(0.1 * 2 ** (k / 2), 3) for k in range(11)]
+    return [Option(sparsity=float(s), step=t, lam=lam) for s in sparsities for t in steps for lam in (0.1, 0.3, 0.7)]
