@@ -33,11 +33,11 @@ class GoldenLayer:
         return self.arrays[key].astype(np.float64)
 
     @property
-    def order(self) -> NDArray[np.int64]:
+    def order(self) -> reference.Indices:
         return self.arrays["unstructured_order"].astype(np.int64)
 
     @property
-    def groups_of_four(self) -> NDArray[np.int64]:
+    def groups_of_four(self) -> reference.Indices:
         return reference.input_channel_groups(_KERNELS.get(self.name, self.W.shape), 4)
 
 

@@ -13,6 +13,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 Matrix = NDArray[np.float64]
-Indices = NDArray[np.int64]
+Indices = NDArray[np.int32] | NDArray[np.int64]
 
 
 def damped(hessian: Matrix, rel_damp: float) -> Matrix:
@@ -120,12 +121,15 @@ def replay_order(W: Matrix, H: Matrix, order: Indices) -> Replay:
 
 
 def pruned_counts_heap(losses: Matrix, sparsity: float) -> Indices:
-    """Weights to take from each row: the smallest *next* loss of all, until `ceil(rows * d * sparsity)` are gone."""
+    """Weights to take from each row: the smallest *next* loss of all, until `ceil(rows * d * sparsity)` are gone.
+
+    The sparsity counts as the decimal fraction that it prints as, up to 1e-9 of a weight.
+    """
     rows, d = losses.shape
     counts = np.zeros(rows, np.int64)
     heap = [(float(losses[i, 0]), i) for i in range(rows)]
     heapq.heapify(heap)
-    for _ in range(math.ceil(rows * d * sparsity)):
+    for _ in range(math.ceil(rows * d * Fraction(repr(sparsity)) - Fraction(1, 10**9))):
         _, i = heapq.heappop(heap)
         counts[i] += 1
         if counts[i] < d:
@@ -194,9 +198,9 @@ def block_losses(W: Matrix, H: Matrix, blocks: Indices) -> tuple[Indices, Matrix
         w, G, alive = W[i].astype(np.float64), _inverse(H), np.ones(n_blocks, bool)
         for t in range(n_blocks):
             scores = np.full(n_blocks, np.inf)
-            for b in np.flatnonzero(alive):
-                B = blocks[b]
-                scores[b] = w[B] @ np.linalg.solve(G[np.ix_(B, B)], w[B])
+            for k in np.flatnonzero(alive):
+                B = blocks[k]
+                scores[k] = w[B] @ np.linalg.solve(G[np.ix_(B, B)], w[B])
             b = int(np.argmin(scores))
             order[i, t], losses[i, t] = b, scores[b] / 2
             B = blocks[b]
