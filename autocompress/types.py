@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from autocompress.errors import BudgetError, MismatchError, OptionError
@@ -37,12 +38,13 @@ _OPTION = re.compile(
 class Option:
     """What may happen to one layer: a structure (what is kept) and a representation of the values that are kept.
 
-    Structure, at most one: `sparsity` in percent of the weights of the layer (`s75`); `nm` = (zeros, group) as in `2:4`;
-    `block` weights at a time with `sparsity` percent gone (`blk4@50`); `rank` (`rank32`), with `groups` channel groups
-    (`k4r12`); `channels` percent of the input channels gone (`ch50`).
-    Values, at most one: `bits` per weight, with a scale per output row or per `group` weights (`w4`, `w4g128`); rate-distortion
-    codes `rd(step,lam)` with the step in units of the layer's root mean square weight and lam the price of a bit in units of
-    the mean error of a step (see `autocompress.obs.rd`); half precision (`fp16`); otherwise float32 (`dense`).
+    Structure, at most one: `sparsity` in percent of the weights of the layer (`s75`); `nm` = (zeros, group) as in
+    `2:4`; `block` weights at a time with `sparsity` percent gone (`blk4@50`); `rank` (`rank32`), with `groups` channel
+    groups (`k4r12`); `channels` percent of the input channels gone (`ch50`).
+    Values, at most one: `bits` per weight, with a scale per output row or per `group` weights (`w4`, `w4g128`);
+    rate-distortion codes `rd(step,lam)` with the step in units of the layer's root mean square weight and lam the price
+    of a bit in units of the mean error of a step (see `autocompress.obs.rd`); half precision (`fp16`); otherwise
+    float32 (`dense`). Raises OptionError where that does not hold.
 
     >>> str(Option(sparsity=75, bits=4)), Option.parse("rd(0.031,0.2)s60").lam
     ('s75w4', 0.2)
@@ -59,6 +61,9 @@ class Option:
     step: float | None = None
     lam: float | None = None
     half: bool = False
+
+    def __post_init__(self) -> None:
+        self._validate(str(self))
 
     def __str__(self) -> str:
         if self.half:
@@ -93,7 +98,9 @@ class Option:
             return cls(half=True)
         match = _OPTION.fullmatch(text)
         if not text or match is None:
-            raise OptionError(f"{text!r} is not an option; names look like dense, fp16, w4, s75w4, 2:4w8, rd(0.25,0.1)s60")
+            raise OptionError(
+                f"{text!r} is not an option; known look like dense, fp16, w4, s75w4, 2:4w8, rd(0.25,0.1)s60"
+            )
         got = match.groupdict()
 
         def number(key: str) -> float | None:
@@ -103,7 +110,7 @@ class Option:
             return None if got[key] is None else int(got[key])
 
         sparsity = number("sparsity") or number("block_sparsity") or 0.0
-        option = cls(
+        return cls(
             sparsity=sparsity,
             nm=(int(got["n"]), int(got["m"])) if got["n"] else None,
             block=integer("block"),
@@ -115,18 +122,25 @@ class Option:
             step=number("step"),
             lam=number("lam"),
         )
-        option._validate(text)
-        return option
 
     def _validate(self, text: str) -> None:
         def need(condition: bool, what: str) -> None:
             if not condition:
                 raise OptionError(f"option {text!r}: {what}")
 
+        structures = [self.nm, self.rank, self.channels, self.sparsity or None if self.block is None else self.block]
+        need(
+            sum(value is not None for value in structures) <= 1, "at most one structure: s, N:M, blk, rank, k..r or ch"
+        )
+        need(self.groups is None or self.rank is not None, "channel groups need a rank, as in k4r12")
+        need(self.bits is not None or self.group is None, "a group of scales needs bits, as in w4g128")
+        need((self.step is None) == (self.lam is None), "rate-distortion codes need both numbers, as in rd(0.25,0.1)")
+        need(not self.half or dataclasses.replace(self, half=False) == DENSE, "fp16 goes with nothing else")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
         need(self.bits is None or 1 <= self.bits <= 8, f"{self.bits} bits, needed 1 to 8")
         need(self.step is None or 0 < self.step < math.inf, f"step is {self.step}, needed a positive number")
+        need(self.lam is None or 0 <= self.lam < math.inf, f"lam is {self.lam}, needed a number that is not negative")
         need(self.step is None or self.bits is None, "rate-distortion codes and fixed bits exclude each other")
         need(self.nm is None or 0 < self.nm[0] < self.nm[1], "N:M needs 0 < N < M")
         for name in ("block", "rank", "groups", "group"):
@@ -151,8 +165,9 @@ _BUDGET = re.compile(rf"\s*(?P<value>{_NUM})\s*(?P<unit>[a-zA-Z]*)\s*")
 class Budget:
     """What the result may cost; every limit that is given holds at once.
 
-    `size` in bytes of the whole file; `ratio`: the dense file's bytes divided by it (see `types.Budget.bytes`); `bits_per_weight`:
-    bits of the whole file over the number of parameters in it; `macs`, `bops`, `latency_ms` of one forward pass.
+    `size` in bytes of the whole file; `ratio`: the dense file's bytes divided by it (see `types.Budget.bytes`);
+    `bits_per_weight`: bits of the whole file over the number of parameters in it; `macs`, `bops`, `latency_ms` of one
+    forward pass.
 
     >>> str(Budget.parse("64 kB")), Budget.parse("12x").ratio, Budget.parse("64 KiB").size
     ('64000', 12.0, 65536)
@@ -181,14 +196,20 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
+            known = [f.name for f in dataclasses.fields(cls)]
+            if unknown := [key for key in value if key not in known]:
+                raise BudgetError(f"{unknown[0]!r} is not a budget; known are {', '.join(known)}")
             return cls(**value)
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise BudgetError(f"budget is {value!r}; needed bytes, or text like '64 kB', '12x', '3.2bpw'")
         return cls(size=_whole(value, value)) if isinstance(value, int | float) else cls.parse(value)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Inverse of `str`: `64000`, `64 kB` (1000), `64 KiB` (1024), `12x`, `3.2bpw`; several joined by `,`. Raises BudgetError."""
+        """Inverse of `str`: `64000`, `64 kB` (1000), `64 KiB` (1024), `12x`, `3.2bpw`; several joined by `,`.
+
+        Raises BudgetError.
+        """
         fields: dict[str, Any] = {}
         for part in str(text).split(","):
             key, _, rest = part.partition("=")
@@ -209,11 +230,14 @@ class Budget:
         if match is None or unit not in {"", "x", "bpw", *_UNITS}:
             raise BudgetError(f"{text!r} is not a budget; write bytes (64000), a size (64 kB, 64 KiB), 12x, or 3.2bpw")
         value = float(match["value"])
+        if not math.isfinite(value) or value <= 0:
+            raise BudgetError(f"budget is {text!r}; needed a positive, finite number")
         if unit == "x":
             return "ratio", value
         if unit == "bpw":
             return "bits_per_weight", value
-        return "size", _whole(value * _UNITS.get(unit, 1), text)
+        # Exact, as 64.1 * 1000 in floats is a little less than 64,100.
+        return "size", math.floor(Fraction(match["value"]) * _UNITS.get(unit, 1))
 
     def __str__(self) -> str:
         parts = []
@@ -223,7 +247,9 @@ class Budget:
             parts.append(f"{_number(self.ratio)}x")
         if self.bits_per_weight is not None:
             parts.append(f"{_number(self.bits_per_weight)}bpw")
-        parts += [f"{n}={_number(getattr(self, n))}" for n in ("macs", "bops", "latency_ms") if getattr(self, n) is not None]
+        for name in ("macs", "bops", "latency_ms"):
+            if (value := getattr(self, name)) is not None:
+                parts.append(f"{name}={_number(value)}")
         return ",".join(parts)
 
     def bytes(self, dense_bytes: int, parameters: int) -> int | None:
@@ -235,10 +261,15 @@ class Budget:
         if self.size is not None:
             limits.append(int(self.size))
         if self.ratio is not None:
-            limits.append(math.floor(dense_bytes / self.ratio))
+            limits.append(math.floor(dense_bytes / _exact(self.ratio)))
         if self.bits_per_weight is not None:
-            limits.append(math.floor(self.bits_per_weight * parameters / 8))
+            limits.append(math.floor(_exact(self.bits_per_weight) * parameters / 8))
         return min(limits) if limits else None
+
+
+def _exact(value: float) -> Fraction:
+    """The number as it was written, 2.3 and not 2.29999..., so that rounding down never loses a byte to the float."""
+    return Fraction(repr(float(value)))
 
 
 def _whole(value: float, text: object) -> int:
@@ -254,10 +285,10 @@ PLAN_SCHEMA = 1
 class Plan:
     """One option per layer, what it was chosen for, and how good it is.
 
-    `budget_bytes` bounds the whole file; `predicted_bytes` is its length (exact); `fixed_bytes` is the part that no choice changes.
-    `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of the same profile within the
-    same bytes, `gap` = (predicted_loss - bound)/|bound| (inf where nothing is proven).
-    `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: the plan is unmeasured).
+    `budget_bytes` bounds the whole file; `predicted_bytes` is its length (exact); `fixed_bytes` is the part that no
+    choice changes. `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of
+    the same profile within the same bytes, `gap` = (predicted_loss - bound)/|bound| (inf where nothing is proven).
+    `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile.
     """
 
@@ -308,8 +339,13 @@ class Plan:
             body["budget"] = Budget.parse(body["budget"])
             body["measured"] = {k: float(v) for k, v in body["measured"].items()}
             body["notes"] = tuple(body["notes"])
+            for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed"):
+                if type(body.get(name)) is not int:
+                    raise MismatchError(f"this is not a plan: {name} is {body.get(name)!r}, needed a whole number")
             return cls(**body)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except KeyError as error:
+            raise MismatchError(f"this is not a plan: it lacks {error}") from error
+        except (TypeError, AttributeError, ValueError) as error:  # of json, Option and Budget too
             raise MismatchError(f"this is not a plan: {error}") from error
 
 

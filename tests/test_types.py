@@ -1,0 +1,300 @@
+"""Options, budgets and plans: the text form is exact, and what is refused is refused in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autocompress.errors import AutocompressError, BudgetError, InfeasibleError, MismatchError, OptionError
+from autocompress.types import DENSE, Budget, Option, Plan, option_sort_key
+
+positive = st.floats(min_value=1e-9, max_value=1e12, allow_nan=False, exclude_min=True)
+percent = st.one_of(st.integers(1, 100).map(float), st.floats(min_value=1e-3, max_value=100))
+whole = st.integers(1, 4096)
+structures: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"sparsity": percent}),
+    st.fixed_dictionaries({"nm": st.integers(2, 64).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))}),
+    st.fixed_dictionaries({"block": whole, "sparsity": percent}),
+    st.fixed_dictionaries({"rank": whole}),
+    st.fixed_dictionaries({"groups": whole, "rank": whole}),
+    st.fixed_dictionaries({"channels": st.floats(min_value=1e-3, max_value=99.9)}),
+)
+values: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"bits": st.integers(1, 8)}, optional={"group": whole}),
+    st.fixed_dictionaries({"step": positive, "lam": st.one_of(st.just(0.0), positive)}),
+)
+options = st.one_of(
+    st.builds(lambda structure, value: Option(**structure, **value), structures, values), st.just(Option(half=True))
+)
+budgets = st.fixed_dictionaries(
+    {},
+    optional={
+        "size": st.integers(1, 10**30),
+        "ratio": positive,
+        "bits_per_weight": positive,
+        "macs": positive,
+        "bops": positive,
+        "latency_ms": positive,
+    },
+).filter(bool)
+figures = st.one_of(st.floats(allow_nan=False), st.just(-math.inf), st.just(math.inf))
+
+
+@given(options)
+def test_an_option_reads_back_from_its_name(option: Option) -> None:
+    assert Option.parse(str(option)) == option
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("dense", DENSE),
+        ("fp16", Option(half=True)),
+        ("w4", Option(bits=4)),
+        ("w4g128", Option(bits=4, group=128)),
+        ("s75", Option(sparsity=75)),
+        ("s97.5w4", Option(sparsity=97.5, bits=4)),
+        ("2:4", Option(nm=(2, 4))),
+        ("2:4w8", Option(nm=(2, 4), bits=8)),
+        ("blk4@50w8", Option(block=4, sparsity=50, bits=8)),
+        ("rd(0.031,0.2)s60", Option(step=0.031, lam=0.2, sparsity=60)),
+        ("rank32w8", Option(rank=32, bits=8)),
+        ("k4r12w8", Option(groups=4, rank=12, bits=8)),
+        ("ch50w8", Option(channels=50, bits=8)),
+    ],
+)
+def test_the_names_of_the_design(text: str, option: Option) -> None:
+    assert Option.parse(text) == option
+    assert str(option) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "'' is not an option"),
+        ("w", "'w' is not an option; known look like dense, fp16, w4"),
+        ("w4 ", "is not an option"),
+        ("s50s60", "is not an option"),
+        ("fp16w4", "is not an option"),
+        ("w0", "option 'w0': 0 bits, needed 1 to 8"),
+        ("w9", "option 'w9': 9 bits, needed 1 to 8"),
+        ("s101", "sparsity is 101, needed between 0 and 100 percent"),
+        ("ch100", "channels must be at least 0 and below 100 percent"),
+        ("4:2", "N:M needs 0 < N < M"),
+        ("4:4", "N:M needs 0 < N < M"),
+        ("0:4", "N:M needs 0 < N < M"),
+        ("rank0", "rank is 0, needed at least 1"),
+        ("blk0@50", "block is 0, needed at least 1"),
+        ("w4g0", "group is 0, needed at least 1"),
+        ("rd(0,0.1)", "step is 0.0, needed a positive number"),
+        ("rd(1e999,0.1)", "step is inf, needed a positive number"),
+        ("rd(0.1,1e999)", "lam is inf, needed a number that is not negative"),
+        ("rd(0.1,0.1)w4", "rate-distortion codes and fixed bits exclude each other"),
+    ],
+)
+def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Option.parse(text)
+    assert words in str(caught.value)
+
+
+@given(st.text(alphabet="denswrkblch0123456789.:@(),g fpx-+e", max_size=20))
+def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
+    try:
+        option = Option.parse(text)
+    except OptionError:
+        return
+    assert Option.parse(str(option)) == option
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank": 4, "sparsity": 50}, "at most one structure"),
+        ({"nm": (2, 4), "channels": 50}, "at most one structure"),
+        ({"groups": 4}, "channel groups need a rank"),
+        ({"group": 128}, "a group of scales needs bits"),
+        ({"step": 0.5}, "rate-distortion codes need both numbers"),
+        ({"half": True, "bits": 4}, "fp16 goes with nothing else"),
+    ],
+)
+def test_an_option_without_a_name_cannot_be_made(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Option(**fields)
+
+
+def test_options_sort_dense_first_then_by_name() -> None:
+    names = ["w4", "s75", "dense", "2:4"]
+    assert [str(o) for o in sorted(map(Option.parse, names), key=option_sort_key)] == ["dense", "2:4", "s75", "w4"]
+
+
+@given(budgets)
+def test_a_budget_reads_back_from_its_text(fields: dict[str, float]) -> None:
+    budget = Budget(**fields)  # type: ignore[arg-type]  # the strategy draws an int for size
+    assert Budget.parse(str(budget)) == budget
+    assert Budget.of(str(budget)) == Budget.of(budget) == Budget.of(fields)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("64000", 64_000),
+        ("64 kB", 64_000),
+        ("64kB", 64_000),
+        ("64 KiB", 65_536),
+        ("1.5 MB", 1_500_000),
+        ("1 MiB", 2**20),
+        ("0.3 kB", 300),
+        ("64.1 kB", 64_100),  # 64.1 * 1000 is 64099.99... in floats
+        (64_000, 64_000),
+        (64_000.9, 64_000),
+    ],
+)
+def test_sizes_are_whole_bytes_rounded_down(value: str | float, expected: int) -> None:
+    assert Budget.of(value) == Budget(size=expected)
+
+
+def test_every_limit_holds_at_once() -> None:
+    budget = Budget.parse("64 kB, 12x, 3.2bpw")
+    assert budget == Budget(size=64_000, ratio=12, bits_per_weight=3.2)
+    assert budget.bytes(dense_bytes=1_092_520, parameters=269_722) == min(
+        64_000, 1_092_520 // 12, int(3.2 * 269_722 / 8)
+    )
+    assert Budget(macs=1e6).bytes(1_092_520, 269_722) is None
+
+
+def test_limits_are_rounded_down_exactly() -> None:
+    assert Budget(bits_per_weight=2.3).bytes(10**6, 80) == 23  # the float 2.3 is a little less than 2.3
+    assert Budget(ratio=3).bytes(10**17 + 1, 80) == (10**17 + 1) // 3  # more digits than a float has
+
+
+def test_twelve_times_of_resnet20_is_the_published_number_of_bytes() -> None:
+    # The safetensors file of that network without metadata has 1,092,520 bytes; issue and design name 91,043 for 12x.
+    assert Budget.parse("12x").bytes(1_092_520, 269_722) == 91_043
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("12 parsecs", "", "kB", "64 kB 2", "1e999", "1e999x", "nan", "inf", "0", "0x", "-5", "-5 kB", "12x,12x"),
+        *("macs=", "macs=z", "macs=-1", 0, -5, 0.4, math.nan, math.inf, -math.inf, True),
+        *({}, {"ratio": 0}, {"size": "big"}, {"ratio": True}),
+    ],
+)
+def test_a_budget_that_is_not_one_is_refused(value: object) -> None:
+    with pytest.raises(BudgetError, match=r"budget|needed"):
+        Budget.of(value)  # type: ignore[arg-type]  # that is the point
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("12 parsecs", "'12 parsecs' is not a budget; write bytes"),
+        ("-5", "'-5' is not a budget"),
+        ("0", "budget is '0'; needed a positive, finite number"),
+        (math.nan, "budget is nan; needed a positive, finite number of bytes"),
+        ("0x", "budget is '0x'; needed a positive, finite number"),
+        ("12x,12x", "gives ratio twice"),
+        ({"sise": 5}, "'sise' is not a budget; known are size, ratio, bits_per_weight, macs, bops, latency_ms"),
+        (None, "budget is None; needed bytes, or text like '64 kB'"),
+    ],
+)
+def test_the_words_of_a_budget_error(value: object, words: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.of(value)  # type: ignore[arg-type]  # that is the point
+    assert words in str(caught.value)
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_budget_or_a_budget_error(text: str) -> None:
+    try:
+        budget = Budget.parse(text)
+    except BudgetError:
+        return
+    assert Budget.parse(str(budget)) == budget
+
+
+plans = st.builds(
+    Plan,
+    layers=st.dictionaries(st.text(max_size=12), options, max_size=4),
+    budget=budgets.map(lambda fields: Budget(**fields)),  # type: ignore[arg-type]  # as above
+    budget_bytes=st.integers(1, 10**12),
+    strategy=st.text(max_size=12),
+    predicted_loss=figures,
+    predicted_bytes=st.integers(1, 10**12),
+    fixed_bytes=st.integers(0, 10**12),
+    bound=figures,
+    gap=figures,
+    fingerprint=st.text(alphabet="0123456789abcdef", max_size=64),
+    seed=st.integers(0, 2**31),
+    measured=st.dictionaries(st.text(max_size=12), figures, max_size=3),
+    notes=st.lists(st.text(max_size=30), max_size=3).map(tuple),
+)
+
+
+@given(plans)
+def test_a_plan_reads_back_from_its_json(plan: Plan) -> None:
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert Plan.from_json(text).to_json() == text
+
+
+PLAN = Plan(
+    layers={"conv1": DENSE, "linear": Option(bits=4)},
+    budget=Budget(ratio=12),
+    budget_bytes=91_043,
+    strategy="exact",
+    predicted_loss=0.5,
+    predicted_bytes=91_000,
+    fixed_bytes=4_000,
+    bound=-math.inf,
+    gap=math.inf,
+    fingerprint="ab12",
+)
+
+
+def test_plan_json_is_strict_json_without_infinities() -> None:
+    body = json.loads(PLAN.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert body["schema"] == 1
+    assert body["layers"] == {"conv1": "dense", "linear": "w4"}
+    assert (body["bound"], body["gap"]) == ("-inf", "inf")
+
+
+def test_a_plan_without_measurements_says_so() -> None:
+    assert not PLAN.is_measured
+    assert PLAN.replace(measured={"kl": 0.1}).is_measured
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "this is not a plan"),
+        ("[]", "plan schema is 'list', this version reads 1"),
+        ("{}", "plan schema is None, this version reads 1"),
+        ('{"schema": 2}', "plan schema is 2, this version reads 1"),
+        ('{"schema": 1}', "this is not a plan"),
+        (PLAN.to_json().replace('"seed"', '"sead"'), "this is not a plan"),
+        (PLAN.to_json().replace('"w4"', '"w44"'), "this is not a plan: option 'w44': 44 bits"),
+        (PLAN.to_json().replace('"12x"', '"12 parsecs"'), "this is not a plan: '12 parsecs' is not a budget"),
+        (PLAN.to_json().replace("0.5", '"half"'), "this is not a plan"),
+        (PLAN.to_json().replace('"w4"', "4"), "this is not a plan"),
+        (PLAN.to_json().replace("91043", '"many"'), "this is not a plan: budget_bytes is 'many'"),
+    ],
+)
+def test_what_is_not_a_plan_is_refused_in_words(text: str, words: str) -> None:
+    with pytest.raises(MismatchError) as caught:
+        Plan.from_json(text)
+    assert words in str(caught.value)
+
+
+def test_errors_know_their_exit_codes() -> None:
+    assert {error.exit_code for error in (AutocompressError, OptionError, BudgetError, MismatchError)} == {2}
+    infeasible = InfeasibleError("the smallest size is 812 bytes", smallest_bytes=812)
+    assert (infeasible.exit_code, infeasible.smallest_bytes) == (3, 812)
