@@ -44,11 +44,13 @@ _OPTIONAL = ("evaluate", "score", "loss", "training", "example_input")
 class Task:
     """The functions of one task, None where it does not define one. Whatever they raise arrives as a TaskError.
 
-    `name` is for people and folders, `source` finds the task again: `load_task(task.source)`.
+    `name` is for people and folders, `source` finds the task again: `load_task(task.source)`. `folder` is where a task
+    file finds its neighbours.
     """
 
     name: str
     source: str
+    folder: Path | None
     model: Callable[[], torch.nn.Module]
     calibration: Callable[..., Iterable[Any]]
     evaluate: Callable[[torch.nn.Module], float] | None = None
@@ -83,7 +85,7 @@ class Task:
         return self._batches("training", self.training, seed)
 
     def _batches(self, what: str, function: Callable[..., Iterable[Any]], seed: int) -> Iterator[Any]:
-        batches = function(*_seed_argument(function, seed))
+        batches = _call_with_seed(function, seed)
         # A tensor or a dict can be iterated too, into rows or keys, which would go wrong much later.
         wrong = isinstance(batches, str | bytes | Mapping) or hasattr(batches, "shape")
         try:
@@ -94,7 +96,7 @@ class Task:
             raise TaskError(
                 f"task {self.name}: {what}() returned {_kind(batches)}; needed an iterable of batches, as in [batch]"
             )
-        advance = _guarded(functools.partial(next, iterator, _END), what, self.name, None)
+        advance = _guarded(functools.partial(next, iterator, _END), what, self.name, self.folder)
         while (batch := advance()) is not _END:
             yield batch
 
@@ -111,7 +113,7 @@ def load_task(spec: str | Path) -> Task:
     source = str(spec)
     if source in BUILTIN_TASKS:
         name, folder, module = source, None, importlib.import_module(BUILTIN_TASKS[source])
-    elif source.endswith(".py") or Path(source).exists():
+    elif source.endswith(".py") or (source and Path(source).exists()):
         path = Path(source)
         name, folder, module = path.stem, path.resolve().parent, _import_file(path)
     else:
@@ -128,7 +130,7 @@ def load_task(spec: str | Path) -> Task:
     for what in ("evaluate", "score"):
         if functions[what] is not None:
             functions[what] = _returning_float(functions[what], what, name)
-    return Task(name=name, source=source, **functions)
+    return Task(name=name, source=source, folder=folder, **functions)
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -234,16 +236,16 @@ def _forget_strangers(folder: Path) -> None:
             del sys.modules[path.stem]
 
 
-def _seed_argument(function: Callable[..., Any], seed: int) -> tuple[int, ...]:
-    """`(seed,)` if the function's first parameter has no default or is called seed, else nothing."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if not parameters or parameters[0].kind in {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}:
-        return ()
-    first = parameters[0]
-    wants = first.name == "seed" or (
-        first.default is inspect.Parameter.empty and first.kind is not inspect.Parameter.VAR_POSITIONAL
-    )
-    return (seed,) if wants else ()
+def _call_with_seed(function: Callable[..., Any], seed: int) -> Any:
+    """`function(seed)` if it has a parameter of that name, or a first one without a default; else `function()`."""
+    parameters = inspect.signature(function).parameters
+    if "seed" in parameters:
+        return function(seed=seed)
+    first = next(iter(parameters.values()), None)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if first is not None and first.kind in positional and first.default is inspect.Parameter.empty:
+        return function(seed)
+    return function()
 
 
 def _is_instance_of_module(value: object) -> bool:
@@ -253,7 +255,8 @@ def _is_instance_of_module(value: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _one_line(error: BaseException, limit: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""What all tests share: a cache of their own, reproducible examples, and the folder of real networks where there is one."""
+"""What all tests share: a cache of their own, examples that repeat, and the folder of real networks if there is one."""
 
 from __future__ import annotations
 

@@ -104,10 +104,17 @@ def _running(node: ast.AST) -> list[ast.AST]:
 
 def test_the_walk_sees_what_it_should(tmp_path: Path) -> None:
     path = tmp_path / "sample.py"
-    path.write_text(
-        "from typing import TYPE_CHECKING\nimport autocompress.obs.rd\n"
-        "from autocompress import cli\nfrom . import near\nfrom ..planning import plan\nif TYPE_CHECKING:\n    import torch\n"
-        "def f():\n    from autocompress.digits import model\n"
-    )
+    lines = [
+        "from typing import TYPE_CHECKING",
+        "import autocompress.obs.rd",
+        "from autocompress import cli",
+        "from . import near",
+        "from ..planning import plan",
+        "if TYPE_CHECKING:",
+        "    import torch",
+        "def f():",
+        "    from autocompress.digits import model",
+    ]
+    path.write_text("\n".join(lines))
     expected = ["typing", "autocompress.obs.rd", "autocompress.cli", "autocompress.storage", "autocompress.planning"]
     assert imported(path, "autocompress.storage") == [*expected, "autocompress.digits"]
