@@ -27,6 +27,9 @@ class States:
     loss: FloatArray
     above: FloatArray
 
+    def take(self, keep: IntArray) -> States:
+        return States(self.cost[keep], self.loss[keep], self.above[keep])
+
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
@@ -37,13 +40,26 @@ class Expansion:
     states: int
 
 
-class Core:
-    """The search state of one problem: the best rows so far, `rows` (G,), with scaled loss `upper`, and the proven `bound`."""
+@dataclass(eq=False)
+class Best:
+    """The best choice so far: `rows` (G,) of the whole problem, and its scaled loss."""
 
-    def __init__(self, rows: Rows, at: Dual) -> None:
-        self.problem, self.price, self.base = rows, at.price, at.within
+    rows: IntArray
+    loss: float
+
+
+class Core:
+    """The undecided part of a one-resource problem whose dual is `at`; `origin` (N,) are its rows in the whole problem.
+
+    Improves `best`, and raises `bound`: no choice of these rows has a smaller scaled loss, unless `best` has it.
+    """
+
+    def __init__(self, rows: Rows, at: Dual, best: Best, origin: IntArray | None = None) -> None:
+        self.problem, self.price, self.base, self.best = rows, at.price, at.within, best
+        self.origin = np.arange(len(rows.loss)) if origin is None else origin
         self.loss, self.cost, self.start = rows.loss, rows.cost[:, 0], rows.start
-        self.bound, self.noise = at.bound, at.noise
+        self.dual = self.bound = at.bound
+        self.noise = at.noise
         values = self.loss + at.price * self.cost
         if (rows.sizes == rows.sizes[0]).all():
             square = values.reshape(len(rows.sizes), -1)
@@ -51,14 +67,16 @@ class Core:
         else:
             self.above = values - np.minimum.reduceat(values, rows.start[:-1])[rows.group]
         self.slack = int(rows.limit[0]) - int(self.cost[self.base].sum())
-        self.rows = self.base
-        self.upper = self.base_loss = math.fsum(self.loss[self.base])
+        self.base_loss = math.fsum(self.loss[self.base])
+        if self.base_loss < best.loss:
+            best.rows, best.loss = self.origin[self.base], self.base_loss
         # Rows that may still matter; reduced again whenever the gap has shrunk.
         self.live = np.arange(len(self.loss))
 
     @property
     def gap(self) -> float:
-        return self.upper - self.bound
+        """How far Σ r may reach: the best loss less the dual bound at the price, which r is measured from."""
+        return self.best.loss - self.dual
 
     def candidates(self) -> tuple[IntArray, IntArray]:
         """Rows other than the base that a better choice could use, by group in the order of expansion; and where groups start."""
@@ -79,8 +97,13 @@ class Core:
         starts = np.concatenate([[0], np.cumsum(sizes[np.argsort(rank)])])
         return live[order], starts
 
+    def undecided(self) -> IntArray:
+        """The rows that a better choice could use, those of the base among them, sorted."""
+        live = self.live[self.above[self.live] < self.gap - self.noise]
+        return np.union1d(live, self.base)
+
     def expand(self, deadline: Deadline, cap: int, total: int, most_groups: int) -> Expansion:
-        """Expand the core group by group, improving `rows` and `upper` on the way.
+        """Expand the core group by group, improving `best` and `bound` on the way.
 
         At most `cap` states are kept at a time (the most promising), `total` over all stages, and `most_groups` groups are
         expanded; where one of these or the deadline cuts, the expansion is not complete and its bound is what is left.
@@ -93,14 +116,20 @@ class Core:
         up, down = _rates(more_cost, above, starts)
         states = States(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
         history: list[tuple[IntArray, IntArray]] = []
+        promise = np.zeros(1)
         dropped, kept, stages, widest = math.inf, 1, len(starts) - 1, 0.0
-        best: tuple[int, int] | None = None
         last = min(stages, most_groups)
         stage = 0
         while stage < last and not deadline.passed and kept < total:
             part = slice(int(starts[stage]), int(starts[stage + 1]))
             limit = self.gap - self.noise
             usable = np.flatnonzero(above[part] < limit) + part.start
+            # Not more than a few times `cap` states are made at once.
+            room = max(1, (4 * cap + 50_000) // (len(usable) + 1))
+            if len(states.cost) > room:
+                keep, dropped = most_promising(promise, room, dropped)
+                states = states.take(keep)
+                history[-1] = history[-1][0][keep], history[-1][1][keep]
             made, parent, row = _join(states, more_cost, more_loss, above, usable, limit)
             stage += 1
             promise = made.above + _rest(self.slack - made.cost, self.price, up[stage], down[stage])
@@ -108,11 +137,8 @@ class Core:
             if not len(states.cost):
                 break
             if len(states.cost) > cap:
-                pick = np.sort(np.argpartition(promise, cap)[:cap])
-                left = np.delete(promise, pick)
-                dropped = min(dropped, float(left.min()))
-                states = States(states.cost[pick], states.loss[pick], states.above[pick])
-                parent, row, promise = parent[pick], row[pick], promise[pick]
+                keep, dropped = most_promising(promise, cap, dropped)
+                states, parent, row, promise = states.take(keep), parent[keep], row[keep], promise[keep]
             history.append((parent, row))
             kept += len(states.cost)
             widest = max(widest, float(np.abs(states.loss).max()))
@@ -120,22 +146,20 @@ class Core:
             if fits:
                 # Dominated states are gone, so loss falls with cost and the dearest state that fits is the best.
                 loss = self.base_loss + float(states.loss[fits - 1])
-                if loss < self.upper:
-                    self.upper, best = loss, (len(history), fits - 1)
-        if best is not None:
-            self.rows = self._trace(history, rows, *best)
-            self.upper = math.fsum(self.loss[self.rows])
+                if loss < self.best.loss:
+                    chosen = self._trace(history, rows, fits - 1)
+                    self.best.rows, self.best.loss = self.origin[chosen], math.fsum(self.loss[chosen])
         complete = dropped == math.inf and (stage == stages or not len(states.cost))
         if not complete and len(states.cost):
             dropped = min(dropped, float(promise.min()) if stage else 0.0)
         noise = self.noise + EPS * (2 * len(history) + 4) * widest
-        self.bound = max(self.bound, min(self.upper, self.bound + dropped) - noise)
+        self.bound = max(self.bound, min(self.best.loss, self.dual + dropped) - noise)
         return Expansion(self.bound, complete, kept)
 
-    def _trace(self, history: list[tuple[IntArray, IntArray]], rows: IntArray, stage: int, state: int) -> IntArray:
+    def _trace(self, history: list[tuple[IntArray, IntArray]], rows: IntArray, state: int) -> IntArray:
         """The rows (G,) of a state, from who it was made of."""
         chosen = self.base.copy()
-        for parent, row in reversed(history[:stage]):
+        for parent, row in reversed(history):
             if row[state] >= 0:
                 at = rows[row[state]]
                 chosen[np.searchsorted(self.start, at, side="right") - 1] = at
@@ -161,6 +185,12 @@ def _rest(slack: IntArray, price: float, up: float, down: float) -> FloatArray:
     debt = slack < 0
     rest[debt] = np.inf if down == math.inf else down * -slack[debt]
     return rest
+
+
+def most_promising(promise: FloatArray, most: int, dropped: float) -> tuple[IntArray, float]:
+    """The positions, in order, of the `most` states with the least promise, and the least of `dropped` and all others."""
+    order = np.argpartition(promise, most)
+    return np.sort(order[:most]), min(dropped, float(promise[order[most:]].min()))
 
 
 def _join(
@@ -194,4 +224,4 @@ def _prune(
     cost = cost[keep]
     # Of states with one cost the last is the best.
     order = order[np.append(cost[1:] != cost[:-1], True)] if len(order) else order
-    return States(made.cost[order], made.loss[order], made.above[order]), parent[order], row[order], promise[order]
+    return made.take(order), parent[order], row[order], promise[order]

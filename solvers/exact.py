@@ -6,13 +6,14 @@ floats, options are removed by reduced losses from the dual bound instead of by 
 
 from __future__ import annotations
 
+import heapq
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from solvers.core import Core
-from solvers.lagrangian import Rows, ask_one, dual, one_resource, whole
+from solvers.core import Best, Core
+from solvers.lagrangian import Dual, Rows, ask_one, dual, one_resource, whole
 from solvers.problem import Deadline, IntArray, Problem
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
@@ -72,16 +73,83 @@ class Answer:
 
 
 def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
-    """The best rows of a scaled one-resource problem with integer costs; None where the cheapest choice is over the limit."""
+    """The best rows of a scaled one-resource problem with integer costs; None where the cheapest choice is over the limit.
+
+    One core is enough for nearly every problem. Where it grows too large, as when one group weighs more than all others
+    together, its options are split and each half gets its own price: branch and bound, the least bound first.
+    """
+    rows = coarse(rows)
     at = dual(rows)
     if at is None:
         return None
     if at.over is None:
         return Answer(at.within, 0.0, 1, 0.0)
-    core = Core(rows, at)
-    # A narrow expansion finds a good choice; its gap leaves few options for the full one.
-    states = 0
-    for cap in (200, 2000):
-        states += core.expand(deadline, cap=cap, total=max_states, most_groups=50).states
-    states += core.expand(deadline, cap=max_states, total=max_states, most_groups=len(rows.sizes)).states
-    return Answer(core.rows, core.bound, states, at.price)
+    best = Best(at.within, math.inf)
+    core = Core(rows, at, best)
+    # Narrow expansions find a good choice; its gap leaves few options for the wide one.
+    states = sum(core.expand(deadline, cap, max_states, most_groups=50).states for cap in (200, 2000))
+    root = core.expand(deadline, max_states // 20, max_states // 4, most_groups=len(rows.sizes))
+    states += root.states
+    noise = core.noise
+    heap = [] if root.complete else [_Node(core.bound, 0, core.undecided(), at)]
+    count = 1
+    while heap and heap[0].bound < best.loss - noise and states < max_states and not deadline.passed:
+        node = heapq.heappop(heap)
+        for live in _halves(rows, node):
+            part, origin = _part(rows, live)
+            child = dual(part)
+            states += 1
+            if child is None:
+                continue
+            if child.over is None:
+                if child.bound < best.loss:
+                    best.rows, best.loss = origin[child.within], child.bound
+                continue
+            if child.bound >= best.loss - noise:
+                continue
+            core = Core(part, child, best, origin)
+            made = core.expand(deadline, cap=3000, total=30_000, most_groups=len(part.sizes))
+            states += made.states
+            noise = max(noise, core.noise)
+            if not made.complete:
+                at_origin = replace(child, within=origin[child.within], over=origin[child.over])
+                heapq.heappush(heap, _Node(max(core.bound, node.bound), count, origin[core.undecided()], at_origin))
+                count += 1
+    bound = min([best.loss - noise, *(n.bound for n in heap)]) if heap or not root.complete else core.bound
+    return Answer(best.rows, bound, states, at.price)
+
+
+@dataclass(frozen=True, order=True)
+class _Node:
+    """Rows that may still hold a better choice, with the dual of them; ordered by bound, then by age."""
+
+    bound: float
+    age: int
+    live: IntArray = field(compare=False)
+    at: Dual = field(compare=False)
+
+
+def _halves(rows: Rows, node: _Node) -> list[IntArray]:
+    """The node's rows split at the group whose options within and over the limit differ most in cost."""
+    assert node.at.over is not None
+    differ = np.abs(rows.cost[node.at.over, 0] - rows.cost[node.at.within, 0])
+    g = int(differ.argmax())
+    cut = min(int(rows.cost[node.at.within[g], 0]), int(rows.cost[node.at.over[g], 0]))
+    here = rows.group[node.live] == g
+    dear = rows.cost[node.live, 0] > cut
+    return [node.live[~here | ~dear], node.live[~here | dear]]
+
+
+def _part(rows: Rows, live: IntArray) -> tuple[Rows, IntArray]:
+    """A problem of some rows only, every group with at least one, and where they were."""
+    counts = np.bincount(rows.group[live], minlength=len(rows.sizes))
+    start = np.concatenate([[0], np.cumsum(counts)])
+    return replace(rows, loss=rows.loss[live], cost=rows.cost[live], start=start), live
+
+
+def coarse(rows: Rows) -> Rows:
+    """The same rows with costs in units of their greatest common divisor, and the limit rounded down to it."""
+    unit = int(np.gcd.reduce(rows.cost[:1000, 0]))
+    if unit > 1:
+        unit = int(np.gcd.reduce(np.append(rows.cost[:, 0], unit)))
+    return rows if unit <= 1 else replace(rows, cost=rows.cost // unit, limit=rows.limit // unit)

@@ -138,12 +138,12 @@ def dual(rows: Rows) -> Dual | None:
     passes over the options. Each group's losses must be scaled rows with integer costs.
     """
     loss, cost, limit = rows.loss, rows.cost[:, 0], int(rows.limit[0])
-    if limit < 0:
+    within = lexmin(cost, loss, rows.start)
+    if int(cost[within].sum()) > limit:
         return None
     over = lexmin(loss, cost, rows.start)
     if int(cost[over].sum()) <= limit:
-        return Dual(over, None, 0.0, 0.0, 0.0, 1)
-    within = lexmin(cost, loss, rows.start)
+        return Dual(over, None, 0.0, math.fsum(loss[over]), 0.0, 1)
     low_price, high_price, price = 0.0, math.inf, 0.0
     origin, start = None, rows.start
     iterations = 1
@@ -183,6 +183,7 @@ def dual(rows: Rows) -> Dual | None:
         else:
             low_price, over = price, chosen if inside else over
     bound, noise = bound_at(rows, np.array([price]))
+    done_within = _fill(rows, done_within, done_over)
     return Dual(done_within, done_over, price, max(bound, 0.0), noise, iterations)
 
 
@@ -204,6 +205,23 @@ def ask_one(problem: Problem, solver: str) -> None:
     reason = one_resource(problem, solver)
     if reason:
         raise ProblemError(reason)
+
+
+def _fill(rows: Rows, within: IntArray, over: IntArray) -> IntArray:
+    """Move groups from `within` to `over`, which cost the same at the price, as long as they fit: the largest moves first."""
+    now = within.copy()
+    more = rows.cost[over, 0] - rows.cost[within, 0]
+    left = int(rows.limit[0]) - int(rows.cost[within, 0].sum())
+    order = np.argsort(-more, kind="stable")
+    order = order[more[order] > 0]
+    while len(order):
+        # A run that fits, then past the first that does not.
+        fits = int(np.searchsorted(np.cumsum(more[order]), left, side="right"))
+        now[order[:fits]] = over[order[:fits]]
+        left -= int(more[order[:fits]].sum())
+        order = order[fits:]
+        order = order[more[order] <= left]
+    return now
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.lagrangian import Rows, improve
+from solvers.lagrangian import Rows, argmin, improve
 from solvers.problem import Array, Deadline, IntArray, Problem, ProblemError
 from solvers.several import Bundle, dual_prices
 from solvers.solution import ROUNDING, Solution, Status, magnitude
@@ -137,28 +137,45 @@ def finite(cost: Array, limit: Array) -> tuple[Array, Array]:
 
 
 def highs(rows: Rows, live: IntArray, state: Bundle, deadline: Deadline, gap: float) -> tuple[str, IntArray | None]:
-    """What HiGHS says about the options `live` (the others are out), and its rows (G,), not yet checked."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
+    """What HiGHS says about the options `live` (the others are out), and its rows (G,), not yet checked.
 
-    live = np.union1d(live, state.base) if state.rows is None else np.union1d(live, state.rows)
+    It starts from the best choice known. Limits are scaled to about one, so its tolerance of 1e-6 is relative to them.
+    """
+    import highspy
+    from scipy.sparse import csc_matrix
+
+    live = np.union1d(live, state.base if state.rows is None else state.rows)
     group = rows.group[live]
+    G, K, n = len(rows.sizes), rows.cost.shape[1], len(live)
     unit = np.maximum(np.abs(rows.limit.astype(np.float64)), np.maximum(rows.cost.max(axis=0), 1e-300))
-    one = csr_matrix((np.ones(len(live)), (group, np.arange(len(live)))), shape=(len(rows.sizes), len(live)))
-    answer = milp(
-        rows.loss[live],
-        constraints=[
-            LinearConstraint(one, 1, 1),
-            LinearConstraint(csr_matrix((rows.cost[live] / unit).T), -np.inf, rows.limit / unit),
-        ],
-        integrality=np.ones(len(live)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": gap / 4, "time_limit": max(0.01, min(deadline.left, 1e9))},
+    scaled = rows.cost[live] / unit
+    at, r = np.nonzero(scaled)
+    matrix = csc_matrix(
+        (np.append(np.ones(n), scaled[at, r]), (np.append(group, G + r), np.append(np.arange(n), at))), shape=(G + K, n)
     )
-    said = {0: "optimal", 1: "limit reached", 2: "infeasible", 3: "unbounded"}.get(answer.status, "error")
-    if answer.x is None:
+    model = highspy.HighsLp()
+    model.num_col_, model.num_row_ = n, G + K
+    # In units of the largest loss left, or HiGHS's absolute tolerances would call small losses nothing.
+    model.col_cost_ = rows.loss[live] / max(float(rows.loss[live].max()), 1e-300)
+    model.col_lower_, model.col_upper_ = np.zeros(n), np.ones(n)
+    model.row_lower_ = np.append(np.ones(G), np.full(K, -highspy.kHighsInf))
+    model.row_upper_ = np.append(np.ones(G), rows.limit / unit)
+    model.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    model.a_matrix_.start_, model.a_matrix_.index_, model.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
+    model.integrality_ = [highspy.HighsVarType.kInteger] * n
+    solver = highspy.Highs()
+    options = {"output_flag": False, "threads": 1, "random_seed": 0, "mip_rel_gap": gap / 4}
+    for key, value in {**options, "time_limit": max(0.01, min(deadline.left, 1e9))}.items():
+        solver.setOptionValue(key, value)
+    solver.passModel(model)
+    if state.rows is not None:
+        start = highspy.HighsSolution()
+        start.col_value = np.isin(live, state.rows).astype(np.float64).tolist()
+        solver.setSolution(start)
+    solver.run()
+    said = solver.modelStatusToString(solver.getModelStatus()).lower()
+    values = np.array(solver.getSolution().col_value)
+    if len(values) != n or solver.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return said, None
     cuts = np.flatnonzero(np.diff(group, prepend=-1))
-    from solvers.lagrangian import argmin
-
-    return said, live[argmin(-answer.x, np.append(cuts, len(live)))]
+    return said, live[argmin(-values, np.append(cuts, n))]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.core import most_promising
 from solvers.lagrangian import EPS, Rows, bound_at
 from solvers.problem import Deadline, FloatArray, IntArray
 
@@ -93,7 +94,8 @@ class Bundle:
 
     def __init__(self, problem: Rows, prices: Prices) -> None:
         self.problem, self.price = problem, prices.price
-        self.bound, self.noise = prices.bound, prices.noise
+        self.dual = self.bound = prices.bound
+        self.noise = prices.noise
         values = problem.loss + problem.cost @ prices.price
         self.base = problem.argmin(values)
         self.above = values - values[self.base][problem.group]
@@ -114,7 +116,7 @@ class Bundle:
 
     def reduce(self) -> IntArray:
         """The rows that a better choice could use; none of the others can."""
-        self.live = self.live[self.above[self.live] < self.upper - self.bound - self.noise]
+        self.live = self.live[self.above[self.live] < self.upper - self.dual - self.noise]
         return self.live
 
     def repair(self, chosen: IntArray, moves: int = 300) -> IntArray | None:
@@ -158,13 +160,17 @@ class Bundle:
         slack = (rows.limit - rows.cost[self.base].sum(axis=0))[None]
         states, heights = slack, np.zeros(1)
         dropped, kept, history = math.inf, 1, []
-        best: tuple[int, int] | None = None
-        base_loss, promise = math.fsum(rows.loss[self.base]), np.zeros(1)
-        extra = np.zeros(1)
+        base_loss, promise, extra = math.fsum(rows.loss[self.base]), np.zeros(1), np.zeros(1)
         gain = rows.loss[live] - rows.loss[self.base[rows.group[live]]]
         stage = 0
         while stage < last and len(states) and kept < total and not deadline.passed:
-            limit = self.upper - aim - self.bound - self.noise
+            limit = self.upper - aim - self.dual - self.noise
+            wide = int(starts[stage + 1] - starts[stage]) + 1
+            room = max(1, (4 * cap + 50_000) // wide)
+            if len(states) > room:
+                keep, dropped = most_promising(promise, room, dropped)
+                states, heights, extra = states[keep], heights[keep], extra[keep]
+                history[-1] = history[-1][0][keep], history[-1][1][keep]
             made, made_above, made_extra = [states], [heights], [extra]
             parent, row = [np.arange(len(states))], [np.full(len(states), -1)]
             for j in range(int(starts[stage]), int(starts[stage + 1])):
@@ -178,31 +184,24 @@ class Bundle:
             states, heights, extra = np.concatenate(made), np.concatenate(made_above), np.concatenate(made_extra)
             fits = np.flatnonzero((states >= 0).all(axis=1))
             winner = int(fits[extra[fits].argmin()]) if len(fits) else -1
-            if winner >= 0 and base_loss + extra[winner] < self.upper:
-                self.upper = base_loss + float(extra[winner])
-                best = len(history), winner
+            came, through = np.concatenate(parent), np.concatenate(row)
+            if winner >= 0 and (self.rows is None or base_loss + extra[winner] < self.upper):
+                self.offer(self._trace([*history, (came, through)], live, winner))
             promise = heights + self._rest(states, surplus[stage], debt[stage])
-            alive = np.flatnonzero(promise < self.upper - aim - self.bound - self.noise)
+            alive = np.flatnonzero(promise < self.upper - aim - self.dual - self.noise)
             if len(alive) > cap:
-                pick = np.argpartition(promise[alive], cap)
-                dropped = min(dropped, float(promise[alive[pick[cap:]]].min()))
-                alive = np.sort(alive[pick[:cap]])
-            if best is not None and best[0] == len(history) and winner not in alive:
-                alive = np.append(alive, winner)
-            if best is not None and best[0] == len(history):
-                best = best[0], int(np.flatnonzero(alive == winner)[0])
-            history.append((np.concatenate(parent)[alive], np.concatenate(row)[alive]))
+                keep, dropped = most_promising(promise[alive], cap, dropped)
+                alive = alive[keep]
+            history.append((came[alive], through[alive]))
             states, heights, extra, promise = states[alive], heights[alive], extra[alive], promise[alive]
             kept += len(alive)
-        if best is not None:
-            self._take(history, live, *best)
         complete = dropped == math.inf and (stage == stages or not len(states))
         if not complete and len(states):
             dropped = min(dropped, float(promise.min()))
         if complete and self.rows is None:
             self.bound = math.inf
             return True
-        self.bound = max(self.bound, min(self.upper - aim, self.bound + dropped) - self.noise)
+        self.bound = max(self.bound, min(self.upper - aim, self.dual + dropped) - self.noise)
         return complete
 
     def _rest(self, slack: FloatArray, surplus: float, debt: FloatArray) -> FloatArray:
@@ -214,14 +213,15 @@ class Bundle:
             rest[owes] = np.maximum(rest[owes], owed)
         return rest
 
-    def _take(self, history: list[tuple[IntArray, IntArray]], live: IntArray, stage: int, state: int) -> None:
+    def _trace(self, history: list[tuple[IntArray, IntArray]], live: IntArray, state: int) -> IntArray:
+        """The rows (G,) of a state, from who it was made of."""
         chosen = self.base.copy()
-        for parent, row in reversed(history[: stage + 1]):
+        for parent, row in reversed(history):
             if row[state] >= 0:
                 at = live[row[state]]
                 chosen[self.problem.group[at]] = at
             state = int(parent[state])
-        self.rows, self.upper = chosen, math.fsum(self.problem.loss[chosen])
+        return chosen
 
 
 def _ordered(above: FloatArray, group: IntArray) -> tuple[FloatArray, IntArray, IntArray]:
