@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import http.client
 import io
 import os
 import pickle
 import tarfile
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -232,7 +232,7 @@ def _download(url: str, algorithm: str, checksum: str, needed: str) -> Path:
             if not digest.hexdigest().startswith(checksum):
                 got = digest.hexdigest()[: len(checksum)]
                 raise TaskError(f"{url} has {algorithm} {got}, needed {checksum}; try again, or {way_out}")
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
         raise TaskError(f"cannot download {url} ({error}); {way_out}") from error
     return path
 

@@ -1,7 +1,8 @@
 """ResNet-56 on CIFAR-10, with the published weights of akamaster/pytorch_resnet_cifar10."""
 
-from cifar import Cifar10, resnet
 from torch import nn
+
+from cifar import Cifar10, resnet
 
 data = Cifar10()
 calibration, training, loss = data.calibration, data.training, data.loss
