@@ -28,6 +28,7 @@ ORDER = [
     "engines",
     "profiling",
     "planning",
+    "correcting",
     "applying",
     "strategies",
     "compress",
