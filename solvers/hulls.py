@@ -40,8 +40,7 @@ def hulls(loss: FloatArray, cost: Array, start: IntArray) -> Hulls:
     A point on or above the line through its two neighbours is no vertex, whatever else goes, so all such points go at once.
     """
     group = np.repeat(np.arange(len(start) - 1), np.diff(start))
-    order = np.lexsort((np.arange(len(loss)), loss, cost, group))
-    order = order[_falling(loss[order], group[order])]
+    order = pareto(loss, cost, start)
     settled: list[IntArray] = []
     for _ in range(PASSES):
         g = group[order]
@@ -67,6 +66,13 @@ def hulls(loss: FloatArray, cost: Array, start: IntArray) -> Hulls:
     later = spent > 0
     slope[later] = saved[later] / spent[later]
     return Hulls(rows, ends, saved, spent, slope)
+
+
+def pareto(loss: FloatArray, cost: Array, start: IntArray) -> IntArray:
+    """The rows that no other of their group beats in both, by group and rising cost; of equal ones the first."""
+    group = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    order = np.lexsort((np.arange(len(loss)), loss, cost, group))
+    return order[_falling(loss[order], group[order])]
 
 
 def _falling(loss: FloatArray, group: IntArray) -> Array:

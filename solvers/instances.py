@@ -175,7 +175,7 @@ def suite(seed: int = 0) -> list[Instance]:
     loss, cost = _random(rng, 6)
     least = sum(int(c.min()) for c in cost)
     most = sum(int(c.max()) for c in cost)
-    middle = (least + most) // 2
+    middle = int(between(loss, cost, 0.5)[0])
     flat_loss = [np.zeros(len(a)) for a in loss]
     free = [np.zeros(len(c), np.int64) for c in cost]
     labels = [[f"w{j}" for j in range(4)]] * 6
@@ -219,7 +219,7 @@ def suite(seed: int = 0) -> list[Instance]:
             [np.zeros(2)] * 3, [np.array([[0, 1], [1, 0]])] * 3, [1, 1], ("bytes", "operations")
         ),
         "bytes and ms": lambda: Problem(
-            square, [np.stack([c, 0.1 * c[::-1]], axis=1) for c in prices], [130, 14.0], ("bytes", "ms")
+            square, [np.stack([c, 0.1 * c[::-1]], axis=1) for c in prices], [150, 18.0], ("bytes", "ms")
         ),
         "lower bound": lambda: Problem(square, prices, 130, lower=120),
         "pairwise": lambda: paired(4, 4, seed),

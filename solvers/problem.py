@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -214,6 +215,30 @@ class Problem:
             object.__setattr__(new, field, getattr(self, field))
         object.__setattr__(new, "budget", self._limits("budget", budget, np.floor))
         return new
+
+    def with_loss(self, loss: Sequence[FloatArray]) -> Problem:
+        """The same problem with other losses, G arrays of the same shapes, and without pairwise terms; costs are shared."""
+        return Problem(
+            loss,
+            self.cost,
+            self.budget,
+            self.resources,
+            self.names,
+            self.options,
+            lower=self.lower,
+            fixed=self.fixed,
+            objective=self.objective,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of everything that makes the problem; equal for equal problems."""
+        digest = hashlib.sha256(repr((self.resources, self.names, self.options, self.fixed, self.objective)).encode())
+        for array in [*self.loss, *self.cost, self.budget, *([] if self.lower is None else [self.lower])]:
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        for p in self.pairwise:
+            digest.update(f"{p.first} {p.second}".encode() + np.ascontiguousarray(p.loss).tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write the problem as one npz file: flat arrays, and a JSON header under the name `header`; no pickle."""

@@ -12,13 +12,15 @@ from solvers.exact import Exact
 from solvers.greedy import Greedy, Uniform
 from solvers.lagrangian import Lagrangian
 from solvers.milp import MILP
+from solvers.minimax import Minimax
 from solvers.problem import Deadline, Problem, ProblemError
+from solvers.relaxation import Relaxation
 from solvers.solution import Solution
 
 # A solver is a callable (problem, *, time_limit, seed) -> Solution; `why_not(problem)`, where it has one, says what it cannot take.
 Solver = Callable[..., Solution]
 
-SOLVERS: dict[str, Any] = {s.name: s for s in (Exact(), Lagrangian(), DP(), MILP(), Greedy(), Uniform())}
+SOLVERS: dict[str, Any] = {s.name: s for s in (Exact(), Lagrangian(), DP(), MILP(), Relaxation(), Minimax(), Greedy(), Uniform())}
 
 
 def solve(

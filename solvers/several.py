@@ -131,7 +131,9 @@ class Bundle:
             change = (rows.cost - rows.cost[now][rows.group]) / unit
             cured = over.sum() - np.maximum(change - left, 0.0).sum(axis=1)
             worse = np.maximum(self.above - self.above[now][rows.group], 0.0)
-            score = np.where(cured > 0, (worse + 1e-12) / np.maximum(cured, 1e-300), np.inf)
+            score = np.full(len(cured), np.inf)
+            with np.errstate(over="ignore"):
+                score[cured > 0] = (worse[cured > 0] + 1e-12) / cured[cured > 0]
             best = int(score.argmin())
             if score[best] == np.inf:
                 return None

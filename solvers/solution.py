@@ -166,7 +166,7 @@ class Solution:
     def __str__(self) -> str:
         if not self.found:
             return f"{self.solver}: {self.status}. {self.message}".rstrip()
-        gap = "no guarantee" if self.gap == math.inf else f"bound {self.bound:.6g}, gap {self.gap:.2e}"
+        gap = "no guarantee" if self.bound == -math.inf else f"bound {self.bound:.6g}, gap {self.gap:.2e}"
         return f"{self.solver}: {self.status}, loss {self.loss:.6g} ({gap}), cost {', '.join(map(str, self.cost.tolist()))}"
 
 
