@@ -1,19 +1,47 @@
-"""The compiled core of the entropy codec: a binary range coder driven by adaptive contexts."""
+"""The compiled core of the entropy codec: a binary range coder whose probabilities four adaptive contexts mix.
+
+Every decision (zero?, sign, exponent in unary, mantissa bits) is predicted by four counters, one per context; their
+log-odds are added with weights that follow the prediction error (logistic mixing, M. Mahoney, "Adaptive weighing of
+context models for lossless data compression", 2005). The contexts are what stands around a weight that is already
+known: the same kernel, the previous input channels, the previous output channels. Integers only: the same bytes
+everywhere. docs/format.md specifies all of it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numba import njit
 
-__all__ = ["DECODE", "ENCODE", "MEASURE", "decode_pass", "encode_pass", "measure_pass"]
+__all__ = ["RATES", "decode_pass", "encode_pass", "measure_pass"]
 
 MEASURE, ENCODE, DECODE = 0, 1, 2
-TOP = 1 << 48  # low and code are kept modulo 2**48; range lies in (2**32, 2**48]
+TOP = 1 << 48  # low and code are kept modulo 2**48; the span lies in (2**32, 2**48]
 BOTTOM = 1 << 32
-_CONTEXTS = 12
-_BINS = 64
+
+RATES = np.array([(255, 8), (127, 12), (1023, 4), (1023, 2)], np.int64)  # (limit of a counter, mixing rate)
+SQUASH = np.array(
+    [min(max(round(65536 / (1 + math.exp(-i / 256))), 32), 65504) for i in range(-2048, 2048)], np.int32
+)  # log-odds in 1/256 -> probability of a one in 1/65536
+STRETCH = np.array([round(256 * math.log((i + 0.5) / (4095.5 - i))) for i in range(4096)], np.int32)  # its inverse
+RECIPROCAL = np.array([655360 // (10 * n + 26) for n in range(1024)], np.int32)  # step of a counter that saw n bits
+LEVEL = np.array(
+    [0, 0] + [min(2 * x.bit_length() - 3 + (x >> (x.bit_length() - 2) & 1), 23) for x in range(2, 4096)], np.int32
+)  # half-octave levels
+
+NODES = 64  # decisions: 0 zero?, 1 sign, 2-31 exponent, 32-63 mantissa
+_LEVELS, _PLACES = 24, 16
+_ZERO = (0, 3 * _LEVELS, 3 * _LEVELS + _LEVELS * _PLACES, 4 * _LEVELS + _LEVELS * _PLACES)
+_SIGN = tuple(5 * _LEVELS + _LEVELS * _PLACES + x for x in (0, 81, 81 + 2 * _LEVELS, 108 + 2 * _LEVELS))
+_SIZE = tuple(
+    _SIGN[3] + 9 + NODES * x for x in (0, 17, 17 + _LEVELS * _PLACES, 17 + _LEVELS * _PLACES + _LEVELS)
+)
+_COUNTERS = _SIZE[3] + NODES * _LEVELS
+Z0, Z1, Z2, Z3 = _ZERO
+S0, S1, S2, S3 = _SIGN
+M0, M1, M2, M3 = _SIZE
 
 
 @njit(inline="always")
@@ -26,42 +54,57 @@ def _carry(buffer: np.ndarray, position: int) -> None:
     buffer[position] += 1
 
 
-def _build(mode: int) -> Callable[..., tuple[int, int]]:
+def _build(mode: int) -> Callable[..., int]:
     """Specialise the one coding loop for measuring, encoding or decoding; the model is the same text in all three."""
 
     @njit(cache=True, nogil=True)
-    def run(codes, kernel, rate, buffer, size):
+    def run(codes, kernel, width, rate, buffer, size):
         task = mode
 
-        def code_bit(bit, model, index, rate, low, span, position, buffer, size):
-            state = model[index]
-            p = (state[0] + state[1]) >> 1
+        def code_bit(bit, node, i0, i1, i2, i3, counters, weights, limit, speed, low, span, position, buffer, size):
+            # predict: counters hold a probability in their high 22 bits and a count in their low 10
+            c0, c1 = np.int64(counters[i0]), np.int64(counters[i1])
+            c2, c3 = np.int64(counters[i2]), np.int64(counters[i3])
+            s0, s1 = np.int64(STRETCH[c0 >> 20]), np.int64(STRETCH[c1 >> 20])
+            s2, s3 = np.int64(STRETCH[c2 >> 20]), np.int64(STRETCH[c3 >> 20])
+            w = 4 * node
+            dot = (weights[w] * s0 + weights[w + 1] * s1) + (weights[w + 2] * s2 + weights[w + 3] * s3)
+            p = np.int64(SQUASH[min(max(dot >> 16, -2047), 2047) + 2048])
             bound = (span >> 16) * p
             if task == DECODE:
                 bit = 1 if low < bound else 0
-            if bit:
+            if bit != 0:
                 span = bound
-                state[0] += (65536 - state[0]) >> 4
-                state[1] += (65536 - state[1]) >> rate
             else:
                 span -= bound
                 if task == DECODE:
                     low -= bound
                 else:
                     low += bound
-                state[0] -= state[0] >> 4
-                state[1] -= state[1] >> rate
-            state[0] = min(max(state[0], 32), 65536 - 32)
-            state[1] = min(max(state[1], 32), 65536 - 32)
-            while span <= BOTTOM:
+            # learn
+            goal = 4194303 * bit
+            error = ((bit << 16) - p) * speed
+            weights[w] += (s0 * error + 131072) >> 18
+            weights[w + 1] += (s1 * error + 131072) >> 18
+            weights[w + 2] += (s2 * error + 131072) >> 18
+            weights[w + 3] += (s3 * error + 131072) >> 18
+            n0, n1, n2, n3 = c0 & 1023, c1 & 1023, c2 & 1023, c3 & 1023
+            p0 = (c0 >> 10) + (((goal - (c0 >> 10)) * RECIPROCAL[n0]) >> 16)
+            p1 = (c1 >> 10) + (((goal - (c1 >> 10)) * RECIPROCAL[n1]) >> 16)
+            p2 = (c2 >> 10) + (((goal - (c2 >> 10)) * RECIPROCAL[n2]) >> 16)
+            p3 = (c3 >> 10) + (((goal - (c3 >> 10)) * RECIPROCAL[n3]) >> 16)
+            counters[i0] = (p0 << 10) | min(n0 + 1, limit)
+            counters[i1] = (p1 << 10) | min(n1 + 1, limit)
+            counters[i2] = (p2 << 10) | min(n2 + 1, limit)
+            counters[i3] = (p3 << 10) | min(n3 + 1, limit)
+            if span <= BOTTOM:
                 span <<= 16
                 if task == DECODE:
-                    low <<= 8
+                    low <<= 16
                     if position < size:
-                        low |= buffer[position]
-                    low <<= 8
+                        low |= np.int64(buffer[position]) << 8
                     if position + 1 < size:
-                        low |= buffer[position + 1]
+                        low |= np.int64(buffer[position + 1])
                 elif task == ENCODE:
                     if low >= TOP:
                         low -= TOP
@@ -75,74 +118,137 @@ def _build(mode: int) -> Callable[..., tuple[int, int]]:
             return bit, low, span, position
 
         rows, columns = codes.shape
-        model = np.full((_CONTEXTS * _BINS, 2), 32768, np.int64)
-        low, span, position = 0, TOP, 0
-        if mode == DECODE:
+        limit, speed = RATES[rate, 0], RATES[rate, 1]
+        counters = np.full(_COUNTERS, 1 << 31, np.uint32)
+        weights = np.full(4 * NODES, 16384, np.int64)
+        channel = np.zeros(columns // kernel, np.int64)
+        # rows with a margin of zeros on the left, so that neighbours need no bounds
+        margin = max(2 * kernel, 5)
+        here = np.zeros(margin + columns, np.int64)
+        above = np.zeros(margin + columns, np.int64)
+        higher = np.zeros(margin + columns, np.int64)
+        flat = kernel == 1
+        back_step = 4 if flat else kernel  # a matrix has no kernel: its next neighbours to the left take these parts
+        far_step = 5 if flat else 2 * kernel
+        up_step = 3 if flat else width
+        row_level = np.int64(256)
+        low, span, position = np.int64(0), np.int64(TOP), np.int64(0)
+        if task == DECODE:
             for i in range(6):
-                low = (low << 8) | (buffer[i] if i < size else 0)
-            position = 6
+                low = (low << 8) | (np.int64(buffer[i]) if i < size else 0)
+            position = np.int64(6)
         for r in range(rows):
-            for c in range(columns):
-                left = abs(codes[r, c - 1]) if c > 0 else 0
-                back = abs(codes[r, c - kernel]) if c >= kernel else 0
-                up = abs(codes[r - 1, c]) if r > 0 else 0
-                over = abs(codes[r - 2, c]) if r > 1 else 0
-                total = min(left, 3) + min(back, 3) + 2 * min(up, 3) + min(over, 3)
-                base = min(total, _CONTEXTS - 1) * _BINS
-                value = 0
-                if mode != DECODE:
-                    value = codes[r, c]
-                size_left = abs(value)
-                bit, low, span, position = code_bit(
-                    1 if value != 0 else 0, model, base, rate, low, span, position, buffer, size
-                )
-                if bit == 0:
-                    if mode == DECODE:
-                        codes[r, c] = 0
-                    continue
-                sign, low, span, position = code_bit(
-                    1 if value < 0 else 0, model, 1, 10, low, span, position, buffer, size
-                )
-                # magnitude: Elias gamma with adaptive bits, exponent in unary, then the mantissa
-                exponent = 0
-                while exponent < 30:
+            here, above, higher = higher, here, above
+            if task != DECODE:
+                for c in range(columns):
+                    here[margin + c] = codes[r, c]
+            c = margin
+            for channel_index in range(columns // kernel):
+                level = LEVEL[channel[channel_index] >> 2]
+                total, weight_sum = np.int64(0), np.int64(0)
+                mean = channel[channel_index]
+                kx = 0
+                for k in range(kernel):
+                    # neighbours: in the kernel (left, up, their corners), one and two channels back, one and two rows up
+                    q1 = here[c - 1]
+                    left = q1 if (kx > 0 or flat) else 0
+                    up, left_up, right_up = 0, 0, 0
+                    if k >= width and not flat:
+                        up = here[c - width]
+                        left_up = here[c - width - 1] if kx > 0 else 0
+                        right_up = here[c - width + 1] if kx < width - 1 else 0
+                    back, over = here[c - back_step], above[c]
+                    a1, a2, au = abs(q1), abs(here[c - 2]), abs(here[c - up_step])
+                    ab, ao = abs(back), abs(over)
+                    near = 2 * (min(a1, 15) + min(au, 15) + min(ab, 15) + min(ao, 15))
+                    near += min(abs(higher[c]), 15) + min(abs(here[c - far_step]), 15) + min(a2, 15)
+                    near_level = LEVEL[2 * near]
+                    trend = min(max(3 * (left + up) - left_up + right_up, -60), 60)
+                    pull = min(abs(4 * (left + up) + 2 * right_up + back + over), 4095)
+                    place = min(k, _PLACES - 1) + _PLACES * LEVEL[(row_level >> 2) if flat else min(total, 4095)]
+                    value = np.int64(0)
+                    if task != DECODE:
+                        value = here[c]
+                    size_left = abs(value)
                     bit, low, span, position = code_bit(
-                        1 if (size_left >> (exponent + 1)) != 0 else 0,
-                        model, base + 2 + exponent, rate, low, span, position, buffer, size,
+                        1 if value != 0 else 0, 0,
+                        Z0 + 3 * LEVEL[pull] + min(ab + ao, 2), Z1 + place, Z2 + near_level, Z3 + level,
+                        counters, weights, limit, speed, low, span, position, buffer, size,
                     )
-                    if bit == 0:
-                        break
-                    exponent += 1
-                magnitude = 1
-                for k in range(exponent - 1, -1, -1):
-                    slot = 32 + min(exponent, 7) * 4 + (magnitude if magnitude < 4 else 0)
-                    bit, low, span, position = code_bit(
-                        (size_left >> k) & 1, model, base + slot, rate, low, span, position, buffer, size
-                    )
-                    magnitude = (magnitude << 1) | bit
-                if mode == DECODE:
-                    codes[r, c] = -magnitude if sign else magnitude
-                    if position - 6 > size:
-                        return -1, 0
-            if mode == DECODE and position - 6 > size:
-                return -1, 0
-        if mode == DECODE:
-            return position - 6, 0
+                    magnitude = np.int64(0)
+                    if bit != 0:
+                        g_left, g_up = np.sign(left) + 1, np.sign(up) + 1
+                        pair = g_left + 3 * g_up
+                        slope = LEVEL[abs(trend)] + (_LEVELS if trend < 0 else 0)
+                        drift = min(max(weight_sum, -4), 4) + 4
+                        negative, low, span, position = code_bit(
+                            1 if value < 0 else 0, 1,
+                            S0 + pair + 9 * (np.sign(right_up) + 1) + 27 * (np.sign(left_up) + 1),
+                            S1 + slope, S2 + drift + 9 * (np.sign(back) + 1), S3 + pair,
+                            counters, weights, limit, speed, low, span, position, buffer, size,
+                        )
+                        # Elias gamma with adaptive bits: the exponent in unary, then the mantissa from the top
+                        agree = min(max(-trend if negative != 0 else trend, -8), 8) + 8
+                        m0, m1 = M0 + NODES * agree, M1 + NODES * place
+                        m2 = M2 + NODES * LEVEL[min(max(a1, a2) + max(ab, ao), 4095)]
+                        m3 = M3 + NODES * near_level
+                        exponent = 0
+                        while exponent < 30:
+                            node = 2 + min(exponent, 29)
+                            bit, low, span, position = code_bit(
+                                1 if (size_left >> (exponent + 1)) != 0 else 0, node,
+                                m0 + node, m1 + node, m2 + node, m3 + node,
+                                counters, weights, limit, speed, low, span, position, buffer, size,
+                            )
+                            if bit == 0:
+                                break
+                            exponent += 1
+                        magnitude = np.int64(1)
+                        for j in range(exponent - 1, -1, -1):
+                            node = 32 + 4 * min(exponent - 1, 7) + (magnitude if magnitude < 4 else 0)
+                            bit, low, span, position = code_bit(
+                                (size_left >> j) & 1, node,
+                                m0 + node, m1 + node, m2 + node, m3 + node,
+                                counters, weights, limit, speed, low, span, position, buffer, size,
+                            )
+                            magnitude = (magnitude << 1) | bit
+                        weight_sum += -magnitude if negative != 0 else magnitude
+                        total += magnitude
+                        if task == DECODE:
+                            here[c] = -magnitude if negative != 0 else magnitude
+                    elif task == DECODE:
+                        here[c] = 0
+                    capped = min(magnitude, 63) << 6
+                    mean += (capped - mean) >> 4
+                    if flat:
+                        row_level += (capped - row_level) >> 6
+                    c += 1
+                    kx += 1
+                    if kx == width:
+                        kx = 0
+                channel[channel_index] = mean
+                if task == DECODE and position - 6 > size:
+                    return np.int64(-1)
+            if task == DECODE:
+                for c in range(columns):
+                    codes[r, c] = here[margin + c]
+        if task == DECODE:
+            return position - 6
         # the fewest bytes of a number inside [low, low + span)
-        tail, kept = 0, 0
+        tail, kept = np.int64(0), 0
         for count in range(7):
-            unit = TOP >> (8 * count)
+            unit = np.int64(TOP) >> (8 * count)
             tail = (low + unit - 1) // unit * unit
             kept = count
             if tail < low + span:
                 break
-        if mode == ENCODE:
+        if task == ENCODE:
             if tail >= TOP:
                 tail -= TOP
                 _carry(buffer, position)
             for i in range(kept):
                 buffer[position + i] = (tail >> (40 - 8 * i)) & 255
-        return position + kept, kept
+        return position + kept
 
     return run
 
