@@ -59,7 +59,8 @@ class Core:
         self.origin = np.arange(len(rows.loss)) if origin is None else origin
         self.loss, self.cost, self.start = rows.loss, rows.cost[:, 0], rows.start
         self.dual = self.bound = at.bound
-        self.noise = at.noise
+        # Twice what the bound has already been lowered by, so that a loss that meets the bound ends the search.
+        self.noise = 2 * at.noise
         values = self.loss + at.price * self.cost
         if (rows.sizes == rows.sizes[0]).all():
             square = values.reshape(len(rows.sizes), -1)
@@ -127,7 +128,7 @@ class Core:
             # Not more than a few times `cap` states are made at once.
             room = max(1, (4 * cap + 50_000) // (len(usable) + 1))
             if len(states.cost) > room:
-                keep, dropped = most_promising(promise, room, dropped)
+                keep, dropped = most_promising(promise, room, dropped, self._key(states, promise))
                 states = states.take(keep)
                 history[-1] = history[-1][0][keep], history[-1][1][keep]
             made, parent, row = _join(states, more_cost, more_loss, above, usable, limit)
@@ -137,7 +138,7 @@ class Core:
             if not len(states.cost):
                 break
             if len(states.cost) > cap:
-                keep, dropped = most_promising(promise, cap, dropped)
+                keep, dropped = most_promising(promise, cap, dropped, self._key(states, promise))
                 states, parent, row, promise = states.take(keep), parent[keep], row[keep], promise[keep]
             history.append((parent, row))
             kept += len(states.cost)
@@ -155,6 +156,10 @@ class Core:
         noise = self.noise + EPS * (2 * len(history) + 4) * widest
         self.bound = max(self.bound, min(self.best.loss, self.dual + dropped) - noise)
         return Expansion(self.bound, complete, kept)
+
+    def _key(self, states: States, promise: FloatArray) -> FloatArray:
+        """What states are kept by: their promise, and of equal ones those near the limit."""
+        return promise + 0.01 * self.price * np.abs(self.slack - states.cost)
 
     def _trace(self, history: list[tuple[IntArray, IntArray]], rows: IntArray, state: int) -> IntArray:
         """The rows (G,) of a state, from who it was made of."""
@@ -187,9 +192,11 @@ def _rest(slack: IntArray, price: float, up: float, down: float) -> FloatArray:
     return rest
 
 
-def most_promising(promise: FloatArray, most: int, dropped: float) -> tuple[IntArray, float]:
-    """The positions, in order, of the `most` states with the least promise, and the least of `dropped` and all others."""
-    order = np.argpartition(promise, most)
+def most_promising(
+    promise: FloatArray, most: int, dropped: float, key: FloatArray | None = None
+) -> tuple[IntArray, float]:
+    """The positions, in order, of the `most` states least in `key` (the promise), and the least of `dropped` and all others."""
+    order = np.argpartition(promise if key is None else key, most)
     return np.sort(order[:most]), min(dropped, float(promise[order[most:]].min()))
 
 
@@ -198,17 +205,17 @@ def _join(
 ) -> tuple[States, IntArray, IntArray]:
     """Every state with the base and with every usable option of one group, where Σ r stays under the limit; and where from."""
     S = len(states.cost)
-    cost, loss, total = [states.cost], [states.loss], [states.above]
-    parent, row = [np.arange(S, dtype=np.int32)], [np.full(S, -1, np.int32)]
-    for j in usable:
-        alive = np.flatnonzero(states.above < limit - above[j])
-        cost.append(states.cost[alive] + more_cost[j])
-        loss.append(states.loss[alive] + more_loss[j])
-        total.append(states.above[alive] + above[j])
-        parent.append(alive.astype(np.int32))
-        row.append(np.full(len(alive), j, np.int32))
-    made = States(np.concatenate(cost), np.concatenate(loss), np.concatenate(total))
-    return made, np.concatenate(parent), np.concatenate(row)
+    total = above[usable][:, None] + states.above
+    which, parent = np.nonzero(total < limit)
+    row = usable[which]
+    made = States(
+        np.concatenate([states.cost, states.cost[parent] + more_cost[row]]),
+        np.concatenate([states.loss, states.loss[parent] + more_loss[row]]),
+        np.concatenate([states.above, total[which, parent]]),
+    )
+    own = np.arange(S, dtype=np.int32)
+    parents = np.concatenate([own, parent.astype(np.int32)])
+    return made, parents, np.concatenate([np.full(S, -1, np.int32), row.astype(np.int32)])
 
 
 def _prune(

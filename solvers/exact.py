@@ -17,6 +17,9 @@ from solvers.lagrangian import Dual, Rows, ask_one, dual, one_resource, whole
 from solvers.problem import Deadline, IntArray, Problem
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
+# States of a branch's core, kept in all: a few milliseconds.
+NODE_STATES = 30_000
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -88,12 +91,13 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
     core = Core(rows, at, best)
     # Narrow expansions find a good choice; its gap leaves few options for the wide one.
     states = sum(core.expand(deadline, cap, max_states, most_groups=50).states for cap in (200, 2000))
-    root = core.expand(deadline, max_states // 20, max_states // 4, most_groups=len(rows.sizes))
+    root = core.expand(deadline, 20_000, min(100_000, max_states), most_groups=len(rows.sizes))
     states += root.states
     noise = core.noise
     heap = [] if root.complete else [_Node(core.bound, 0, core.undecided(), at)]
     count = 1
-    while heap and heap[0].bound < best.loss - noise and states < max_states and not deadline.passed:
+    branching = max_states // 4
+    while heap and heap[0].bound < best.loss - noise and states < branching and not deadline.passed:
         node = heapq.heappop(heap)
         for live in _halves(rows, node):
             part, origin = _part(rows, live)
@@ -107,15 +111,19 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
                 continue
             if child.bound >= best.loss - noise:
                 continue
-            core = Core(part, child, best, origin)
-            made = core.expand(deadline, cap=3000, total=30_000, most_groups=len(part.sizes))
+            small = Core(part, child, best, origin)
+            made = small.expand(deadline, NODE_STATES // 10, NODE_STATES, most_groups=len(part.sizes))
             states += made.states
-            noise = max(noise, core.noise)
+            noise = max(noise, small.noise)
             if not made.complete:
                 at_origin = replace(child, within=origin[child.within], over=origin[child.over])
-                heapq.heappush(heap, _Node(max(core.bound, node.bound), count, origin[core.undecided()], at_origin))
+                heapq.heappush(heap, _Node(max(small.bound, node.bound), count, origin[small.undecided()], at_origin))
                 count += 1
-    bound = min([best.loss - noise, *(n.bound for n in heap)]) if heap or not root.complete else core.bound
+    bound = core.bound if root.complete else min([best.loss - noise, *(n.bound for n in heap)])
+    if bound < best.loss - noise and not deadline.passed:
+        # Problems that branching does not break up, such as sums of equal slopes, need a wider core.
+        states += core.expand(deadline, max_states // 4, max_states - states, most_groups=len(rows.sizes)).states
+        bound = max(bound, core.bound)
     return Answer(best.rows, bound, states, at.price)
 
 
