@@ -61,12 +61,7 @@ class Core:
         self.dual = self.bound = at.bound
         # Twice what the bound has already been lowered by, so that a loss that meets the bound ends the search.
         self.noise = 2 * at.noise
-        values = self.loss + at.price * self.cost
-        if (rows.sizes == rows.sizes[0]).all():
-            square = values.reshape(len(rows.sizes), -1)
-            self.above = (square - square.min(axis=1)[:, None]).ravel()
-        else:
-            self.above = values - np.minimum.reduceat(values, rows.start[:-1])[rows.group]
+        self.above = at.above
         self.slack = int(rows.limit[0]) - int(self.cost[self.base].sum())
         self.base_loss = math.fsum(self.loss[self.base])
         if self.base_loss < best.loss:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from solvers.core import Best, Core
-from solvers.lagrangian import Dual, Rows, ask_one, dual, one_resource, whole
+from solvers.lagrangian import Rows, ask_one, dual, one_resource, whole
 from solvers.problem import Deadline, IntArray, Problem
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
@@ -94,7 +94,7 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
     root = core.expand(deadline, 20_000, min(100_000, max_states), most_groups=len(rows.sizes))
     states += root.states
     noise = core.noise
-    heap = [] if root.complete else [_Node(core.bound, 0, core.undecided(), at)]
+    heap = [] if root.complete else [_Node(core.bound, 0, core.undecided(), at.within, at.over)]
     count = 1
     branching = max_states // 4
     while heap and heap[0].bound < best.loss - noise and states < branching and not deadline.passed:
@@ -116,8 +116,8 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
             states += made.states
             noise = max(noise, small.noise)
             if not made.complete:
-                at_origin = replace(child, within=origin[child.within], over=origin[child.over])
-                heapq.heappush(heap, _Node(max(small.bound, node.bound), count, origin[small.undecided()], at_origin))
+                ends = origin[child.within], origin[child.over]
+                heapq.heappush(heap, _Node(max(small.bound, node.bound), count, origin[small.undecided()], *ends))
                 count += 1
     bound = core.bound if root.complete else min([best.loss - noise, *(n.bound for n in heap)])
     if bound < best.loss - noise and not deadline.passed:
@@ -129,20 +129,20 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
 
 @dataclass(frozen=True, order=True)
 class _Node:
-    """Rows that may still hold a better choice, with the dual of them; ordered by bound, then by age."""
+    """Rows that may still hold a better choice, with the choices their dual lies between; ordered by bound, then by age."""
 
     bound: float
     age: int
     live: IntArray = field(compare=False)
-    at: Dual = field(compare=False)
+    within: IntArray = field(compare=False)
+    over: IntArray = field(compare=False)
 
 
 def _halves(rows: Rows, node: _Node) -> list[IntArray]:
     """The node's rows split at the group whose options within and over the limit differ most in cost."""
-    assert node.at.over is not None
-    differ = np.abs(rows.cost[node.at.over, 0] - rows.cost[node.at.within, 0])
-    g = int(differ.argmax())
-    cut = min(int(rows.cost[node.at.within[g], 0]), int(rows.cost[node.at.over[g], 0]))
+    ends = np.stack([rows.cost[node.within, 0], rows.cost[node.over, 0]])
+    g = int(np.abs(ends[1] - ends[0]).argmax())
+    cut = int(ends[:, g].min())
     here = rows.group[node.live] == g
     dear = rows.cost[node.live, 0] > cut
     return [node.live[~here | ~dear], node.live[~here | dear]]

@@ -7,7 +7,7 @@ resource its maximum is where two choices meet, one over and one within the budg
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -110,7 +110,7 @@ class Dual:
     """The best price of a one-resource problem: the rows chosen just within the budget and just over it, and the bound.
 
     `within` and `over` (G,) row indices (`over` is None where the smallest losses fit, and the choice is optimal); `price` in
-    scaled loss per unit; `bound` in scaled loss, proven; `noise`: what rounding may hide in the bound.
+    scaled loss per unit; `bound` in scaled loss, proven; `noise`: what it was lowered by for rounding; `above` (N,) = r ≥ 0.
     """
 
     within: IntArray
@@ -119,6 +119,7 @@ class Dual:
     bound: float
     noise: float
     iterations: int
+    above: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False)
 
 
 def bound_at(rows: Rows, price: FloatArray) -> tuple[float, float]:
@@ -182,9 +183,36 @@ def dual(rows: Rows) -> Dual | None:
             high_price, within = price, chosen if inside else within
         else:
             low_price, over = price, chosen if inside else over
-    bound, noise = bound_at(rows, np.array([price]))
     done_within = _fill(rows, done_within, done_over)
-    return Dual(done_within, done_over, price, max(bound, 0.0), noise, iterations)
+    above, bound, noise = above_base(rows, done_within, price)
+    return Dual(done_within, done_over, price, max(bound, 0.0), noise, iterations, above)
+
+
+def above_base(rows: Rows, base: IntArray, price: float) -> tuple[FloatArray, float, float]:
+    """r (N,) ≥ 0, what every option adds above its group's best at a price; L(price); and what that was lowered by for rounding.
+
+    Written as differences from a base choice that is (nearly) best at the price, so that rounding is relative to these, which
+    matters where price · limit is many orders of magnitude above the loss.
+    """
+    more_loss = rows.loss - _spread(rows, rows.loss[base])
+    paid = price * (rows.cost[:, 0] - _spread(rows, rows.cost[base, 0]))
+    above = more_loss + paid
+    # The true value is at least this; in most groups the base's own zero stays the least.
+    above -= 3 * EPS * (np.abs(more_loss) + np.abs(paid))
+    least = np.minimum.reduceat(above, rows.start[:-1])
+    above -= _spread(rows, least)
+    loss = math.fsum(rows.loss[base])
+    unused = price * (int(rows.limit[0]) - int(rows.cost[base, 0].sum()))
+    noise = 4 * EPS * (loss + abs(unused)) - math.fsum(least)
+    return above, math.fsum([loss, -unused, -noise]), noise
+
+
+def _spread(rows: Rows, values: Array) -> Array:
+    """One value per group (G,) to all its rows (N,)."""
+    n = int(rows.sizes[0])
+    if len(values) * n == len(rows.loss) and (rows.sizes == n).all():
+        return np.repeat(values, n)
+    return values[rows.group]
 
 
 def one_resource(problem: Problem, solver: str) -> str:
