@@ -1,0 +1,323 @@
+"""Times exact greedy pruning (`autocompress.obs.prune_trace`) against the published algorithm, same cores, same run.
+
+    python experiments/bench_obs.py            # minutes, nearly all of them the published algorithm at 64 x 576
+    python experiments/bench_obs.py --quick    # seconds: small layers only, nothing is written
+
+The baseline is the batched algorithm of OBC (arXiv 2208.11580) written again in plain torch: 32 rows at a time, each
+with its own d x d inverse Hessian, and a rank-1 update of the whole inverse at every step. It is timed in two ways:
+`published` forms the outer products and subtracts them, as the authors do; `in place` lets one `baddbmm_` do both, as
+far as plain torch goes without changing the algorithm. Its other output, the weights after every step, is left out:
+the engine does without it.
+
+GFLOP/s of the engine count d^3 / 3 operations per row, the size of a Cholesky factorisation, and compare with a float32
+product of two 2048 x 2048 matrices (2 * 2048^3 operations) on the same threads.
+
+Both results are judged in float64: the order decision by decision (each pivot must be the best there was given those
+before it, up to a near-tie), the losses against those of the same order.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numba
+import numpy as np
+import scipy.linalg
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from autocompress.obs import prune_trace
+
+THREADS = 2
+BATCH_ROWS = 32
+DAMPING = 1e-2
+#: (rows, d, whether the baseline runs too: it would take a quarter of an hour and more on the wide ones)
+SHAPES = ((16, 144, True), (32, 288, True), (64, 576, True), (16, 1152, False), (8, 2304, False))
+QUICK_SHAPES = ((16, 144, True), (32, 288, False))
+#: What the engine promises on the random layers: losses to 1e-4, pivots that are the best there were up to 1e-3.
+LOSS_TOLERANCE = 1e-4
+TIE_TOLERANCE = 1e-3
+
+Trace = tuple[NDArray[np.int32], NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One layer. Seconds: median of `repeats` runs of the engine, one run of the baseline; None where it did not run.
+
+    `excess` is how much worse than the best alive the worst pivot was, relative to the score, judged in float64;
+    `loss_error` the largest relative error of a recorded loss; `order_agrees` the share of equal entries in both
+    orders; `loss_difference` the largest relative difference of the losses before the orders part. `load` is the
+    machine's load average: above `threads`, something else was running too.
+    """
+
+    layer: str
+    rows: int
+    d: int
+    damping: float
+    seed: int
+    engine_s: float
+    engine_min_s: float
+    repeats: int
+    published_s: float | None = None
+    in_place_s: float | None = None
+    speedup: float | None = None
+    speedup_in_place: float | None = None
+    engine_gflops: float
+    matmul_gflops: float
+    share_of_matmul: float
+    order_agrees: float | None = None
+    loss_difference: float | None = None
+    engine_excess: float
+    engine_loss_error: float
+    published_excess: float | None = None
+    published_loss_error: float | None = None
+    threads: int
+    load: float | None
+    cpu: str
+    python: str
+    numpy: str
+    torch: str
+    numba: str
+    commit: str
+
+
+def correlated_layer(rows: int, d: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Random weights, and a damped full-rank Hessian of rectified inputs whose neighbours correlate (0.9)."""
+    generator = np.random.default_rng(seed)
+    distance = np.abs(np.subtract.outer(np.arange(d), np.arange(d)))
+    X = np.maximum(np.linalg.cholesky(0.9**distance) @ generator.standard_normal((d, 4 * d)), 0.0)
+    H = 2.0 * (X @ X.T) / X.shape[1]
+    W = generator.standard_normal((rows, d))
+    return W, H + DAMPING * np.mean(np.diag(H)) * np.eye(d)
+
+
+def golden_layers() -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Real layers of ResNet-20 with their Hessians, where a machine has them beside its data."""
+    layers = {}
+    if "AUTOCOMPRESS_DATA" in os.environ:
+        for path in sorted((Path(os.environ["AUTOCOMPRESS_DATA"]).parent / "golden").glob("obc_resnet20_*.npz")):
+            with np.load(path) as file:
+                H = file["hessian"]
+                H = H + DAMPING * np.mean(np.diag(H)) * np.eye(len(H))
+                layers[path.stem.removeprefix("obc_")] = (file["weight"].astype(np.float64), H)
+    return layers
+
+
+@torch.inference_mode()
+def published_trace(W: NDArray[np.float64], H: NDArray[np.float64], in_place: bool) -> Trace:
+    """Greedy OBS as published: every row carries its inverse Hessian, and each step updates all of it."""
+    weight, hessian = torch.tensor(W, dtype=torch.float32), torch.tensor(H, dtype=torch.float32)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    rows, d = weight.shape
+    order, losses = torch.empty(rows, d, dtype=torch.int64), torch.empty(rows, d)
+    for start in range(0, rows, BATCH_ROWS):
+        w = weight[start : start + BATCH_ROWS].clone()
+        G = inverse.expand(len(w), d, d).clone()
+        row, gone = torch.arange(len(w)), torch.zeros_like(w, dtype=torch.bool)
+        for t in range(d):
+            diagonal = G.diagonal(dim1=1, dim2=2)
+            scores = (w**2 / diagonal).masked_fill_(gone, torch.inf)
+            j = scores.argmin(dim=1)
+            order[start : start + len(w), t], losses[start : start + len(w), t] = j, scores[row, j] / 2
+            pivot, g = G[row, j], diagonal[row, j]
+            w -= pivot * (w[row, j] / g)[:, None]
+            gone[row, j] = True
+            w[gone] = 0.0
+            pivot = pivot / g.sqrt()[:, None]
+            if in_place:
+                G.baddbmm_(pivot[:, :, None], pivot[:, None, :], alpha=-1.0)
+            else:
+                G -= torch.bmm(pivot[:, :, None], pivot[:, None, :])
+    return order.numpy().astype(np.int32), losses.numpy().astype(np.float64)
+
+
+def judge(W: NDArray[np.float64], H: NDArray[np.float64], trace: Trace) -> tuple[float, float]:
+    """Worst relative excess of a pivot's score over the best one alive, and worst relative error of a loss, in float64.
+
+    With G = H^-1 permuted to the row's order and G = L L^T, the weights before step t are w - L[:, :t] y[:t] with
+    y = L^-1 w, and the diagonal of the inverse is the row sum of L[:, t:]^2: one factorisation gives all scores.
+    """
+    G = np.linalg.inv(H)
+    worst_excess = worst_error = 0.0
+    for w, order, losses in zip(W, *trace, strict=True):
+        if not np.array_equal(np.sort(order), np.arange(len(w))):
+            raise ValueError(f"an order is not a permutation of its {len(w)} columns")
+        L = scipy.linalg.cholesky(G[np.ix_(order, order)], lower=True)
+        y = scipy.linalg.solve_triangular(L, w[order], lower=True)
+        weights = w[order][:, None] - np.cumsum(L * y, axis=1) + L * y
+        diagonals = np.cumsum((L**2)[:, ::-1], axis=1)[:, ::-1]
+        with np.errstate(divide="ignore", invalid="ignore"):  # the finished half: above the diagonal L is zero
+            scores = np.where(np.tri(len(w), dtype=bool), weights**2 / diagonals, np.inf)
+        worst_excess = max(worst_excess, float(np.max(y**2 / scores.min(axis=0) - 1)))
+        worst_error = max(worst_error, float(np.max(np.abs(losses / (y**2 / 2) - 1))))
+    return worst_excess, worst_error
+
+
+def seconds(function: Callable[[], object], repeats: int) -> list[float]:
+    """Wall time of each of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def matmul_gflops(n: int = 2048, repeats: int = 15) -> float:
+    """Rate of a float32 product of two n x n matrices: the median, after a warm-up."""
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    out = a @ b
+    return 2e-9 * n**3 / statistics.median(seconds(lambda: torch.mm(a, b, out=out), repeats))
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to compare figures; the commit has a plus if the engine was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "threads": THREADS,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+" if git("status", "--porcelain", "../autocompress/obs") else ""),
+    }
+
+
+def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: int, baseline: bool, repeats: int) -> Row:
+    """Time one layer; raises if the engine's pivots, or its losses on a random layer, are not what it promises."""
+    trace = prune_trace(W, H, threads=THREADS)  # the first call of a process loads the compiled code
+    times = seconds(lambda: prune_trace(W, H, threads=THREADS), repeats)
+    engine_s, matmul = statistics.median(times), matmul_gflops()
+    gflops = len(W) * len(H) ** 3 / 3e9 / engine_s
+    excess, loss_error = judge(W, H, trace)
+    if excess > TIE_TOLERANCE or (layer.startswith("random") and loss_error > LOSS_TOLERANCE):
+        raise RuntimeError(f"{layer}: a pivot is {excess:.1e} worse than the best, a loss {loss_error:.1e} wrong")
+    row = Row(
+        layer=layer,
+        rows=len(W),
+        d=len(H),
+        damping=DAMPING,
+        seed=seed,
+        engine_s=engine_s,
+        engine_min_s=min(times),
+        repeats=repeats,
+        engine_gflops=gflops,
+        matmul_gflops=matmul,
+        share_of_matmul=gflops / matmul,
+        engine_excess=excess,
+        engine_loss_error=loss_error,
+        **environment(),
+    )
+    if not baseline:
+        return row
+    start = time.perf_counter()
+    theirs = published_trace(W, H, in_place=False)
+    published_s = time.perf_counter() - start
+    in_place_s = seconds(lambda: published_trace(W, H, in_place=True), 1)[0]
+    same = np.logical_and.accumulate(trace[0] == theirs[0], axis=1)  # after a swapped near-tie, steps do not correspond
+    published_excess, published_loss_error = judge(W, H, theirs)
+    return replace(
+        row,
+        published_s=published_s,
+        in_place_s=in_place_s,
+        speedup=published_s / engine_s,
+        speedup_in_place=in_place_s / engine_s,
+        order_agrees=float(np.mean(trace[0] == theirs[0])),
+        loss_difference=float(np.max(np.abs(trace[1] / theirs[1] - 1)[same], initial=0.0)),
+        published_excess=published_excess,
+        published_loss_error=published_loss_error,
+    )
+
+
+def show(results: list[Row]) -> None:
+    """Print the figures that matter as a table."""
+    table = Table(title="Exact greedy pruning: the engine against the published algorithm on the same cores")
+    for heading in (
+        "layer",
+        "engine, s",
+        "published, s",
+        "ratio",
+        "in place, s",
+        "ratio",
+        "GFLOP/s",
+        "of matmul",
+        "loss error",
+    ):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for r in results:
+        table.add_row(
+            r.layer,
+            f"{r.engine_s:.4f}",
+            "-" if r.published_s is None else f"{r.published_s:.2f}",
+            "-" if r.speedup is None else f"{r.speedup:.0f}",
+            "-" if r.in_place_s is None else f"{r.in_place_s:.2f}",
+            "-" if r.speedup_in_place is None else f"{r.speedup_in_place:.0f}",
+            f"{r.engine_gflops:.1f}",
+            f"{r.share_of_matmul:.2f}",
+            f"{r.engine_loss_error:.0e}",
+        )
+    Console().print(table)
+    worst = [r.loss_difference for r in results if r.loss_difference is not None]
+    if worst:
+        Console().print(
+            f"Largest relative difference of a loss, engine to published, before their orders part: {max(worst):.1e}"
+        )
+
+
+def write(results: list[Row], path: Path) -> None:
+    """One line per layer, narrowest first, so that two runs differ line by line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in sorted(results, key=lambda r: (r.d, r.rows, r.layer)):
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Small layers only; writes nothing unless --out is given.")] = False,
+    out: Annotated[Path | None, typer.Option(help="CSV to write; by default results/bench_obs.csv.")] = None,
+    seed: int = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of the engine per layer.")] = 9,
+) -> None:
+    """Time the engine, and the published algorithm on the layers where that takes minutes at most."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(seed)
+    layers = [
+        (f"random {rows} x {d}", *correlated_layer(rows, d, seed), baseline)
+        for rows, d, baseline in (QUICK_SHAPES if quick else SHAPES)
+    ]
+    layers += [(f"{name} {W.shape[0]} x {W.shape[1]}", W, H, not quick) for name, (W, H) in golden_layers().items()]
+    results = [measure(name, W, H, seed, baseline, repeats) for name, W, H, baseline in layers]
+    show(results)
+    if out is None and not quick:
+        out = Path(__file__).parent / "results" / "bench_obs.csv"
+    if out is not None:
+        write(results, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
