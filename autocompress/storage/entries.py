@@ -15,6 +15,7 @@ from autocompress.storage.floats import DTYPES, round_small
 
 __all__ = ["Entry", "float_entry", "step_bytes", "weight_entry", "weight_size"]
 
+_CHUNK = 1 << 16  # codes dequantised at once
 STEPS = ("none", "tensor", "row")  # position = number in a file
 
 
@@ -88,12 +89,16 @@ class Entry:
         """Decode the tensor: float32(code) * float32(step) for a weight, else the values; in the entry's dtype."""
         if self.step == "none":
             return self.codes()
-        steps = self.steps()
-        steps = steps.reshape((-1,) + (1,) * (len(self.shape) - 1)) if self.step == "row" else steps
+        steps, codes = self.steps(), self.codes()
+        values = codes.reshape(-1).view(np.float32)  # in place, part by part: no second tensor is allocated
+        per_step = max(codes.size // max(steps.size, 1), 1)
+        for start in range(0, codes.size, _CHUNK):
+            part = slice(start, min(start + _CHUNK, codes.size))
+            factor = steps[np.arange(part.start, part.stop) // per_step] if self.step == "row" else steps
+            with np.errstate(over="ignore"):
+                values[part] = codes.reshape(-1)[part].astype(np.float32) * factor
         with np.errstate(over="ignore"):
-            values = self.codes().astype(np.float32)
-            values *= steps
-            values = values.astype(np.dtype(self.dtype), copy=False)
+            values = values.reshape(self.shape).astype(np.dtype(self.dtype), copy=False)
         if not np.isfinite(values).all():
             raise FormatError(f"entry {self.name!r}: a weight beyond {self.dtype}")
         return values

@@ -9,12 +9,12 @@ import numpy as np
 
 from autocompress.storage.bits import MAX_EXPANSION, least_bytes
 from autocompress.storage.errors import FormatError
-from autocompress.storage.kernels import RATES, decode_pass, encode_pass, measure_pass
+from autocompress.storage.kernels import DECODE, ENCODE, MEASURE, coder
 
 __all__ = ["MAX_CODE", "coded_size", "decode_codes", "encode_codes", "order0_bits"]
 
 MAX_CODE = 2**30  # largest magnitude of a code
-_TRIAL = 1 << 16  # codes on which the rates are compared
+_TRIAL = 1 << 16  # codes on which the models are compared
 _NO_BUFFER = np.zeros(0, np.uint8)
 
 
@@ -25,52 +25,80 @@ def order0_bits(codes: np.ndarray) -> float:
     return float(-(counts * np.log2(counts / n)).sum()) if n else 0.0
 
 
-def _matrix(codes: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Arrange codes as a C-ordered int32 matrix (rows, columns); also return kernel size and kernel width."""
+def _block(codes: np.ndarray) -> tuple[np.ndarray, int]:
+    """Check codes and view them as int32 (rows, channels, kernel); also return the kernel's width."""
     codes = np.asarray(codes)
     if codes.dtype.kind not in "iu":
         raise ValueError(f"codes are integers, got dtype {codes.dtype}")
-    if codes.size and max(-int(codes.min()), int(codes.max())) > MAX_CODE:
-        raise ValueError(f"codes have magnitudes of at most 2**30, got {max(-int(codes.min()), int(codes.max()))}")
-    rows, columns, kernel, width = _layout(codes.shape)
-    return np.ascontiguousarray(codes, np.int32).reshape(rows, columns), kernel, width
+    largest = max(-int(codes.min()), int(codes.max())) if codes.size else 0
+    if largest > MAX_CODE:
+        raise ValueError(f"codes have magnitudes of at most 2**30, got {largest}")
+    layout, width = _layout(codes.shape)
+    return np.ascontiguousarray(codes, np.int32).reshape(layout), width
 
 
-def _layout(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Split a shape into rows, columns, kernel positions per input channel and kernel width; a vector is one row."""
-    numel = math.prod(shape)
-    rows = int(shape[0]) if len(shape) > 1 else 1
-    return rows, (numel // rows if rows else 0), max(math.prod(shape[2:]), 1), shape[-1] if len(shape) > 2 else 1
+def _layout(shape: Sequence[int]) -> tuple[tuple[int, int, int], int]:
+    """Split a shape into (rows, channels, kernel positions) and the kernel's width; a vector is one row."""
+    if len(shape) < 2:
+        return (1, math.prod(shape), 1), 1
+    return (shape[0], shape[1], math.prod(shape[2:])), shape[-1] if len(shape) > 2 else 1
 
 
-def _choose(matrix: np.ndarray, kernel: int, width: int) -> int:
-    """Pick the adaptation rate that codes the first rows (about _TRIAL codes) best; ties go to the first."""
-    trial = matrix[: max(_TRIAL // matrix.shape[1], 1)]
-    sizes = [int(measure_pass(trial, kernel, width, rate, _NO_BUFFER, 0)) for rate in range(len(RATES))]
-    return int(np.argmin(sizes))
+def _oriented(block: np.ndarray, model: int) -> np.ndarray:
+    """View the block in the order in which a model walks it: models 2 and 3 take input channels as rows."""
+    return block.swapaxes(0, 1) if model & 2 else block
+
+
+def _measure(block: np.ndarray, width: int, model: int) -> int:
+    """Count the range coder's bytes under one model."""
+    return int(coder(MEASURE)(_oriented(block, model), width, model & 1, _NO_BUFFER))
+
+
+def _choose(block: np.ndarray, width: int) -> tuple[int, int]:
+    """Pick a model by what it makes of the block's corner of about _TRIAL codes: the orientation, then the rate.
+
+    Returns (model, bytes of the corner). Ties go to the lower number.
+    """
+    edge = math.isqrt(max(_TRIAL // block.shape[2], 1))
+    rows = max(edge, _TRIAL // block.shape[2] // max(block.shape[1], 1))
+    channels = max(edge, _TRIAL // block.shape[2] // max(block.shape[0], 1))
+    corner = block[:rows, :channels]
+    sizes = {model: _measure(corner, width, model) for model in (0, 2)}
+    other = 1 + (2 if sizes[2] < sizes[0] else 0)
+    sizes[other] = _measure(corner, width, other)
+    model = min(sizes, key=lambda m: (sizes[m], m))
+    return model, sizes[model]
 
 
 def coded_size(codes: np.ndarray) -> int:
     """Count the bytes of `encode_codes(codes)` without making them."""
-    matrix, kernel, width = _matrix(codes)
-    if matrix.size == 0:
+    block, width = _block(codes)
+    if block.size == 0:
         return 0
-    length = int(measure_pass(matrix, kernel, width, _choose(matrix, kernel, width), _NO_BUFFER, 0))
-    return max(1 + length, least_bytes(matrix.size))
+    model, length = _choose(block, width)
+    if block.size > _TRIAL:
+        length = _measure(block, width, model)
+    return max(1 + length, least_bytes(block.size))
 
 
 def encode_codes(codes: np.ndarray) -> bytes:
-    """Entropy-code an integer array of shape (n,), (rows, columns) or (out, in, *kernel)."""
-    matrix, kernel, width = _matrix(codes)
-    if matrix.size == 0:
+    """Entropy-code an integer array of shape (n,), (rows, columns) or (out, in, *kernel).
+
+    Layout: one byte for the model (bit 0 the adaptation rate, bit 1 input channels as rows), then the range coder's
+    bytes, filled with zeros to `least_bytes`.
+    """
+    block, width = _block(codes)
+    if block.size == 0:
         return b""
-    rate = _choose(matrix, kernel, width)
-    # a decision costs at most 11 bits (its probability is at least 2**-11), a code at most 62 decisions
-    largest = max(int(matrix.max()), -int(matrix.min()), 1).bit_length()
-    buffer = np.zeros(16 + matrix.size * (2 * largest + 2) * 11 // 8, np.uint8)
-    length = int(encode_pass(matrix, kernel, width, rate, buffer, buffer.size))
-    payload = bytes([rate]) + buffer[:length].tobytes()
-    return payload.ljust(least_bytes(matrix.size), b"\0")
+    model, length = _choose(block, width)
+    if block.size > _TRIAL:
+        # a decision costs at most 11 bits, since its probability is at least 2**-11
+        largest = max(int(block.max()), -int(block.min()), 1).bit_length()
+        length = block.size * (2 * largest + 1) * 11 // 8
+    buffer = np.zeros(length + 16, np.uint8)
+    length = int(coder(ENCODE)(_oriented(block, model), width, model & 1, buffer))
+    payload = bytes([model]) + buffer[:length].tobytes()
+    return payload.ljust(least_bytes(block.size), b"\0")
 
 
 def decode_codes(payload: bytes, shape: Sequence[int]) -> np.ndarray:
@@ -82,14 +110,14 @@ def decode_codes(payload: bytes, shape: Sequence[int]) -> np.ndarray:
         return np.zeros(tuple(shape), np.int32)
     if not payload or numel > MAX_EXPANSION * len(payload):
         raise FormatError(f"{len(payload)} bytes cannot hold {numel} codes")
-    if payload[0] >= len(RATES):
-        raise FormatError(f"unknown entropy model {payload[0]}")
-    rows, columns, kernel, width = _layout(shape)
-    matrix = np.zeros((rows, columns), np.int32)
-    buffer = np.frombuffer(payload, np.uint8)[1:]
-    used = int(decode_pass(matrix, kernel, width, payload[0], buffer, buffer.size))
+    if payload[0] > 3:
+        raise FormatError(f"unknown entropy model {payload[0]}; this version knows 0 to 3")
+    layout, width = _layout(shape)
+    block = np.zeros(layout, np.int32)
+    buffer = np.frombuffer(payload, np.uint8)[1:].copy()
+    used = int(coder(DECODE)(_oriented(block, payload[0]), width, payload[0] & 1, buffer))
     if used < 0:
         raise FormatError("the payload ends before the last code")
     if buffer.size - used > 6 and (len(payload) != least_bytes(numel) or buffer[used + 6 :].any()):
         raise FormatError(f"{buffer.size - used} bytes follow the last code")
-    return matrix.reshape(tuple(shape))
+    return block.reshape(tuple(shape))

@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
-from numba import njit
+from numba import int64, njit, uint8
+from numba import int32 as i4
 
-__all__ = ["RATES", "decode_pass", "encode_pass", "measure_pass"]
+__all__ = ["DECODE", "ENCODE", "MEASURE", "RATES", "coder"]
 
 MEASURE, ENCODE, DECODE = 0, 1, 2
 TOP = 1 << 48  # low and code are kept modulo 2**48; the span lies in (2**32, 2**48]
 BOTTOM = 1 << 32
 
-RATES = np.array([(255, 8), (127, 12), (1023, 4), (1023, 2)], np.int64)  # (limit of a counter, mixing rate)
+RATES = np.array([(400, 8), (100, 12)], np.int64)  # (limit of a counter, mixing rate)
 SQUASH = np.array(
-    [min(max(round(65536 / (1 + math.exp(-i / 256))), 32), 65504) for i in range(-2048, 2048)], np.int32
+    [min(max(round(65536 / (1 + math.exp(-i / 256))), 32), 65504) for i in range(-2048, 2048)], np.uint16
 )  # log-odds in 1/256 -> probability of a one in 1/65536
-STRETCH = np.array([round(256 * math.log((i + 0.5) / (4095.5 - i))) for i in range(4096)], np.int32)  # its inverse
-RECIPROCAL = np.array([655360 // (10 * n + 26) for n in range(1024)], np.int32)  # step of a counter that saw n bits
+STRETCH = np.array([round(256 * math.log((i + 0.5) / (4095.5 - i))) for i in range(4096)], np.int16)  # its inverse
+RECIPROCAL = np.array([655360 // (10 * n + 16) for n in range(1024)], np.uint16)  # step of a counter that saw n bits
 LEVEL = np.array(
-    [0, 0] + [min(2 * x.bit_length() - 3 + (x >> (x.bit_length() - 2) & 1), 23) for x in range(2, 4096)], np.int32
+    [0, 0] + [min(2 * x.bit_length() - 3 + (x >> (x.bit_length() - 2) & 1), 23) for x in range(2, 4096)], np.int8
 )  # half-octave levels
 
 NODES = 64  # decisions: 0 zero?, 1 sign, 2-31 exponent, 32-63 mantissa
@@ -54,22 +56,29 @@ def _carry(buffer: np.ndarray, position: int) -> None:
     buffer[position] += 1
 
 
-def _build(mode: int) -> Callable[..., int]:
-    """Specialise the one coding loop for measuring, encoding or decoding; the model is the same text in all three."""
+@lru_cache
+def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
+    """Specialise the one coding loop for MEASURE, ENCODE or DECODE; the model is the same text in all three.
 
-    @njit(cache=True, nogil=True)
-    def run(codes, kernel, width, rate, buffer, size):
+    Returns run(codes, width, rate, buffer) -> bytes used. `codes`, int32 of shape (rows, channels, kernel) with any
+    strides, is read (or, decoding, written); `width` is the kernel's last axis; `rate` picks a row of RATES; `buffer`
+    is written, read, or (measuring) ignored. Decoding returns -1 where the buffer ends too soon.
+    """
+
+    @njit(int64(i4[:, :, :], int64, int64, uint8[::1]), cache=True, nogil=True)
+    def run(codes, width, rate, buffer):
         task = mode
+        size = buffer.size
 
         def code_bit(bit, node, i0, i1, i2, i3, counters, weights, limit, speed, low, span, position, buffer, size):
             # predict: counters hold a probability in their high 22 bits and a count in their low 10
-            c0, c1 = np.int64(counters[i0]), np.int64(counters[i1])
-            c2, c3 = np.int64(counters[i2]), np.int64(counters[i3])
-            s0, s1 = np.int64(STRETCH[c0 >> 20]), np.int64(STRETCH[c1 >> 20])
-            s2, s3 = np.int64(STRETCH[c2 >> 20]), np.int64(STRETCH[c3 >> 20])
-            w = 4 * node
-            dot = (weights[w] * s0 + weights[w + 1] * s1) + (weights[w + 2] * s2 + weights[w + 3] * s3)
-            p = np.int64(SQUASH[min(max(dot >> 16, -2047), 2047) + 2048])
+            c0, c1 = np.int64(counters[np.uintp(i0)]), np.int64(counters[np.uintp(i1)])
+            c2, c3 = np.int64(counters[np.uintp(i2)]), np.int64(counters[np.uintp(i3)])
+            s0, s1 = np.int64(STRETCH[np.uintp(c0 >> 20)]), np.int64(STRETCH[np.uintp(c1 >> 20)])
+            s2, s3 = np.int64(STRETCH[np.uintp(c2 >> 20)]), np.int64(STRETCH[np.uintp(c3 >> 20)])
+            w0, w1, w2, w3 = np.uintp(4 * node), np.uintp(4 * node + 1), np.uintp(4 * node + 2), np.uintp(4 * node + 3)
+            dot = (weights[w0] * s0 + weights[w1] * s1) + (weights[w2] * s2 + weights[w3] * s3)
+            p = np.int64(SQUASH[np.uintp(min(max(dot >> 16, -2047), 2047) + 2048)])
             bound = (span >> 16) * p
             if task == DECODE:
                 bit = 1 if low < bound else 0
@@ -84,19 +93,19 @@ def _build(mode: int) -> Callable[..., int]:
             # learn
             goal = 4194303 * bit
             error = ((bit << 16) - p) * speed
-            weights[w] += (s0 * error + 131072) >> 18
-            weights[w + 1] += (s1 * error + 131072) >> 18
-            weights[w + 2] += (s2 * error + 131072) >> 18
-            weights[w + 3] += (s3 * error + 131072) >> 18
+            weights[w0] += (s0 * error + 131072) >> 18
+            weights[w1] += (s1 * error + 131072) >> 18
+            weights[w2] += (s2 * error + 131072) >> 18
+            weights[w3] += (s3 * error + 131072) >> 18
             n0, n1, n2, n3 = c0 & 1023, c1 & 1023, c2 & 1023, c3 & 1023
-            p0 = (c0 >> 10) + (((goal - (c0 >> 10)) * RECIPROCAL[n0]) >> 16)
-            p1 = (c1 >> 10) + (((goal - (c1 >> 10)) * RECIPROCAL[n1]) >> 16)
-            p2 = (c2 >> 10) + (((goal - (c2 >> 10)) * RECIPROCAL[n2]) >> 16)
-            p3 = (c3 >> 10) + (((goal - (c3 >> 10)) * RECIPROCAL[n3]) >> 16)
-            counters[i0] = (p0 << 10) | min(n0 + 1, limit)
-            counters[i1] = (p1 << 10) | min(n1 + 1, limit)
-            counters[i2] = (p2 << 10) | min(n2 + 1, limit)
-            counters[i3] = (p3 << 10) | min(n3 + 1, limit)
+            p0 = (c0 >> 10) + (((goal - (c0 >> 10)) * np.int64(RECIPROCAL[np.uintp(n0)])) >> 16)
+            p1 = (c1 >> 10) + (((goal - (c1 >> 10)) * np.int64(RECIPROCAL[np.uintp(n1)])) >> 16)
+            p2 = (c2 >> 10) + (((goal - (c2 >> 10)) * np.int64(RECIPROCAL[np.uintp(n2)])) >> 16)
+            p3 = (c3 >> 10) + (((goal - (c3 >> 10)) * np.int64(RECIPROCAL[np.uintp(n3)])) >> 16)
+            counters[np.uintp(i0)] = (p0 << 10) | min(n0 + 1, limit)
+            counters[np.uintp(i1)] = (p1 << 10) | min(n1 + 1, limit)
+            counters[np.uintp(i2)] = (p2 << 10) | min(n2 + 1, limit)
+            counters[np.uintp(i3)] = (p3 << 10) | min(n3 + 1, limit)
             if span <= BOTTOM:
                 span <<= 16
                 if task == DECODE:
@@ -117,11 +126,12 @@ def _build(mode: int) -> Callable[..., int]:
                 position += 2
             return bit, low, span, position
 
-        rows, columns = codes.shape
+        rows, channels, kernel = codes.shape
+        columns = channels * kernel
         limit, speed = RATES[rate, 0], RATES[rate, 1]
         counters = np.full(_COUNTERS, 1 << 31, np.uint32)
-        weights = np.full(4 * NODES, 16384, np.int64)
-        channel = np.zeros(columns // kernel, np.int64)
+        weights = np.full(4 * NODES, 20000, np.int64)
+        channel = np.zeros(channels, np.int64)
         # rows with a margin of zeros on the left, so that neighbours need no bounds
         margin = max(2 * kernel, 5)
         here = np.zeros(margin + columns, np.int64)
@@ -140,10 +150,13 @@ def _build(mode: int) -> Callable[..., int]:
         for r in range(rows):
             here, above, higher = higher, here, above
             if task != DECODE:
-                for c in range(columns):
-                    here[margin + c] = codes[r, c]
+                c = margin
+                for i in range(channels):
+                    for k in range(kernel):
+                        here[c] = codes[r, i, k]
+                        c += 1
             c = margin
-            for channel_index in range(columns // kernel):
+            for channel_index in range(channels):
                 level = LEVEL[channel[channel_index] >> 2]
                 total, weight_sum = np.int64(0), np.int64(0)
                 mean = channel[channel_index]
@@ -230,8 +243,11 @@ def _build(mode: int) -> Callable[..., int]:
                 if task == DECODE and position - 6 > size:
                     return np.int64(-1)
             if task == DECODE:
-                for c in range(columns):
-                    codes[r, c] = here[margin + c]
+                c = margin
+                for i in range(channels):
+                    for k in range(kernel):
+                        codes[r, i, k] = here[c]
+                        c += 1
         if task == DECODE:
             return position - 6
         # the fewest bytes of a number inside [low, low + span)
@@ -252,7 +268,3 @@ def _build(mode: int) -> Callable[..., int]:
 
     return run
 
-
-measure_pass = _build(MEASURE)
-encode_pass = _build(ENCODE)
-decode_pass = _build(DECODE)
