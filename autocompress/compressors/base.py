@@ -73,6 +73,12 @@ class Realised:
     step: np.ndarray | float = 1.0
     values: np.ndarray | None = None
 
+    @property
+    def step_kind(self) -> str:
+        if self.codes is None:
+            return "none"
+        return "row" if np.ndim(self.step) else "tensor"
+
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape."""
         if self.codes is None:
@@ -102,11 +108,16 @@ class Realised:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find it."""
+    """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find it.
+
+    `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out.
+    """
 
     option: Option
     error: float
     bytes: int
+    codec: str
+    step: str
     seconds: float = field(compare=False)
 
 
@@ -141,5 +152,5 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         start = time.perf_counter()
         error = 0.0 if problem.hessian is None else problem.error(realised.weight())
         size = realised.bytes()
-        rows.append(Measured(option, error, size, each + time.perf_counter() - start))
+        rows.append(Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start))
     return rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.obs import kernels
-from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian, single_threaded
 
 __all__ = ["Cell", "quantise_salient", "rate_distortion_cells", "rd_quantise", "salient_cells", "search_scale"]
 
@@ -138,7 +138,8 @@ def rate_distortion_cells(
     groups, rows, d = weight.shape
     order = np.asarray(order).reshape(weight.shape)
     counts = np.asarray(counts).reshape(groups, rows)
-    log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
+    with single_threaded():
+        log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
     unit = 0.5 * float(np.exp(log_det))
     peak = float(np.abs(weight).max(initial=0.0))
     zeroed = weight.copy()

@@ -153,46 +153,46 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                 c = margin
                 for i in range(channels):
                     for k in range(kernel):
-                        here[c] = codes[r, i, k]
+                        here[np.uintp(c)] = codes[r, i, k]
                         c += 1
             c = margin
             for channel_index in range(channels):
-                level = LEVEL[channel[channel_index] >> 2]
+                level = np.int64(LEVEL[np.uintp(channel[np.uintp(channel_index)] >> 2)])
                 total, weight_sum = np.int64(0), np.int64(0)
-                mean = channel[channel_index]
+                mean = channel[np.uintp(channel_index)]
                 kx = 0
                 for k in range(kernel):
                     # neighbours: in the kernel (left, up, their corners), one and two channels back, one and two rows up
-                    q1 = here[c - 1]
+                    q1 = here[np.uintp(c - 1)]
                     left = q1 if (kx > 0 or flat) else 0
                     up, left_up, right_up = 0, 0, 0
                     if k >= width and not flat:
-                        up = here[c - width]
-                        left_up = here[c - width - 1] if kx > 0 else 0
-                        right_up = here[c - width + 1] if kx < width - 1 else 0
-                    back, over = here[c - back_step], above[c]
-                    a1, a2, au = abs(q1), abs(here[c - 2]), abs(here[c - up_step])
+                        up = here[np.uintp(c - width)]
+                        left_up = here[np.uintp(c - width - 1)] if kx > 0 else 0
+                        right_up = here[np.uintp(c - width + 1)] if kx < width - 1 else 0
+                    back, over = here[np.uintp(c - back_step)], above[np.uintp(c)]
+                    a1, a2, au = abs(q1), abs(here[np.uintp(c - 2)]), abs(here[np.uintp(c - up_step)])
                     ab, ao = abs(back), abs(over)
                     near = 2 * (min(a1, 15) + min(au, 15) + min(ab, 15) + min(ao, 15))
-                    near += min(abs(higher[c]), 15) + min(abs(here[c - far_step]), 15) + min(a2, 15)
-                    near_level = LEVEL[2 * near]
+                    near += min(abs(higher[np.uintp(c)]), 15) + min(abs(here[np.uintp(c - far_step)]), 15) + min(a2, 15)
+                    near_level = np.int64(LEVEL[np.uintp(2 * near)])
                     trend = min(max(3 * (left + up) - left_up + right_up, -60), 60)
                     pull = min(abs(4 * (left + up) + 2 * right_up + back + over), 4095)
-                    place = min(k, _PLACES - 1) + _PLACES * LEVEL[(row_level >> 2) if flat else min(total, 4095)]
+                    place = min(k, _PLACES - 1) + _PLACES * np.int64(LEVEL[np.uintp((row_level >> 2) if flat else min(total, 4095))])
                     value = np.int64(0)
                     if task != DECODE:
-                        value = here[c]
+                        value = here[np.uintp(c)]
                     size_left = abs(value)
                     bit, low, span, position = code_bit(
                         1 if value != 0 else 0, 0,
-                        Z0 + 3 * LEVEL[pull] + min(ab + ao, 2), Z1 + place, Z2 + near_level, Z3 + level,
+                        Z0 + 3 * np.int64(LEVEL[np.uintp(pull)]) + min(ab + ao, 2), Z1 + place, Z2 + near_level, Z3 + level,
                         counters, weights, limit, speed, low, span, position, buffer, size,
                     )
                     magnitude = np.int64(0)
                     if bit != 0:
                         g_left, g_up = np.sign(left) + 1, np.sign(up) + 1
                         pair = g_left + 3 * g_up
-                        slope = LEVEL[abs(trend)] + (_LEVELS if trend < 0 else 0)
+                        slope = np.int64(LEVEL[np.uintp(abs(trend))]) + (_LEVELS if trend < 0 else 0)
                         drift = min(max(weight_sum, -4), 4) + 4
                         negative, low, span, position = code_bit(
                             1 if value < 0 else 0, 1,
@@ -203,7 +203,7 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                         # Elias gamma with adaptive bits: the exponent in unary, then the mantissa from the top
                         agree = min(max(-trend if negative != 0 else trend, -8), 8) + 8
                         m0, m1 = M0 + NODES * agree, M1 + NODES * place
-                        m2 = M2 + NODES * LEVEL[min(max(a1, a2) + max(ab, ao), 4095)]
+                        m2 = M2 + NODES * np.int64(LEVEL[np.uintp(min(max(a1, a2) + max(ab, ao), 4095))])
                         m3 = M3 + NODES * near_level
                         exponent = 0
                         while exponent < 30:
@@ -228,9 +228,9 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                         weight_sum += -magnitude if negative != 0 else magnitude
                         total += magnitude
                         if task == DECODE:
-                            here[c] = -magnitude if negative != 0 else magnitude
+                            here[np.uintp(c)] = -magnitude if negative != 0 else magnitude
                     elif task == DECODE:
-                        here[c] = 0
+                        here[np.uintp(c)] = 0
                     capped = min(magnitude, 63) << 6
                     mean += (capped - mean) >> 4
                     if flat:
@@ -239,14 +239,14 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                     kx += 1
                     if kx == width:
                         kx = 0
-                channel[channel_index] = mean
+                channel[np.uintp(channel_index)] = mean
                 if task == DECODE and position - 6 > size:
                     return np.int64(-1)
             if task == DECODE:
                 c = margin
                 for i in range(channels):
                     for k in range(kernel):
-                        codes[r, i, k] = here[c]
+                        codes[r, i, k] = here[np.uintp(c)]
                         c += 1
         if task == DECODE:
             return position - 6

@@ -1,0 +1,98 @@
+"""Plan -> model. The only place that makes one: a copy whose weights are exactly what the file will hold, statistics corrected."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.batches import Batch, join_batches, materialise, split_batches
+from autocompress.compressors import Realised, realise
+from autocompress.correcting import correct_statistics
+from autocompress.engines import default_workers
+from autocompress.errors import MismatchError
+from autocompress.layers import stored_tensors
+from autocompress.obs import single_threaded
+from autocompress.profiling import Profile
+from autocompress.records import fold_norms, records, stored_as_half
+from autocompress.storage import Entry
+from autocompress.types import Option, Plan
+
+__all__ = ["CORRECTION_SAMPLES", "Encoded", "apply", "encoded_of", "realise_layers", "with_weights"]
+
+CORRECTION_SAMPLES = 512
+_ATTRIBUTE = "_autocompress_encoded"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an applied model carries: the records of its file, in order, and the plan that they realise."""
+
+    entries: tuple[Entry, ...]
+    plan: Plan
+
+
+def encoded_of(model: nn.Module) -> Encoded:
+    """The records that `apply` left on a model. Raises MismatchError on any other model."""
+    found = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(found, Encoded):
+        raise MismatchError("this model carries no encoded weights; save what `apply` or `compress` returned")
+    return found
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    profile: Profile,
+    batches: Iterable[Batch] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """A compressed copy of the model that carries its encoded weights; the model itself is not touched.
+
+    Weights are rebuilt from the profile's traces, bit for bit what was measured; batch norms are folded to a scale and a shift and,
+    if there are batches, statistics are corrected on them (`correct_statistics`, on the part that `calibrate` saw).
+    Raises MismatchError if the plan is of another profile or the profile of other weights.
+    """
+    profile.check_model(model)
+    if plan.fingerprint != profile.fingerprint:
+        raise MismatchError("field 'fingerprint': the plan was made from another profile")
+    weights = realise_layers(model, profile, plan.layers)
+    data = None
+    if batches is not None:
+        data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
+    small = with_weights(model, profile, {n: r.weight() for n, r in weights.items()}, data)
+    entries = records(small, {profile.layers[n].layer.key: r.entry(profile.layers[n].layer.key, plan.layers[n]) for n, r in weights.items()})
+    setattr(small, _ATTRIBUTE, Encoded(tuple(entries), plan))
+    return small
+
+
+def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Option]) -> dict[str, Realised]:
+    """Every layer's compressed weight, on as many threads as there are cores; the bits do not depend on how many."""
+    tasks = [(profile.problem(name, model.get_submodule(name).weight), option) for name, option in layers.items()]
+    tasks.sort(key=lambda t: (-t[0].weight.size, t[0].name))
+    with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
+        found = dict(zip([t[0].name for t in tasks], pool.map(lambda t: realise(*t), tasks), strict=True))
+    return {name: found[name] for name in layers}
+
+
+def with_weights(model: nn.Module, profile: Profile, weights: Mapping[str, np.ndarray], data: Batch | None) -> nn.Module:
+    """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will be stored."""
+    small = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            target: Any = small.get_submodule(name).weight
+            target.copy_(torch.from_numpy(np.ascontiguousarray(weight)).reshape(target.shape))
+        fold_norms(small)
+        if data is not None:
+            correct_statistics(model, small, [owner for layer in profile.layers.values() for owner in layer.layer.owners], data)
+        compressed = {layer.layer.key for layer in profile.layers.values()}
+        for key, tensor in stored_tensors(small).items():
+            if key not in compressed and stored_as_half(tensor):
+                tensor.copy_(tensor.half().to(tensor.dtype))
+    return small

@@ -1,0 +1,175 @@
+"""Context: the model and the data that a plan is measured on, for strategies that run the model and for the never-worse rule."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autocompress.applying import CORRECTION_SAMPLES, realise_layers, with_weights
+from autocompress.batches import Batch, batch_digest, batch_samples, feed, join_batches, materialise, split_batches
+from autocompress.errors import CalibrationError, MismatchError
+from autocompress.layers import model_digest
+from autocompress.profiling import Profile
+from autocompress.types import Option
+
+__all__ = ["Context", "divergence"]
+
+CACHE_BYTES = 1 << 30
+SENSITIVITY_VERSION = 1
+
+
+class Context:
+    """A model and calibration batches, split as `calibrate` splits them: `fit` for corrections, `held` to measure plans on.
+
+    The Hessians never saw `held`. `loss(model, batch)` is the task's own, for methods that need it. Measured weights are kept in
+    memory (up to 1 GiB), since plans share most of their layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        loss: Callable[[nn.Module, Batch], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model.eval()
+        self.loss = loss
+        self.seed = seed
+        self.fit, self.held = split_batches(materialise(batches), seed=seed)
+        self.evaluations = 0
+        self._correction = join_batches(self.fit, CORRECTION_SAMPLES)
+        self._digest = model_digest(model)
+        self._outputs: dict[str, list[torch.Tensor]] = {}
+        self._weights: dict[tuple[str, str, str], np.ndarray] = {}
+        self._checked: set[str] = set()
+
+    @property
+    def held_samples(self) -> int:
+        return sum(batch_samples(b) for b in self.held)
+
+    def check(self, profile: Profile) -> None:
+        """Raise MismatchError unless the profile is of this model and its Hessians never saw the held-out slice."""
+        if profile.fingerprint in self._checked:
+            return
+        if profile.fields["model"] != self._digest:
+            raise MismatchError("field 'model': the context holds another model than the one that was profiled")
+        seen = set(profile.statistics.seen)
+        if any(batch_digest(b) in seen for b in self.held):
+            raise MismatchError("field 'data': the Hessians saw the slice that plans are measured on; calibrate with the context's seed")
+        self._checked.add(profile.fingerprint)
+
+    def build(self, profile: Profile, layers: Mapping[str, Option]) -> nn.Module:
+        """The compressed model of a plan: exactly the weights that `apply` with these batches would give."""
+        self.check(profile)
+        todo = {n: o for n, o in layers.items() if (profile.fingerprint, n, str(o)) not in self._weights}
+        for name, found in realise_layers(self.model, profile, todo).items():
+            if sum(w.nbytes for w in self._weights.values()) > CACHE_BYTES:
+                self._weights.clear()
+            self._weights[(profile.fingerprint, name, str(layers[name]))] = found.weight()
+        weights = {}
+        for name, option in layers.items():
+            kept = self._weights.get((profile.fingerprint, name, str(option)))
+            weights[name] = kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].weight()
+        return with_weights(self.model, profile, weights, self._correction)
+
+    def measure(self, profile: Profile, layers: Mapping[str, Option]) -> float:
+        """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice."""
+        return self.divergence_of(self.build(profile, layers), "held")
+
+    def divergence_of(self, model: nn.Module, part: str = "held") -> float:
+        """Mean divergence of a model's outputs from the dense model's, on `held` or `fit`."""
+        batches = self.held if part == "held" else self.fit
+        if not batches:
+            raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
+        if part not in self._outputs:
+            with torch.no_grad():
+                self._outputs[part] = [_logits(feed(self.model, b)) for b in batches]
+        self.evaluations += 1
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch, reference in zip(batches, self._outputs[part], strict=True):
+                size = batch_samples(batch)
+                total += divergence(reference, _logits(feed(model, batch))) * size
+                count += size
+        return total / count
+
+    def sensitivities(self, profile: Profile, levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)) -> dict[str, list[tuple[float, float]]]:
+        """(error, measured rise of the divergence) of each layer compressed alone, at options near these relative errors.
+
+        Measured on at most 256 samples of the part that the Hessians saw; kept in the profile's store, where there is one.
+        """
+        self.check(profile)
+        batch = join_batches(self.fit, 256)
+        key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels])
+        name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if profile.store is not None:
+            known = profile.store.read_json(name)
+            if known is not None:
+                return {layer: [(e, k) for e, k in points] for layer, points in known.items()}
+        with torch.no_grad():
+            reference = _logits(feed(self.model, batch))
+        found: dict[str, list[tuple[float, float]]] = {}
+        for layer_name, layer in profile.layers.items():
+            points = []
+            for option, error in _near(layer, levels):
+                small = with_weights(
+                    self.model, profile, {layer_name: realise_layers(self.model, profile, {layer_name: option})[layer_name].weight()}, None
+                )
+                with torch.no_grad():
+                    points.append((error, max(divergence(reference, _logits(feed(small, batch))), 0.0)))
+                self.evaluations += 1
+            found[layer_name] = points
+        if profile.store is not None:
+            with profile.store.writing():
+                profile.store.write_json(name, found)
+        return found
+
+
+def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:
+    """The cheapest options whose relative errors lie nearest to the levels (in ratio)."""
+    if not layer.reached or layer.energy <= 0.0:
+        return []
+    rows = [row for row in layer.rows if row.error > 0.0]
+    chosen = {}
+    for level in levels:
+        if rows:
+            row = min(rows, key=lambda r: (round(abs(np.log(r.error / layer.energy / level)), 1), r.bytes, str(r.option)))
+            chosen[row.option] = row.error
+    return list(chosen.items())
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """The tensor that a model's output is judged by: itself, its `logits`, or the first tensor in it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, torch.Tensor):
+        return logits
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            return item
+    raise CalibrationError(f"the model puts out a {type(output).__name__}; needed a tensor, or something with one in it")
+
+
+def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
+    """How far outputs are from the dense model's, per sample: mean KL(dense ‖ compressed) of the softmax over classes.
+
+    Classes are the last dimension of (N, C) and (N, T, C), dimension 1 of images (N, C, H, W). With a single class, where a softmax
+    says nothing, it is the mean squared difference over the mean square of the dense output. Infinite where the output is not finite.
+    """
+    if not bool(torch.isfinite(output).all()):
+        return float("inf")
+    axis = 1 if reference.ndim >= 4 else -1
+    if reference.ndim < 2 or reference.shape[axis] == 1:
+        scale = float(reference.double().square().mean()) or 1.0
+        return float((reference.double() - output.double()).square().mean()) / scale
+    log_p, log_q = F.log_softmax(reference.double(), axis), F.log_softmax(output.double(), axis)
+    return float((log_p.exp() * (log_p - log_q)).sum(axis).mean())

@@ -1,0 +1,162 @@
+"""From a profile and a budget to an allocation: exact file sizes, a `solvers.Problem`, and the choice with its certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autocompress.compressors import Measured
+from autocompress.errors import BudgetError, InfeasibleError
+from autocompress.profiling import Profile
+from autocompress.types import Budget, Option, Plan
+from solvers import Problem, Solution, solve
+
+__all__ = ["Allocation", "allocate", "budget_bytes", "energy_losses", "make_plan", "single_options"]
+
+
+def budget_bytes(budget: Budget, profile: Profile) -> int:
+    """The limit on the file in bytes. Raises BudgetError for limits that are not on the file's size."""
+    template = profile.template
+    other = [n for n in ("macs", "bops", "latency_ms") if getattr(budget, n) is not None]
+    limit = budget.bytes(template.dense_bytes, template.parameters)
+    if other or limit is None:
+        raise BudgetError(f"budget {str(budget)!r} limits {', '.join(other)}; this version allocates the file's size only")
+    return limit
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One row per layer, the solver's answer, and the file that it makes. `payload_bytes` is what the solver was allowed."""
+
+    rows: Mapping[str, Measured]
+    loss: float
+    bound: float
+    gap: float
+    file_bytes: int
+    payload_bytes: int
+    solution: Solution | None = None
+
+    @property
+    def options(self) -> dict[str, Option]:
+        return {name: row.option for name, row in self.rows.items()}
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What of the file no choice changes: header, biases, norms."""
+        return self.file_bytes - sum(row.bytes for row in self.rows.values())
+
+
+def make_plan(profile: Profile, budget: Budget, found: Allocation, strategy: str) -> Plan:
+    """The plan of an allocation, not measured yet."""
+    return Plan(
+        layers=found.options,
+        budget=budget,
+        budget_bytes=budget_bytes(budget, profile),
+        strategy=strategy,
+        predicted_loss=found.loss,
+        predicted_bytes=found.file_bytes,
+        fixed_bytes=found.fixed_bytes,
+        bound=found.bound,
+        gap=found.gap,
+        fingerprint=profile.fingerprint,
+    )
+
+
+def energy_losses(profile: Profile) -> dict[str, np.ndarray]:
+    """Error over the layer's energy for every option of every layer: the fraction of its output that a layer loses.
+
+    Raw squared errors are not comparable between layers. Layers without a Hessian, or of energy 0, have losses of 0.
+    Source: OBC, arXiv 2208.11580, section 6 (normalised squared error), here over the energy itself instead of the worst level.
+    """
+    return {
+        name: np.array([row.error / layer.energy if layer.energy > 0 else 0.0 for row in layer.rows]) for name, layer in profile.layers.items()
+    }
+
+
+def allocate(
+    profile: Profile,
+    budget: int,
+    losses: Mapping[str, np.ndarray],
+    solver: str = "exact",
+) -> Allocation:
+    """Choose one row per layer with the least sum of losses such that the whole file is at most `budget` bytes.
+
+    Raises InfeasibleError, with the smallest budget that is not, where even the smallest options do not fit.
+    """
+    names = list(profile.layers)
+    rows = [profile.layers[n].rows for n in names]
+    smallest = {n: min(r, key=lambda row: row.bytes) for n, r in zip(names, rows, strict=True)}
+    smallest_file = profile.template.file_bytes(smallest)
+    if smallest_file > budget:
+        raise InfeasibleError(
+            f"no allocation fits in {budget:,} bytes: the smallest file that this profile can make has {smallest_file:,} bytes", smallest_file
+        )
+    fixed = smallest_file - sum(row.bytes for row in smallest.values())
+    best: Allocation | None = None
+    # The header's length depends a little on the choice (names of options, lengths), so the room for payloads is closed in.
+    for _ in range(12):
+        allowed = budget - fixed
+        problem = Problem(
+            loss=[losses[n] for n in names],
+            cost=[np.array([row.bytes for row in r], np.int64) for r in rows],
+            budget=allowed,
+            resources=("bytes",),
+            names=names,
+            options=[[str(row.option) for row in r] for r in rows],
+        )
+        solution = solve(problem, solver)
+        if solution.choice is None:
+            break
+        chosen = {n: r[int(i)] for n, r, i in zip(names, rows, solution.choice, strict=True)}
+        size = profile.template.file_bytes(chosen)
+        found = Allocation(chosen, float(solution.loss), float(solution.bound), float(solution.gap), size, allowed, solution)
+        if size <= budget and (best is None or found.loss < best.loss):
+            best = found
+        actual = size - sum(row.bytes for row in chosen.values())
+        if size <= budget and actual >= fixed:
+            break
+        fixed = actual if size > budget or best is None else fixed
+        if size <= budget:
+            break
+    if best is None:
+        return Allocation(smallest, _total(losses, profile, smallest), -math.inf, math.inf, smallest_file, budget - fixed)
+    return best
+
+
+def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[str, Measured]) -> float:
+    return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in chosen.items()))
+
+
+def single_options(profile: Profile, budget: int, undominated: bool = True) -> list[dict[str, Measured]]:
+    """Every single-option plan that fits and that no other one beats in every layer, smallest predicted loss first.
+
+    A single-option plan gives every layer the same option; layers that calibration never reached stay as they are.
+    """
+    reached = [layer for layer in profile.layers.values() if layer.reached]
+    tables = [{row.option: row for row in layer.rows} for layer in reached]
+    shared = [o for o in tables[0] if all(o in t for t in tables)] if tables else []
+    rest = {name: layer.rows[0] for name, layer in profile.layers.items() if not layer.reached}
+    plans: list[dict[str, Measured]] = []
+    for option in shared:
+        plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)} | rest
+        if sum(row.bytes for row in plan.values()) <= budget and profile.template.file_bytes(plan) <= budget:
+            plans.append({name: plan[name] for name in profile.layers})
+    errors = np.array([[plan[layer.layer.name].error / max(layer.energy, 1e-300) for layer in reached] for plan in plans])
+    keep = _undominated(errors) if undominated else range(len(plans))
+    order = sorted(keep, key=lambda i: (float(errors[i].sum()), i))
+    return [plans[i] for i in order]
+
+
+def _undominated(errors: np.ndarray) -> Sequence[int]:
+    """Rows that no other row is at or below everywhere (of equal rows, the first stays)."""
+    keep = []
+    for i, row in enumerate(errors):
+        below = (errors <= row).all(axis=1)
+        below[i] = False
+        equal = (errors == row).all(axis=1)
+        if not (below & ~equal).any() and not (below & equal)[:i].any():
+            keep.append(i)
+    return keep

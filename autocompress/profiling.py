@@ -1,0 +1,334 @@
+"""Profile: error and bytes of every option of every layer, over a store on disk that survives a kill at any moment.
+
+Store:  lock                 held (flock) by the one process that writes
+        profile.json         what the profile depends on, and its layers; written once, before the work
+        statistics.npz       the calibration statistics
+        layers/<key>.npz     one file per finished layer, named by the digest of weight, Hessian, options and code versions
+        extra/<name>.json    what strategies measured on the model, named by what it depends on
+Every file is written beside its place and renamed into it, so a file that is there is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from autocompress.calibration import Statistics
+from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, compressor_of, default_options, profile_layer
+from autocompress.engines import default_workers, run_tasks
+from autocompress.errors import MismatchError, StoreError
+from autocompress.files import atomic_path
+from autocompress.layers import Layer, Layers, find_layers, model_digest
+from autocompress.records import Template, make_template
+from autocompress.types import DENSE, Option
+
+__all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
+
+PROFILE_VERSION = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer of a profile: its options as rows, its pruning trace, and the energy ½ tr(W H Wᵀ) that errors are compared with."""
+
+    layer: Layer
+    rows: tuple[Measured, ...]
+    energy: float
+    order: np.ndarray | None
+    losses: np.ndarray | None
+
+    @property
+    def reached(self) -> bool:
+        """Whether calibration reached the layer; where it did not, the only option is to leave it dense."""
+        return self.order is not None
+
+    def row(self, option: Option) -> Measured:
+        for row in self.rows:
+            if row.option == option:
+                return row
+        raise MismatchError(f"layer {self.layer.name!r} has no option {str(option)!r} in this profile")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Every option of every layer. `table` is the same as a DataFrame; `fingerprint` covers all of it but the clock times."""
+
+    layers: Mapping[str, LayerProfile]
+    skipped: Mapping[str, str]
+    statistics: Statistics
+    fields: Mapping[str, str]
+    template: Template
+    store: Store | None = field(default=None, compare=False)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what the profile depends on and every row and trace in it, clock times left out."""
+        digest = hashlib.sha256(json.dumps(dict(sorted(self.fields.items()))).encode())
+        for name, layer in self.layers.items():
+            digest.update(json.dumps([name, layer.energy.hex(), [[str(r.option), r.error.hex(), r.bytes] for r in layer.rows]]).encode())
+            for array in (layer.order, layer.losses):
+                if array is not None:
+                    digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per (layer, option): error, relative error, bytes, bits per weight, seconds."""
+        records = [
+            {
+                "layer": name,
+                "option": str(row.option),
+                "error": row.error,
+                "relative_error": row.error / layer.energy if layer.energy > 0 else 0.0,
+                "bytes": row.bytes,
+                "bits_per_weight": 8 * row.bytes / layer.layer.size,
+                "seconds": row.seconds,
+            }
+            for name, layer in self.layers.items()
+            for row in layer.rows
+        ]
+        return pd.DataFrame.from_records(records)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise MismatchError unless the model's weights are the ones that were profiled."""
+        if model_digest(model) != self.fields["model"]:
+            raise MismatchError("field 'model': the profile was made from other weights; profile this model, or give the one it was made from")
+
+    def problem(self, name: str, weight: Any) -> LayerProblem:
+        """The layer as compressors take it, with its trace; `weight` is the model's own."""
+        found = self.layers[name]
+        stats = self.statistics.layers.get(name)
+        return LayerProblem(
+            name, found.layer.shape, found.layer.matrix(weight), None if stats is None else stats.hessian, found.order, found.losses
+        )
+
+
+class Store:
+    """A folder with one writer. Raises StoreError where it cannot be made, read or locked."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            (self.path / "layers").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make the profile store {self.path}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the store's lock; the kernel drops it when this process ends, however it ends."""
+        import fcntl
+
+        try:
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise StoreError(f"cannot write in the profile store {self.path}: {error.strerror or error}") from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StoreError(f"the profile store {self.path} is being written by another process; wait for it, or name another") from None
+            yield
+        finally:
+            os.close(handle)
+
+    def read_json(self, name: str) -> Any | None:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read: {error}; remove it to make it again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        with atomic_path(self.path / name) as scratch:
+            scratch.write_text(json.dumps(value, indent=1) + "\n")
+
+    def layer_path(self, key: str) -> Path:
+        return self.path / "layers" / f"{key}.npz"
+
+
+def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) -> str:
+    """Digest of all that a layer's profile depends on."""
+    digest = hashlib.sha256(f"{PROFILE_VERSION}|{versions}|{problem.shape}|{'|'.join(map(str, options))}".encode())
+    digest.update(np.ascontiguousarray(problem.weight).tobytes())
+    digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
+    return digest.hexdigest()
+
+
+def _save_layer(path: Path, rows: Sequence[Measured], order: np.ndarray | None, losses: np.ndarray | None, energy: float) -> None:
+    arrays: dict[str, Any] = {
+        "options": np.frombuffer("\n".join(f"{r.option} {r.codec} {r.step}" for r in rows).encode(), np.uint8),
+        "errors": np.array([r.error for r in rows]),
+        "bytes": np.array([r.bytes for r in rows], np.int64),
+        "seconds": np.array([r.seconds for r in rows]),
+        "energy": np.array(energy),
+    }
+    if order is not None and losses is not None:
+        arrays |= {"order": order, "losses": losses}
+    with atomic_path(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float] | None:
+    """What `_save_layer` wrote; None where the file is not there. Raises StoreError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
+            columns = zip(names, data["errors"].tolist(), data["bytes"].tolist(), data["seconds"].tolist(), strict=True)
+            rows = [
+                Measured(Option.parse(option), error, size, codec, step, seconds)
+                for (option, codec, step), error, size, seconds in columns
+            ]
+            order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
+            return rows, order, losses, float(data["energy"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise StoreError(f"{path} is damaged ({error}); remove it and run again") from error
+
+
+def profile(
+    model: nn.Module,
+    stats: Statistics,
+    store: str | Path | None = None,
+    options: Sequence[Option | str] | None = None,
+    workers: int | None = None,
+    progress: Any = None,
+) -> Profile:
+    """Measure every option of every layer, and keep each finished layer in the store at once.
+
+    options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that calibration never
+    reached stays dense. store: a folder that is resumed if it was made for the same model, data, options and code versions;
+    None keeps everything in memory. workers: processes (default: one per core); the result does not depend on it.
+    progress: called with (layers done, layers in all, layer name).
+    Raises MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
+    """
+    layers = find_layers(model)
+    if stats.fields["model"] != model_digest(model):
+        raise MismatchError("field 'model': the statistics were made from other weights; calibrate this model")
+    wanted = _options(options)
+    versions = json.dumps({name: c.version for name, c in sorted(COMPRESSORS.items())})
+    fields = {
+        **stats.fields,
+        "options": hashlib.sha256("|".join(map(str, wanted)).encode()).hexdigest(),
+        "compressors": versions,
+        "profile_version": str(PROFILE_VERSION),
+    }
+    problems = {}
+    for layer in layers:
+        found = stats.layers.get(layer.name)
+        weight = layer.matrix(model.get_submodule(layer.name).weight)
+        problems[layer.name] = LayerProblem(layer.name, layer.shape, weight, None if found is None else found.hessian)
+    keys = {name: _layer_key(problem, wanted, versions) for name, problem in problems.items()}
+    template = make_template(model, layers)
+    work = _Work(layers, problems, wanted, keys, default_workers() if workers is None else workers, progress)
+    if store is None:
+        return Profile(work.run(None), layers.skipped, stats, fields, template)
+    place = Store(store)
+    with place.writing():
+        known = place.read_json("profile.json")
+        if known is not None:
+            _check_fields(known["fields"], fields, place.path)
+        else:
+            stats.save(place.path / "statistics.npz")
+            head = {
+                "fields": fields,
+                "skipped": layers.skipped,
+                "layers": [[x.name, x.owners, x.shape, x.groups, keys[x.name]] for x in layers],
+                "template": template.to_json(),
+            }
+            place.write_json("profile.json", head)
+        return Profile(work.run(place), layers.skipped, stats, fields, template, place)
+
+
+def _options(options: Sequence[Option | str] | None) -> list[Option]:
+    given = default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
+    for option in given:
+        compressor_of(option)
+    return list(dict.fromkeys([DENSE, *given]))
+
+
+def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Path) -> None:
+    meaning = {
+        "model": "other weights",
+        "data": "other calibration data",
+        "damping": "another damping",
+        "options": "other options",
+        "compressors": "other versions of the compressors",
+        "calibration_version": "another version of the calibration",
+        "profile_version": "another version of the profile",
+    }
+    for name in sorted(set(known) | set(wanted)):
+        if known.get(name) != wanted.get(name):
+            raise MismatchError(f"field {name!r}: the profile in {path} was made with {meaning.get(name, 'another value')}; name another store")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The layers to profile, and how."""
+
+    layers: Layers
+    problems: Mapping[str, LayerProblem]
+    options: list[Option]
+    keys: Mapping[str, str]
+    workers: int
+    progress: Any
+
+    def run(self, store: Store | None) -> dict[str, LayerProfile]:
+        """Compute what the store lacks, each finished layer kept at once."""
+        done: dict[str, tuple[Any, ...]] = {}
+        if store is not None:
+            kept = {name: _load_layer(store.layer_path(key)) for name, key in self.keys.items()}
+            done = {name: found for name, found in kept.items() if found is not None}
+            log.info("%d of %d layers are in the store already", len(done), len(self.keys))
+        todo = [problem for name, problem in self.problems.items() if name not in done]
+        # Large layers first: the last task to finish should be a small one.
+        todo.sort(key=lambda p: (-p.weight.size * p.weight.shape[-1] ** 2, p.name))
+        tasks = [(p, self.options if p.hessian is not None else [DENSE]) for p in todo]
+        started = time.perf_counter()
+        for index, result in run_tasks(profile_layer, tasks, self.workers):
+            name = todo[index].name
+            done[name] = result
+            if store is not None:
+                _save_layer(store.layer_path(self.keys[name]), *result)
+            if self.progress is not None:
+                self.progress(len(done), len(self.problems), name)
+        log.info("profiled %d layers in %.1f s", len(todo), time.perf_counter() - started)
+        return {layer.name: _layer_profile(layer, done[layer.name]) for layer in self.layers}
+
+
+def _layer_profile(layer: Layer, found: tuple[Any, ...]) -> LayerProfile:
+    rows, order, losses, energy = found
+    return LayerProfile(layer, tuple(rows), energy, order, losses)
+
+
+def load_profile(store: str | Path) -> Profile:
+    """The finished profile of a store. Raises StoreError where there is none or layers are missing."""
+    path = Path(store)
+    if not (path / "profile.json").is_file():
+        raise StoreError(f"there is no profile in {path}; run `autocompress profile TASK --store {path}` first")
+    place = Store(path)
+    known = place.read_json("profile.json")
+    profiles = {}
+    for name, owners, shape, groups, key in known["layers"]:
+        kept = _load_layer(place.layer_path(key))
+        if kept is None:
+            raise StoreError(f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again")
+        profiles[name] = _layer_profile(Layer(name, tuple(owners), tuple(shape), groups), kept)
+    stats = Statistics.load(path / "statistics.npz")
+    return Profile(profiles, known["skipped"], stats, known["fields"], Template.from_json(known["template"]), place)

@@ -1,0 +1,68 @@
+"""Allocation on the relative error of each layer, by any solver; the best single option; and the one that a fit of the KL suggests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.measuring import Context
+from autocompress.planning import Allocation, allocate, budget_bytes, energy_losses, make_plan, single_options
+from autocompress.profiling import Profile
+from autocompress.types import Budget, Plan
+
+__all__ = ["Sensitivity", "SingleOption", "Solved"]
+
+
+class Solved:
+    """Least sum of error / layer energy within the budget, by one of the solvers. Needs the curves only.
+
+    Source: OBC, arXiv 2208.11580, section 6, with a proven solver in place of its rounding dynamic programme.
+    """
+
+    def __init__(self, solver: str) -> None:
+        self.solver = solver
+
+    def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
+        found = allocate(profile, budget_bytes(budget, profile), energy_losses(profile), self.solver)
+        return make_plan(profile, budget, found, self.solver)
+
+
+class SingleOption:
+    """The same option for every layer: of those that fit, the least sum of error / layer energy. The baseline of everything."""
+
+    def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
+        limit = budget_bytes(budget, profile)
+        plans = single_options(profile, limit)
+        if not plans:
+            smallest = min(profile.template.file_bytes(p) for p in single_options(profile, 1 << 62, undominated=False))
+            raise InfeasibleError(f"no single option for all layers fits in {limit:,} bytes; the smallest makes {smallest:,} bytes", smallest)
+        rows = plans[0]
+        losses = energy_losses(profile)
+        loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
+        bound = allocate(profile, limit, losses, "lagrangian").bound
+        gap = (loss - bound) / abs(bound) if bound > 0 else (0.0 if loss == bound else float("inf"))
+        size = profile.template.file_bytes(rows)
+        found = Allocation(rows, loss, bound, gap, size, limit - size + sum(r.bytes for r in rows.values()))
+        return make_plan(profile, budget, found, "uniform")
+
+
+class Sensitivity:
+    """Least predicted rise of the KL to the dense model, each layer's KL linear in its error, by an exact solve. Runs the model.
+
+    The slope of a layer is the median of (measured KL)/(error) over its levels when it alone is compressed.
+    Source: HIGGS's linearity (arXiv 2411.17525), measured with OBS errors. Raises MismatchError without a context.
+    """
+
+    def __init__(self, levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)) -> None:
+        self.levels = levels
+
+    def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
+        if context is None:
+            raise MismatchError("strategy 'kl' measures the model: give a context (on the command line: --task)")
+        points = context.sensitivities(profile, self.levels)
+        losses = {}
+        for name, layer in profile.layers.items():
+            slopes = [kl / error for error, kl in points[name]]
+            slope = float(np.median(slopes)) if slopes else 0.0
+            losses[name] = np.array([slope * row.error for row in layer.rows])
+        return make_plan(profile, budget, allocate(profile, budget_bytes(budget, profile), losses), "kl")
