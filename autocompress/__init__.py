@@ -1,3 +1,75 @@
-"""Compress a trained network into a file that is within a budget, and say how good that is."""
+"""A trained network, a little calibration data and a budget in; a file within that budget out, with proof of how good it is.
+
+    import autocompress as ac
+    result = ac.compress(model, batches, "64 kB", out="runs/out")
+
+The stages by themselves: calibrate -> profile -> plan -> apply -> save; load reads the file back. Names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "AutocompressError": "errors",
+    "Budget": "types",
+    "Context": "measuring",
+    "FormatError": "storage",
+    "Option": "types",
+    "Plan": "types",
+    "Profile": "profiling",
+    "Result": "pipeline",
+    "Statistics": "calibration",
+    "apply": "applying",
+    "calibrate": "calibration",
+    "compress": "pipeline",
+    "load": "saving",
+    "load_profile": "profiling",
+    "plan": "strategies",
+    "profile": "profiling",
+    "save": "saving",
+    "unpack": "saving",
+}
+
+__all__ = [
+    "AutocompressError",
+    "Budget",
+    "Context",
+    "FormatError",
+    "Option",
+    "Plan",
+    "Profile",
+    "Result",
+    "Statistics",
+    "__version__",
+    "apply",
+    "calibrate",
+    "compress",
+    "load",
+    "load_profile",
+    "plan",
+    "profile",
+    "save",
+    "unpack",
+]
+
+if TYPE_CHECKING:
+    from autocompress.applying import apply
+    from autocompress.calibration import Statistics, calibrate
+    from autocompress.pipeline import Result, compress
+    from autocompress.errors import AutocompressError
+    from autocompress.measuring import Context
+    from autocompress.profiling import Profile, load_profile, profile
+    from autocompress.saving import load, save, unpack
+    from autocompress.storage import FormatError
+    from autocompress.strategies import plan
+    from autocompress.types import Budget, Option, Plan
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"autocompress.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'autocompress' has no attribute {name!r}")

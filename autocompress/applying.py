@@ -67,7 +67,10 @@ def apply(
     if batches is not None:
         data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
     small = with_weights(model, profile, {n: r.weight() for n, r in weights.items()}, data)
-    entries = records(small, {profile.layers[n].layer.key: r.entry(profile.layers[n].layer.key, plan.layers[n]) for n, r in weights.items()})
+    entries = records(
+        small,
+        {profile.layers[n].layer.key: r.entry(profile.layers[n].layer.key, plan.layers[n]) for n, r in weights.items()},
+    )
     setattr(small, _ATTRIBUTE, Encoded(tuple(entries), plan))
     return small
 
@@ -81,7 +84,9 @@ def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Opti
     return {name: found[name] for name in layers}
 
 
-def with_weights(model: nn.Module, profile: Profile, weights: Mapping[str, np.ndarray], data: Batch | None) -> nn.Module:
+def with_weights(
+    model: nn.Module, profile: Profile, weights: Mapping[str, np.ndarray], data: Batch | None
+) -> nn.Module:
     """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will be stored."""
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -90,7 +95,9 @@ def with_weights(model: nn.Module, profile: Profile, weights: Mapping[str, np.nd
             target.copy_(torch.from_numpy(np.ascontiguousarray(weight)).reshape(target.shape))
         fold_norms(small)
         if data is not None:
-            correct_statistics(model, small, [owner for layer in profile.layers.values() for owner in layer.layer.owners], data)
+            correct_statistics(
+                model, small, [owner for layer in profile.layers.values() for owner in layer.layer.owners], data
+            )
         compressed = {layer.layer.key for layer in profile.layers.values()}
         for key, tensor in stored_tensors(small).items():
             if key not in compressed and stored_as_half(tensor):

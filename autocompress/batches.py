@@ -13,7 +13,16 @@ from torch import nn
 
 from autocompress.errors import CalibrationError
 
-__all__ = ["batch_digest", "batch_samples", "describe_batch", "feed", "first_tensor", "join_batches", "materialise", "split_batches"]
+__all__ = [
+    "batch_digest",
+    "batch_samples",
+    "describe_batch",
+    "feed",
+    "first_tensor",
+    "join_batches",
+    "materialise",
+    "split_batches",
+]
 
 Batch = Any
 HOLDOUT = 0.2
@@ -60,12 +69,16 @@ def materialise(batches: Iterable[Batch] | Batch) -> list[Batch]:
     try:
         out = list(batches)
     except TypeError:
-        raise CalibrationError(f"batches are a {type(batches).__name__}; needed an iterable of tensors, tuples or dicts") from None
+        raise CalibrationError(
+            f"batches are a {type(batches).__name__}; needed an iterable of tensors, tuples or dicts"
+        ) from None
     if not out:
         raise CalibrationError("calibration yields no batches; needed at least one")
     for i, batch in enumerate(out):
         if not _tensors(batch):
-            raise CalibrationError(f"batch {i} is {describe_batch(batch)}; needed a tensor, or a tuple or dict of tensors")
+            raise CalibrationError(
+                f"batch {i} is {describe_batch(batch)}; needed a tensor, or a tuple or dict of tensors"
+            )
         if batch_samples(batch) == 0:
             raise CalibrationError(f"batch {i} is empty: {describe_batch(batch)}")
     return out
@@ -88,7 +101,11 @@ def batch_digest(batch: Batch) -> str:
     def visit(item: Batch) -> None:
         if isinstance(item, torch.Tensor):
             digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
-            digest.update(np.ascontiguousarray(item.detach().cpu().contiguous().view(torch.uint8).numpy()).tobytes() if item.numel() else b"")
+            digest.update(
+                np.ascontiguousarray(item.detach().cpu().contiguous().view(torch.uint8).numpy()).tobytes()
+                if item.numel()
+                else b""
+            )
         elif isinstance(item, Mapping):
             for key in item:
                 digest.update(f"[{key}]".encode())
@@ -137,7 +154,9 @@ def model_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], di
             "Yield the inputs alone, or a dict of arguments by name"
         )
     if not needed <= n <= most:
-        raise CalibrationError(f"a batch has {n} items, {type(model).__name__}.forward takes {needed} to {most:g}; yield what it takes")
+        raise CalibrationError(
+            f"a batch has {n} items, {type(model).__name__}.forward takes {needed} to {most:g}; yield what it takes"
+        )
     return tuple(batch), {}
 
 

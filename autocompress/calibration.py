@@ -89,9 +89,12 @@ class Statistics:
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise MismatchError(f"{path} does not hold statistics: {error}") from error
         layers = {
-            name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead) for name, (h, m, v, calls, dead) in meta["layers"].items()
+            name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead)
+            for name, (h, m, v, calls, dead) in meta["layers"].items()
         }
-        return cls(layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"]))
+        return cls(
+            layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
+        )
 
 
 def calibrate(
@@ -111,7 +114,13 @@ def calibrate(
     """
     data = materialise(batches)
     layers = find_layers(model)
-    fit = split_batches(data, seed=seed)[0] if holdout is None else split_batches(data, holdout, seed)[0] if holdout else list(data)
+    fit = (
+        split_batches(data, seed=seed)[0]
+        if holdout is None
+        else split_batches(data, holdout, seed)[0]
+        if holdout
+        else list(data)
+    )
     fields = {
         "model": model_digest(model),
         "data": hashlib.sha256("".join(batch_digest(b) for b in fit).encode()).hexdigest(),
@@ -187,7 +196,9 @@ class _Collector:
                 module = self.model.get_submodule(owner)
                 accumulator = self.accumulators[layer.name]
 
-                def hook(m: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, accumulator: _Accumulator = accumulator) -> None:
+                def hook(
+                    m: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, accumulator: _Accumulator = accumulator
+                ) -> None:
                     self._add(accumulator, m, args[0] if args else kwargs["input"], output)
 
                 self.handles.append(module.register_forward_hook(hook, with_kwargs=True))

@@ -24,7 +24,11 @@ def correct_statistics(dense: nn.Module, small: nn.Module, layers: Iterable[str]
     augmented data. Modules that run more than once per forward pass are left alone.
     Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
     """
-    wanted = {name: dense.get_submodule(name) for name in layers if getattr(dense.get_submodule(name), "bias", None) is not None}
+    wanted = {
+        name: dense.get_submodule(name)
+        for name in layers
+        if getattr(dense.get_submodule(name), "bias", None) is not None
+    }
     for name, module in dense.named_modules():
         if isinstance(module, (nn.LayerNorm, *NORMS)) and _affine(module):
             wanted[name] = module
@@ -44,7 +48,9 @@ def correct_statistics(dense: nn.Module, small: nn.Module, layers: Iterable[str]
                 handles.append(module.register_forward_pre_hook(norm_hook))
             elif isinstance(module, nn.LayerNorm):
 
-                def layer_norm_hook(m: Any, args: Any, output: torch.Tensor, mean: Any = mean, std: Any = std) -> torch.Tensor:
+                def layer_norm_hook(
+                    m: Any, args: Any, output: torch.Tensor, mean: Any = mean, std: Any = std
+                ) -> torch.Tensor:
                     return _correct_layer_norm(m, output, mean, std)
 
                 handles.append(module.register_forward_hook(layer_norm_hook))
@@ -82,7 +88,9 @@ def _output_moments(module: nn.Module, output: torch.Tensor) -> tuple[torch.Tens
     return _moments(output, -1)
 
 
-def _dense_moments(dense: nn.Module, wanted: dict[str, nn.Module], data: Batch) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+def _dense_moments(
+    dense: nn.Module, wanted: dict[str, nn.Module], data: Batch
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
     found: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
     handles = []
     for name, module in wanted.items():

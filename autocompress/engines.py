@@ -35,7 +35,9 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], workers: int = 1) -> Iterator[tuple[int, Any]]:
+def run_tasks(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], workers: int = 1
+) -> Iterator[tuple[int, Any]]:
     """Yield (index, function(*tasks[index])) as results come; `function` must be importable by its module and name.
 
     With one worker everything runs inline, in order. Raises WorkerError, with the task's own traceback, if a task fails in a worker.
@@ -73,7 +75,9 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _answers(processes: list[subprocess.Popen[bytes]], target: str, tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+def _answers(
+    processes: list[subprocess.Popen[bytes]], target: str, tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, Any]]:
     """Feed each worker one task at a time from a shared counter; one thread per worker waits for its answer."""
     import queue
 
@@ -92,7 +96,13 @@ def _answers(processes: list[subprocess.Popen[bytes]], target: str, tasks: Seque
                 _send(process.stdin, (target, tasks[index]))
                 good, value = _receive(process.stdout)
             except (OSError, EOFError, ValueError):
-                done.put((index, False, f"a worker process ended unexpectedly (exit status {process.poll()}); was it out of memory?"))
+                done.put(
+                    (
+                        index,
+                        False,
+                        f"a worker process ended unexpectedly (exit status {process.poll()}); was it out of memory?",
+                    )
+                )
                 return
             done.put((index, good, value))
 

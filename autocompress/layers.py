@@ -72,7 +72,15 @@ class Layers:
         raise LayerError(f"there is no layer {name!r}; the layers are {', '.join(x.name for x in self.layers)}")
 
 
-_LATER = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear)
+_LATER = (
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+)
 
 
 def find_layers(model: nn.Module) -> Layers:
@@ -109,11 +117,16 @@ def find_layers(model: nn.Module) -> Layers:
         elif len(same_kind) > 1:
             skipped[names[0]] = f"its weight is shared by different kinds of layers: {', '.join(names)}"
         elif not bool(torch.isfinite(weight).all()):
-            raise LayerError(f"layer {names[0]!r} has weights that are NaN or infinite; repair or retrain the model first")
+            raise LayerError(
+                f"layer {names[0]!r} has weights that are NaN or infinite; repair or retrain the model first"
+            )
         else:
             layers.append(Layer(names[0], tuple(names), tuple(weight.shape), int(getattr(module, "groups", 1))))
     if not layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items())) or "it has no Linear or convolution layer"
+        reasons = (
+            "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items()))
+            or "it has no Linear or convolution layer"
+        )
         raise LayerError(f"the model has nothing to compress ({reasons})")
     return Layers(tuple(layers), skipped)
 

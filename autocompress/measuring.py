@@ -62,7 +62,9 @@ class Context:
             raise MismatchError("field 'model': the context holds another model than the one that was profiled")
         seen = set(profile.statistics.seen)
         if any(batch_digest(b) in seen for b in self.held):
-            raise MismatchError("field 'data': the Hessians saw the slice that plans are measured on; calibrate with the context's seed")
+            raise MismatchError(
+                "field 'data': the Hessians saw the slice that plans are measured on; calibrate with the context's seed"
+            )
         self._checked.add(profile.fingerprint)
 
     def build(self, profile: Profile, layers: Mapping[str, Option]) -> nn.Module:
@@ -76,7 +78,9 @@ class Context:
         weights = {}
         for name, option in layers.items():
             kept = self._weights.get((profile.fingerprint, name, str(option)))
-            weights[name] = kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].weight()
+            weights[name] = (
+                kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].weight()
+            )
         return with_weights(self.model, profile, weights, self._correction)
 
     def measure(self, profile: Profile, layers: Mapping[str, Option]) -> float:
@@ -100,7 +104,9 @@ class Context:
                 count += size
         return total / count
 
-    def sensitivities(self, profile: Profile, levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)) -> dict[str, list[tuple[float, float]]]:
+    def sensitivities(
+        self, profile: Profile, levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    ) -> dict[str, list[tuple[float, float]]]:
         """(error, measured rise of the divergence) of each layer compressed alone, at options near these relative errors.
 
         Measured on at most 256 samples of the part that the Hessians saw; kept in the profile's store, where there is one.
@@ -120,7 +126,10 @@ class Context:
             points = []
             for option, error in _near(layer, levels):
                 small = with_weights(
-                    self.model, profile, {layer_name: realise_layers(self.model, profile, {layer_name: option})[layer_name].weight()}, None
+                    self.model,
+                    profile,
+                    {layer_name: realise_layers(self.model, profile, {layer_name: option})[layer_name].weight()},
+                    None,
                 )
                 with torch.no_grad():
                     points.append((error, max(divergence(reference, _logits(feed(small, batch))), 0.0)))
@@ -140,7 +149,9 @@ def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:
     chosen = {}
     for level in levels:
         if rows:
-            row = min(rows, key=lambda r: (round(abs(np.log(r.error / layer.energy / level)), 1), r.bytes, str(r.option)))
+            row = min(
+                rows, key=lambda r: (round(abs(np.log(r.error / layer.energy / level)), 1), r.bytes, str(r.option))
+            )
             chosen[row.option] = row.error
     return list(chosen.items())
 
@@ -156,7 +167,9 @@ def _logits(output: Any) -> torch.Tensor:
     for item in items:
         if isinstance(item, torch.Tensor):
             return item
-    raise CalibrationError(f"the model puts out a {type(output).__name__}; needed a tensor, or something with one in it")
+    raise CalibrationError(
+        f"the model puts out a {type(output).__name__}; needed a tensor, or something with one in it"
+    )
 
 
 def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:

@@ -23,7 +23,9 @@ def budget_bytes(budget: Budget, profile: Profile) -> int:
     other = [n for n in ("macs", "bops", "latency_ms") if getattr(budget, n) is not None]
     limit = budget.bytes(template.dense_bytes, template.parameters)
     if other or limit is None:
-        raise BudgetError(f"budget {str(budget)!r} limits {', '.join(other)}; this version allocates the file's size only")
+        raise BudgetError(
+            f"budget {str(budget)!r} limits {', '.join(other)}; this version allocates the file's size only"
+        )
     return limit
 
 
@@ -72,7 +74,8 @@ def energy_losses(profile: Profile) -> dict[str, np.ndarray]:
     Source: OBC, arXiv 2208.11580, section 6 (normalised squared error), here over the energy itself instead of the worst level.
     """
     return {
-        name: np.array([row.error / layer.energy if layer.energy > 0 else 0.0 for row in layer.rows]) for name, layer in profile.layers.items()
+        name: np.array([row.error / layer.energy if layer.energy > 0 else 0.0 for row in layer.rows])
+        for name, layer in profile.layers.items()
     }
 
 
@@ -92,7 +95,8 @@ def allocate(
     smallest_file = profile.template.file_bytes(smallest)
     if smallest_file > budget:
         raise InfeasibleError(
-            f"no allocation fits in {budget:,} bytes: the smallest file that this profile can make has {smallest_file:,} bytes", smallest_file
+            f"no allocation fits in {budget:,} bytes: the smallest file that this profile can make has {smallest_file:,} bytes",
+            smallest_file,
         )
     fixed = smallest_file - sum(row.bytes for row in smallest.values())
     best: Allocation | None = None
@@ -112,7 +116,9 @@ def allocate(
             break
         chosen = {n: r[int(i)] for n, r, i in zip(names, rows, solution.choice, strict=True)}
         size = profile.template.file_bytes(chosen)
-        found = Allocation(chosen, float(solution.loss), float(solution.bound), float(solution.gap), size, allowed, solution)
+        found = Allocation(
+            chosen, float(solution.loss), float(solution.bound), float(solution.gap), size, allowed, solution
+        )
         if size <= budget and (best is None or found.loss < best.loss):
             best = found
         actual = size - sum(row.bytes for row in chosen.values())
@@ -122,7 +128,9 @@ def allocate(
         if size <= budget:
             break
     if best is None:
-        return Allocation(smallest, _total(losses, profile, smallest), -math.inf, math.inf, smallest_file, budget - fixed)
+        return Allocation(
+            smallest, _total(losses, profile, smallest), -math.inf, math.inf, smallest_file, budget - fixed
+        )
     return best
 
 
@@ -144,7 +152,9 @@ def single_options(profile: Profile, budget: int, undominated: bool = True) -> l
         plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)} | rest
         if sum(row.bytes for row in plan.values()) <= budget and profile.template.file_bytes(plan) <= budget:
             plans.append({name: plan[name] for name in profile.layers})
-    errors = np.array([[plan[layer.layer.name].error / max(layer.energy, 1e-300) for layer in reached] for plan in plans])
+    errors = np.array(
+        [[plan[layer.layer.name].error / max(layer.energy, 1e-300) for layer in reached] for plan in plans]
+    )
     keep = _undominated(errors) if undominated else range(len(plans))
     order = sorted(keep, key=lambda i: (float(errors[i].sum()), i))
     return [plans[i] for i in order]

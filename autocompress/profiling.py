@@ -79,7 +79,11 @@ class Profile:
         """SHA-256 over what the profile depends on and every row and trace in it, clock times left out."""
         digest = hashlib.sha256(json.dumps(dict(sorted(self.fields.items()))).encode())
         for name, layer in self.layers.items():
-            digest.update(json.dumps([name, layer.energy.hex(), [[str(r.option), r.error.hex(), r.bytes] for r in layer.rows]]).encode())
+            digest.update(
+                json.dumps(
+                    [name, layer.energy.hex(), [[str(r.option), r.error.hex(), r.bytes] for r in layer.rows]]
+                ).encode()
+            )
             for array in (layer.order, layer.losses):
                 if array is not None:
                     digest.update(array.tobytes())
@@ -106,14 +110,21 @@ class Profile:
     def check_model(self, model: nn.Module) -> None:
         """Raise MismatchError unless the model's weights are the ones that were profiled."""
         if model_digest(model) != self.fields["model"]:
-            raise MismatchError("field 'model': the profile was made from other weights; profile this model, or give the one it was made from")
+            raise MismatchError(
+                "field 'model': the profile was made from other weights; profile this model, or give the one it was made from"
+            )
 
     def problem(self, name: str, weight: Any) -> LayerProblem:
         """The layer as compressors take it, with its trace; `weight` is the model's own."""
         found = self.layers[name]
         stats = self.statistics.layers.get(name)
         return LayerProblem(
-            name, found.layer.shape, found.layer.matrix(weight), None if stats is None else stats.hessian, found.order, found.losses
+            name,
+            found.layer.shape,
+            found.layer.matrix(weight),
+            None if stats is None else stats.hessian,
+            found.order,
+            found.losses,
         )
 
 
@@ -140,7 +151,9 @@ class Store:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise StoreError(f"the profile store {self.path} is being written by another process; wait for it, or name another") from None
+                raise StoreError(
+                    f"the profile store {self.path} is being written by another process; wait for it, or name another"
+                ) from None
             yield
         finally:
             os.close(handle)
@@ -170,7 +183,9 @@ def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) 
     return digest.hexdigest()
 
 
-def _save_layer(path: Path, rows: Sequence[Measured], order: np.ndarray | None, losses: np.ndarray | None, energy: float) -> None:
+def _save_layer(
+    path: Path, rows: Sequence[Measured], order: np.ndarray | None, losses: np.ndarray | None, energy: float
+) -> None:
     arrays: dict[str, Any] = {
         "options": np.frombuffer("\n".join(f"{r.option} {r.codec} {r.step}" for r in rows).encode(), np.uint8),
         "errors": np.array([r.error for r in rows]),
@@ -275,7 +290,9 @@ def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Pat
     }
     for name in sorted(set(known) | set(wanted)):
         if known.get(name) != wanted.get(name):
-            raise MismatchError(f"field {name!r}: the profile in {path} was made with {meaning.get(name, 'another value')}; name another store")
+            raise MismatchError(
+                f"field {name!r}: the profile in {path} was made with {meaning.get(name, 'another value')}; name another store"
+            )
 
 
 @dataclass(frozen=True)
@@ -328,7 +345,9 @@ def load_profile(store: str | Path) -> Profile:
     for name, owners, shape, groups, key in known["layers"]:
         kept = _load_layer(place.layer_path(key))
         if kept is None:
-            raise StoreError(f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again")
+            raise StoreError(
+                f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again"
+            )
         profiles[name] = _layer_profile(Layer(name, tuple(owners), tuple(shape), groups), kept)
     stats = Statistics.load(path / "statistics.npz")
     return Profile(profiles, known["skipped"], stats, known["fields"], Template.from_json(known["template"]), place)

@@ -45,7 +45,10 @@ def foldable_norms(model: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, NORMS) and module.affine and module.running_mean is not None and module.running_var is not None
+        if isinstance(module, NORMS)
+        and module.affine
+        and module.running_mean is not None
+        and module.running_var is not None
     ]
 
 
@@ -86,7 +89,9 @@ class Template:
         The header is compressed, so its length depends on the options' names; payloads enter by their length alone.
         """
         rows = {self.keys[name]: row for name, row in choice.items()}
-        return file_size([_stand_in(entry, rows[entry.name]) if entry.name in rows else entry for entry in self.entries])
+        return file_size(
+            [_stand_in(entry, rows[entry.name]) if entry.name in rows else entry for entry in self.entries]
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -99,14 +104,17 @@ class Template:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Template:
         entries = [
-            Entry(name, tuple(shape), dtype, codec, bytes(length), params=params) for name, shape, dtype, codec, length, params in value["entries"]
+            Entry(name, tuple(shape), dtype, codec, bytes(length), params=params)
+            for name, shape, dtype, codec, length, params in value["entries"]
         ]
         return cls(tuple(entries), dict(value["keys"]), value["dense_bytes"], value["parameters"])
 
 
 def _stand_in(entry: Entry, row: Measured) -> Entry:
     """An entry of the length that `row` will have; its bytes are zeros."""
-    return Entry(entry.name, entry.shape, entry.dtype, row.codec, bytes(row.bytes), row.step, {"option": str(row.option)})
+    return Entry(
+        entry.name, entry.shape, entry.dtype, row.codec, bytes(row.bytes), row.step, {"option": str(row.option)}
+    )
 
 
 def make_template(model: nn.Module, layers: Layers) -> Template:
@@ -116,8 +124,11 @@ def make_template(model: nn.Module, layers: Layers) -> Template:
         fold_norms(small)
     keys = {layer.name: layer.key for layer in layers}
     dense = {
-        layer.key: Entry(layer.key, layer.shape, "float32", "raw", bytes(4 * layer.size), params={"option": "dense"}) for layer in layers
+        layer.key: Entry(layer.key, layer.shape, "float32", "raw", bytes(4 * layer.size), params={"option": "dense"})
+        for layer in layers
     }
-    entries = [Entry(e.name, e.shape, e.dtype, e.codec, bytes(e.bytes), e.step, e.params) for e in records(small, dense)]
+    entries = [
+        Entry(e.name, e.shape, e.dtype, e.codec, bytes(e.bytes), e.step, e.params) for e in records(small, dense)
+    ]
     parameters = sum(t.numel() for t in stored_tensors(model).values() if t.is_floating_point())
     return Template(tuple(entries), keys, dense_file_bytes(model), parameters)

@@ -32,7 +32,9 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
     for name, compressor in COMPRESSORS.items():
         if compressor.offers(option):
             return name, compressor
-    raise OptionError(f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} (dense, fp16, s75w4, rd(0.25,0.1)s60)")
+    raise OptionError(
+        f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} (dense, fp16, s75w4, rd(0.25,0.1)s60)"
+    )
 
 
 def default_options() -> list[Option]:
@@ -40,7 +42,9 @@ def default_options() -> list[Option]:
     return [DENSE, Option(half=True), *(Option(bits=b) for b in range(2, 9)), *default_grid()]
 
 
-def profile_layer(problem: LayerProblem, options: list[Option]) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float]:
+def profile_layer(
+    problem: LayerProblem, options: list[Option]
+) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float]:
     """Every option of one layer: (rows in the order of `options`, order, losses, energy), on one thread.
 
     A layer without a Hessian gets the options that need no data, with an error of 0 that means nothing.
@@ -51,7 +55,9 @@ def profile_layer(problem: LayerProblem, options: list[Option]) -> tuple[list[Me
             name, compressor = compressor_of(option)
             if problem.hessian is not None or not compressor.needs_data(option):
                 by_compressor.setdefault(name, []).append(option)
-        rows = {m.option: m for name, group in by_compressor.items() for m in measure(COMPRESSORS[name], problem, group)}
+        rows = {
+            m.option: m for name, group in by_compressor.items() for m in measure(COMPRESSORS[name], problem, group)
+        }
         energy = problem.energy if problem.hessian is not None else 0.0
         return [rows[o] for o in options if o in rows], problem.order, problem.losses, energy
 

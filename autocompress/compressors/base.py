@@ -152,5 +152,7 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         start = time.perf_counter()
         error = 0.0 if problem.hessian is None else problem.error(realised.weight())
         size = realised.bytes()
-        rows.append(Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start))
+        rows.append(
+            Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start)
+        )
     return rows

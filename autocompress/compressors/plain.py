@@ -28,6 +28,10 @@ class Plain:
         values = problem.weight.astype(np.float32).reshape(problem.shape)
         fits = bool(np.abs(values).max(initial=0.0) <= np.finfo(np.float16).max)
         return [
-            Realised(problem.shape, "raw", values=values) if option.is_dense else Realised(problem.shape, "fp16", values=values) if fits else None
+            Realised(problem.shape, "raw", values=values)
+            if option.is_dense
+            else Realised(problem.shape, "fp16", values=values)
+            if fits
+            else None
             for option in options
         ]

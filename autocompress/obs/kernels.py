@@ -43,7 +43,9 @@ def _call_pointers(typingctx: Any, address: Any, arguments: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _syrk_lower(address: int, G: np.ndarray, U: np.ndarray, m: int, k: int, ints: np.ndarray, reals: np.ndarray, chars: np.ndarray) -> None:
+def _syrk_lower(
+    address: int, G: np.ndarray, U: np.ndarray, m: int, k: int, ints: np.ndarray, reals: np.ndarray, chars: np.ndarray
+) -> None:
     """G[:m, :m] -= U[:k, :m].T @ U[:k, :m], lower half of the row-major G only (BLAS sees its transpose: the upper half)."""
     ints[0] = m
     ints[1] = k
@@ -81,7 +83,9 @@ def _subtract_rows(u: np.ndarray, U: np.ndarray, p: int, s: int, m: int) -> None
         u0, u1, u2, u3 = U[q], U[q + 1], U[q + 2], U[q + 3]
         u4, u5, u6, u7 = U[q + 4], U[q + 5], U[q + 6], U[q + 7]
         for j in range(m):
-            u[j] -= a0 * u0[j] + a1 * u1[j] + a2 * u2[j] + a3 * u3[j] + a4 * u4[j] + a5 * u5[j] + a6 * u6[j] + a7 * u7[j]
+            u[j] -= (
+                a0 * u0[j] + a1 * u1[j] + a2 * u2[j] + a3 * u3[j] + a4 * u4[j] + a5 * u5[j] + a6 * u6[j] + a7 * u7[j]
+            )
         q += 8
     while q < s:
         a = U[q, p]
@@ -370,7 +374,9 @@ def salient_rows(
         if m == 0:
             continue
         kept = order[r, n:]
-        if not _factor(address, H, weight[r], kept, order[r, :n], A[:m].reshape(-1)[: m * m].reshape(m, m), refit, ints, chars):
+        if not _factor(
+            address, H, weight[r], kept, order[r, :n], A[:m].reshape(-1)[: m * m].reshape(m, m), refit, ints, chars
+        ):
             return r
         B = A[:m].reshape(-1)[: m * m].reshape(m, m)
         for i in range(m):

@@ -87,7 +87,9 @@ def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weight, hessian = weight[None], hessian[None]
     groups_match = weight.ndim == 3 and hessian.ndim == 3 and weight.shape[0] == hessian.shape[0]
     if not groups_match or hessian.shape[1:] != (weight.shape[-1], weight.shape[-1]):
-        raise ValueError(f"weight has shape {np.shape(W)} and Hessian {np.shape(H)}; needed (rows, d) and (d, d), or both with groups")
+        raise ValueError(
+            f"weight has shape {np.shape(W)} and Hessian {np.shape(H)}; needed (rows, d) and (d, d), or both with groups"
+        )
     if not np.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")
     if not np.isfinite(hessian).all():
@@ -112,13 +114,17 @@ def scaled_hessian(hessian: np.ndarray) -> tuple[np.ndarray, float]:
 
 def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
     """Inverse of a symmetric positive definite matrix through its Cholesky factor, float64, both halves filled."""
-    with single_threaded():  # two threads of LAPACK that wait for each other on busy cores took 0.2 s instead of 0.2 ms at d = 144
+    with (
+        single_threaded()
+    ):  # two threads of LAPACK that wait for each other on busy cores took 0.2 s instead of 0.2 ms at d = 144
         factor, info = lapack.dpotrf(hessian, lower=1)
         if info == 0:
             inverse, info = lapack.dpotri(factor, lower=1)
     if info == 0:
         return np.tril(inverse) + np.tril(inverse, -1).T
-    raise LinAlgError("the Hessian is not positive definite; add damping (calibrate does, 1e-2 of the mean diagonal by default)")
+    raise LinAlgError(
+        "the Hessian is not positive definite; add damping (calibrate does, 1e-2 of the mean diagonal by default)"
+    )
 
 
 _POOLS = ThreadpoolController()

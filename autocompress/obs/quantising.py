@@ -70,7 +70,9 @@ def salient_cells(
         out = np.zeros((rows, d), np.float32)
         failed: list[int] = []
 
-        def run(p: slice, g=g, h32=h32, w32=w32, price=price, step=step, low=low, high=high, out=out, failed=failed) -> None:  # type: ignore[no-untyped-def]
+        def run(
+            p: slice, g=g, h32=h32, w32=w32, price=price, step=step, low=low, high=high, out=out, failed=failed
+        ) -> None:  # type: ignore[no-untyped-def]
             part = np.zeros((n, p.stop - p.start, d), np.int32)
             bad = kernels.salient_rows(
                 kernels.POTRF,
@@ -99,7 +101,14 @@ def salient_cells(
 
 
 def quantise_salient(
-    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, step: np.ndarray, low: int, high: int, threads: int = 0
+    W: np.ndarray,
+    H: np.ndarray,
+    order: np.ndarray,
+    counts: np.ndarray,
+    step: np.ndarray,
+    low: int,
+    high: int,
+    threads: int = 0,
 ) -> np.ndarray:
     """Codes int32 of one uniform grid, step per row (rows,) or scalar, after pruning to `counts`. See `salient_cells`."""
     leading = np.shape(W)[:-1]
@@ -144,7 +153,12 @@ def rate_distortion_cells(
     peak = float(np.abs(weight).max(initial=0.0))
     zeroed = weight.copy()
     kept_first = np.arange(d)[None, None, :] < counts[:, :, None]
-    np.put_along_axis(zeroed, order.astype(np.int64), np.where(kept_first, 0.0, np.take_along_axis(weight, order.astype(np.int64), 2)), 2)
+    np.put_along_axis(
+        zeroed,
+        order.astype(np.int64),
+        np.where(kept_first, 0.0, np.take_along_axis(weight, order.astype(np.int64), 2)),
+        2,
+    )
 
     def cell(step: float, lam: float, codes: np.ndarray) -> Cell:
         size = int(min(np.ceil(1.25 * peak / step) + 2, CODE_LIMIT))
@@ -157,17 +171,31 @@ def rate_distortion_cells(
             offset=size,
         )
 
-    cells = [cell(step, lam, np.rint(np.clip(zeroed / step, -CODE_LIMIT, CODE_LIMIT)).astype(np.int32)) for step, lam in grid]
+    cells = [
+        cell(step, lam, np.rint(np.clip(zeroed / step, -CODE_LIMIT, CODE_LIMIT)).astype(np.int32)) for step, lam in grid
+    ]
     priced = [i for i, (_, lam) in enumerate(grid) if lam > 0.0]
     if priced:
         take = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).astype(int))
         some = np.unique(np.linspace(0, groups - 1, min(groups, SAMPLE_ROWS)).astype(int))
         sample = [
-            Cell(c.step[np.ix_(some, take)], c.low[np.ix_(some, take)], c.high[np.ix_(some, take)], c.price, c.bits, c.offset)
+            Cell(
+                c.step[np.ix_(some, take)],
+                c.low[np.ix_(some, take)],
+                c.high[np.ix_(some, take)],
+                c.price,
+                c.bits,
+                c.offset,
+            )
             for c in (cells[i] for i in priced)
         ]
         codes, _ = salient_cells(
-            weight[np.ix_(some, take)], hessian[some], order[np.ix_(some, take)], counts[np.ix_(some, take)], sample, threads=threads
+            weight[np.ix_(some, take)],
+            hessian[some],
+            order[np.ix_(some, take)],
+            counts[np.ix_(some, take)],
+            sample,
+            threads=threads,
         )
         for j, i in enumerate(priced):
             cells[i] = cell(*grid[i], codes[j])

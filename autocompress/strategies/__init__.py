@@ -63,7 +63,9 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     Single-option plans that another one beats in every layer need no measurement (`single_options`).
     """
     kl = found.measured.get("kl", context.measure(profile, found.layers))
-    rivals = [{n: row.option for n, row in rows.items()} for rows in single_options(profile, budget_bytes(budget, profile))]
+    rivals = [
+        {n: row.option for n, row in rows.items()} for rows in single_options(profile, budget_bytes(budget, profile))
+    ]
     measured = [context.measure(profile, layers) for layers in rivals]
     best = min(range(len(rivals)), key=lambda i: (measured[i], i), default=None)
     figures = {"kl": kl, "samples": float(context.held_samples), "single_options": float(len(rivals))}

@@ -54,7 +54,8 @@ class Auto:
             weight = {n: energy[n] ** (1.0 - m) * max(slope[n], 1e-3 * floor) ** m for n in energy}
             label = "energy" if m == 0.0 else "kl" if m == 1.0 else f"kl^{m:g}"
             found[label] = {
-                n: np.array([weight.get(n, 0.0) * row.error for row in layer.rows]) for n, layer in profile.layers.items()
+                n: np.array([weight.get(n, 0.0) * row.error for row in layer.rows])
+                for n, layer in profile.layers.items()
             }
         return found
 

@@ -35,7 +35,10 @@ class SingleOption:
         plans = single_options(profile, limit)
         if not plans:
             smallest = min(profile.template.file_bytes(p) for p in single_options(profile, 1 << 62, undominated=False))
-            raise InfeasibleError(f"no single option for all layers fits in {limit:,} bytes; the smallest makes {smallest:,} bytes", smallest)
+            raise InfeasibleError(
+                f"no single option for all layers fits in {limit:,} bytes; the smallest makes {smallest:,} bytes",
+                smallest,
+            )
         rows = plans[0]
         losses = energy_losses(profile)
         loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))

@@ -1,0 +1,147 @@
+"""Applied model -> file -> model: `save` writes and verifies, `load` fills a fresh instance, `unpack` makes dense tensors of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress.applying import encoded_of
+from autocompress.errors import AutocompressError, BudgetError, MismatchError
+from autocompress.files import atomic_path
+from autocompress.layers import stored_tensors
+from autocompress.records import foldable_norms
+from autocompress.storage import Archive, FormatError, file_size, read, write
+from autocompress.types import Plan
+
+__all__ = ["OutputError", "SaveInfo", "load", "save", "state_dict_of", "unpack"]
+
+
+class OutputError(AutocompressError):
+    """A result cannot be written where it was asked for."""
+
+
+@dataclass(frozen=True)
+class SaveInfo:
+    """What stands on disk: `bytes` is the file's length, at most `budget_bytes`."""
+
+    path: Path
+    bytes: int
+    budget_bytes: int
+
+
+def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
+    """Write the applied model's file, read it back, and prove it: length within the budget, every tensor what the model computes with.
+
+    The file takes its place only when all of that holds. Raises MismatchError for a model that was not applied, belongs to another plan,
+    or was changed since; BudgetError if the file would not fit; OutputError where it cannot be written.
+    """
+    encoded = encoded_of(small)
+    if encoded.plan.layers != plan.layers or encoded.plan.fingerprint != plan.fingerprint:
+        raise MismatchError("field 'plan': this model was made by another plan; apply this one first")
+    size = file_size(encoded.entries)
+    if size > plan.budget_bytes:
+        raise BudgetError(
+            f"the file would have {size:,} bytes, the budget is {plan.budget_bytes:,}; make the plan again for this model"
+        )
+    _check_unchanged(small, {e.name: e.dequantise() for e in encoded.entries})
+    try:
+        info = write(path, encoded.entries)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    return SaveInfo(Path(path), info.bytes, plan.budget_bytes)
+
+
+def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
+    tensors = stored_tensors(small)
+    for name, values in stored.items():
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != values.shape:
+            raise MismatchError(
+                f"field {name!r}: the model no longer has this tensor as it was applied; apply the plan again"
+            )
+        if not torch.equal(
+            tensor.cpu(), torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape).to(tensor.dtype)
+        ):
+            raise MismatchError(
+                f"field {name!r}: its values were changed after apply; saving would lose that (apply again, or tune before)"
+            )
+    for name, norm in foldable_norms(small):
+        if bool((norm.running_mean != 0).any()) or bool((norm.running_var != 1).any()):
+            raise MismatchError(
+                f"field '{name}.running_mean': batch statistics moved after apply (was the model in training mode?)"
+            )
+
+
+def state_dict_of(archive: Archive) -> dict[str, torch.Tensor]:
+    """Every tensor of a file; the running statistics of folded norms, which it only implies, are 0 and 1.
+
+    Raises FormatError, saying where, if anything in the file is damaged.
+    """
+    out: dict[str, torch.Tensor] = {}
+    for name in archive.names:
+        entry = archive[name]
+        values = entry.dequantise()
+        out[name] = torch.from_numpy(np.array(values, copy=True)).reshape(entry.shape)
+        if entry.params.get("folded"):
+            owner = name.removesuffix("weight")
+            out[f"{owner}running_mean"] = torch.zeros(entry.shape)
+            out[f"{owner}running_var"] = torch.ones(entry.shape)
+    return out
+
+
+@overload
+def load(path: str | Path, model: None = None) -> dict[str, torch.Tensor]: ...
+@overload
+def load(path: str | Path, model: nn.Module) -> nn.Module: ...
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module | dict[str, torch.Tensor]:
+    """Fill a fresh instance of the same architecture from a file and return it in eval mode; without a model, a state dict.
+
+    The whole file is checked and decoded before the model is touched. Raises FormatError for a damaged file, MismatchError, naming what
+    differs, for another architecture.
+    """
+    with read(path) as archive:
+        tensors = state_dict_of(archive)
+    if model is None:
+        return tensors
+    wanted = stored_tensors(model)
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    shapes = [n for n in wanted if n in tensors and tuple(wanted[n].shape) != tuple(tensors[n].shape)]
+    if missing or extra or shapes:
+        parts = [f"the file lacks {_some(missing)}"] if missing else []
+        parts += [f"the model lacks {_some(extra)}"] if extra else []
+        parts += [
+            f"{n!r} is {tuple(tensors[n].shape)} in the file and {tuple(wanted[n].shape)} in the model"
+            for n in shapes[:3]
+        ]
+        raise MismatchError(f"{path} belongs to another architecture than {type(model).__name__}: " + "; ".join(parts))
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name].to(tensor.device))
+    return model.eval()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(n) for n in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def unpack(path: str | Path, out: str | Path) -> int:
+    """Write the file's tensors dense, as safetensors that any tool reads; returns the bytes written. Raises FormatError, OutputError."""
+    from safetensors.torch import save as to_bytes
+
+    tensors: Any = load(path)
+    data = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+    try:
+        with atomic_path(out) as scratch:
+            scratch.write_bytes(data)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    return len(data)
+
+
+__all__ += ["FormatError"]
