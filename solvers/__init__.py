@@ -1,4 +1,6 @@
-"""Budgeted choice with a certificate: one option per group, least loss, every budget kept, and how far from the best it is."""
+"""Budgeted choice with a certificate: one option per group, least loss, every budget kept, and how far from the best it
+is.
+"""
 
 from solvers.frontier import Frontier, frontier
 from solvers.problem import Pairwise, Problem, ProblemError

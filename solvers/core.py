@@ -1,11 +1,12 @@
 """The core of a one-resource problem: partial choices over the undecided groups, pruned by bounds and by dominance.
 
-Write a choice as its difference from a base choice x: ΔC more cost, ΔL more loss. With r_gj ≥ 0 the loss of an option at the
-dual price λ above its group's best, every choice within the limit has
+Write a choice as its difference from a base choice x: ΔC more cost, ΔL more loss. With r_gj ≥ 0 the loss of an option
+at the dual price λ above its group's best, every choice within the limit has
 
     loss = bound + Σ_g r_gj + λ·slack,        slack = limit - cost ≥ 0,
 
-so a partial choice whose Σ r, plus the least that using up or regaining its slack can still add, reaches the gap is dropped.
+so a partial choice whose Σ r, plus the least that using up or regaining its slack can still add, reaches the gap is
+dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.lagrangian import EPS, Dual, Rows
-from solvers.problem import Array, Deadline, FloatArray, IntArray
+from solvers.problem import Deadline, FloatArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,9 @@ class Core:
         return self.best.loss - self.dual
 
     def candidates(self) -> tuple[IntArray, IntArray]:
-        """Rows other than the base that a better choice could use, by group in the order of expansion; and where groups start."""
+        """Rows other than the base that a better choice could use, by group in the order of expansion; and where groups
+        start.
+        """
         self.live = self.live[self.above[self.live] < self.gap - self.noise]
         group = np.searchsorted(self.start, self.live, side="right") - 1
         # An option of the base's own cost is worse than the base.
@@ -101,8 +104,9 @@ class Core:
     def expand(self, deadline: Deadline, cap: int, total: int, most_groups: int) -> Expansion:
         """Expand the core group by group, improving `best` and `bound` on the way.
 
-        At most `cap` states are kept at a time (the most promising), `total` over all stages, and `most_groups` groups are
-        expanded; where one of these or the deadline cuts, the expansion is not complete and its bound is what is left.
+        At most `cap` states are kept at a time (the most promising), `total` over all stages, and `most_groups` groups
+        are expanded; where one of these or the deadline cuts, the expansion is not complete and its bound is what is
+        left.
         """
         rows, starts = self.candidates()
         owner = np.searchsorted(self.start, rows, side="right") - 1
@@ -168,7 +172,9 @@ class Core:
 
 
 def _rates(more_cost: IntArray, above: FloatArray, starts: IntArray) -> tuple[FloatArray, FloatArray]:
-    """For groups k and later: the least Σ r per unit of cost added (`up`), or given back (`down`); (stages + 1,), inf where none can."""
+    """For groups k and later: the least Σ r per unit of cost added (`up`), or given back (`down`); (stages + 1,), inf
+    where none can.
+    """
     found = []
     for sign in (1, -1):
         moved = (sign * more_cost) > 0
@@ -180,7 +186,9 @@ def _rates(more_cost: IntArray, above: FloatArray, starts: IntArray) -> tuple[Fl
 
 
 def _rest(slack: IntArray, price: float, up: float, down: float) -> FloatArray:
-    """The least that a state with this slack (S,) still adds: unused slack costs the price, or a dearer option; a debt cheaper ones."""
+    """The least that a state with this slack (S,) still adds: unused slack costs the price, or a dearer option; a debt
+    cheaper ones.
+    """
     rest = np.minimum(price, up) * slack
     debt = slack < 0
     rest[debt] = np.inf if down == math.inf else down * -slack[debt]
@@ -190,7 +198,9 @@ def _rest(slack: IntArray, price: float, up: float, down: float) -> FloatArray:
 def most_promising(
     promise: FloatArray, most: int, dropped: float, key: FloatArray | None = None
 ) -> tuple[IntArray, float]:
-    """The positions, in order, of the `most` states least in `key` (the promise), and the least of `dropped` and all others."""
+    """The positions, in order, of the `most` states least in `key` (the promise), and the least of `dropped` and all
+    others.
+    """
     order = np.argpartition(promise if key is None else key, most)
     return np.sort(order[:most]), min(dropped, float(promise[order[most:]].min()))
 
@@ -198,7 +208,9 @@ def most_promising(
 def _join(
     states: States, more_cost: IntArray, more_loss: FloatArray, above: FloatArray, usable: IntArray, limit: float
 ) -> tuple[States, IntArray, IntArray]:
-    """Every state with the base and with every usable option of one group, where Σ r stays under the limit; and where from."""
+    """Every state with the base and with every usable option of one group, where Σ r stays under the limit; and where
+    from.
+    """
     S = len(states.cost)
     total = above[usable][:, None] + states.above
     which, parent = np.nonzero(total < limit)
@@ -216,7 +228,7 @@ def _join(
 def _prune(
     made: States, parent: IntArray, row: IntArray, promise: FloatArray, limit: float
 ) -> tuple[States, IntArray, IntArray, FloatArray]:
-    """Keep what may still beat the limit and is not dominated (no dearer state with a loss as large), sorted by cost."""
+    """Keep what may beat the limit and no cheaper state with as little loss dominates, sorted by cost."""
     alive = np.flatnonzero(promise < limit)
     order = alive[np.argsort(made.cost[alive], kind="stable")]
     cost, loss = made.cost[order], made.loss[order]

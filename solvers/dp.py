@@ -1,8 +1,9 @@
 """Dynamic programming over buckets of cost: rounded up to choose, rounded down to prove.
 
-best[b] = min_j best[b - t_gj] + loss_gj over groups g = 1 … G, with t_gj = ⌈cost_gj / bucket⌉. With costs rounded up every
-choice found is within the budget; with costs rounded down the same recursion is a lower bound. The published one (SPDY, in
-OBC's code) rounds to the nearest, so it breaks budgets, drops options of zero cost, and answers where nothing fits.
+best[b] = min_j best[b - t_gj] + loss_gj over groups g = 1 … G, with t_gj = ⌈cost_gj / bucket⌉. With costs rounded up
+every choice found is within the budget; with costs rounded down the same recursion is a lower bound. The published one
+(SPDY, in OBC's code) rounds to the nearest, so it breaks budgets, drops options of zero cost, and answers where nothing
+fits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from solvers.solution import ROUNDING, Solution, Status, magnitude
 
 @dataclass(frozen=True)
 class DP:
-    """Solve over at most `buckets` buckets; exact where a bucket is one unit (the greatest common divisor of the costs).
+    """Solve over at most `buckets` buckets; exact where a bucket is one unit (the greatest common divisor of the
+    costs).
 
     Time is options × buckets, memory groups × buckets × 4 bytes.
     """
@@ -67,7 +69,9 @@ class DP:
     def _table(
         rows: Rows, ticks: IntArray, limit: int, trace: bool, deadline: Deadline
     ) -> tuple[IntArray | None, float]:
-        """The rows (G,) of the least loss with Σ ticks ≤ limit, and that loss; None and -inf where time is up or nothing fits."""
+        """The rows (G,) of the least loss with Σ ticks ≤ limit, and that loss; None and -inf where time is up or
+        nothing fits.
+        """
         width = min(limit, int(np.maximum.reduceat(ticks, rows.start[:-1]).sum())) + 1
         best: FloatArray = np.zeros(width)
         taken = []

@@ -1,7 +1,8 @@
 """Proven optimum for one resource: the dual, then a core of the undecided options, expanded with bounds.
 
-Source: Pisinger, A minimal algorithm for the multiple-choice knapsack problem, EJOR 83 (1995) 394-410. Differences: losses are
-floats, options are removed by reduced losses from the dual bound instead of by slopes, states are numpy arrays.
+Source: Pisinger, A minimal algorithm for the multiple-choice knapsack problem, EJOR 83 (1995) 394-410. Differences:
+losses are floats, options are removed by reduced losses from the dual bound instead of by slopes, states are numpy
+arrays.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ NODE_STATES = 30_000
 class Exact:
     """Branch over a core of undecided groups until nothing better can be left.
 
-    `max_states`: how many partial choices are kept at once (each holds 32 bytes); beyond it the answer comes with the gap that
-    is proven by then.
+    `max_states`: how many partial choices are kept at once (each holds 32 bytes); beyond it the answer comes with the
+    gap that is proven by then.
     """
 
     max_states: int = 4_000_000
@@ -67,7 +68,9 @@ class Exact:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Chosen rows (G,), a proven bound in scaled loss, how many states were made, and the price per unit of (whole) cost."""
+    """Chosen rows (G,), a proven bound in scaled loss, how many states were made, and the price per unit of (whole)
+    cost.
+    """
 
     rows: IntArray
     bound: float
@@ -76,7 +79,8 @@ class Answer:
 
 
 def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
-    """The best rows of a scaled one-resource problem with integer costs; None where the cheapest choice is over the limit.
+    """The best rows of a scaled one-resource problem with integer costs; None where the cheapest choice is over the
+    limit.
 
     One core is enough for nearly every problem. Where it grows too large, as when one group weighs more than all others
     together, its options are split and each half gets its own price: branch and bound, the least bound first.
@@ -129,7 +133,9 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
 
 @dataclass(frozen=True, order=True)
 class _Node:
-    """Rows that may still hold a better choice, with the choices their dual lies between; ordered by bound, then by age."""
+    """Rows that may still hold a better choice, with the choices their dual lies between; ordered by bound, then by
+    age.
+    """
 
     bound: float
     age: int

@@ -1,4 +1,4 @@
-"""The whole trade-off of one resource: every breakpoint of the hull exactly, the true optimum between them on request."""
+"""The whole trade-off of one resource: every breakpoint of the hull exactly, the optimum between on request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Frontier:
     """Points of the trade-off by rising cost: a choice for every budget.
 
     `cost` (P,), `loss` (P,), `bound` (P,): no choice that costs as little has a smaller loss than `bound`. Consecutive
-    breakpoints differ in one group; `choice(k)` (G,) is made from that. `budgets` and `solutions`: what was asked for between.
+    breakpoints differ in one group; `choice(k)` (G,) is made from that. `budgets` and `solutions`: what was asked for
+    between.
     """
 
     cost: Array
@@ -62,8 +63,9 @@ def frontier(
 ) -> Frontier:
     """Every breakpoint of the lower hull of (cost, loss) over all budgets, whatever the problem's own budget is.
 
-    A breakpoint is optimal for the budget it costs, so its bound is its loss, less what rounding may hide. `budgets`: budgets to
-    solve with `solver` as well, for the true optimum between breakpoints; their solutions are under `solutions`.
+    A breakpoint is optimal for the budget it costs, so its bound is its loss, less what rounding may hide. `budgets`:
+    budgets to solve with `solver` as well, for the true optimum between breakpoints; their solutions are under
+    `solutions`.
     """
     ask_one(problem, "frontier")
     flat = problem.flat

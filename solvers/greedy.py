@@ -24,9 +24,9 @@ def weights(flat: Flat) -> FloatArray:
 class Greedy:
     """From the cheapest options, take the step with the most loss saved per unit of cost, as long as it fits.
 
-    A group whose next step does not fit stays where it is. Several resources count by their share of the span between the
-    cheapest and the dearest choice. Pairwise terms are not looked at. Gives no bound. Source: Yang et al., CVPR 2020,
-    arXiv 1910.05897 (the quantised projection).
+    A group whose next step does not fit stays where it is. Several resources count by their share of the span between
+    the cheapest and the dearest choice. Pairwise terms are not looked at. Gives no bound. Source: Yang et al., CVPR
+    2020, arXiv 1910.05897 (the quantised projection).
     """
 
     name: str = "greedy"
@@ -73,8 +73,8 @@ class Greedy:
 class Uniform:
     """The same option in every group: the best one that fits.
 
-    The same label where the problem has option names, else the same index. Groups with a single option (or a fixed one) take
-    it. Gives no bound; where nothing fits the status is UNKNOWN, for other choices may fit.
+    The same label where the problem has option names, else the same index. Groups with a single option (or a fixed one)
+    take it. Gives no bound; where nothing fits the status is UNKNOWN, for other choices may fit.
     """
 
     name: str = "uniform"
@@ -100,7 +100,9 @@ class Uniform:
 
     @staticmethod
     def candidates(problem: Problem) -> list[tuple[str, IntArray]]:
-        """Every option that all groups share, with the choice (G,) it makes; in the order of the first group that has a choice."""
+        """Every option that all groups share, with the choice (G,) it makes; in the order of the first group that has a
+        choice.
+        """
         fixed = dict(problem.fixed or {})
         forced = {g: fixed.get(g, 0) for g, a in enumerate(problem.loss) if g in fixed or len(a) == 1}
         free = [g for g in range(problem.groups) if g not in forced]

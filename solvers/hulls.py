@@ -14,10 +14,11 @@ PASSES = 40
 
 @dataclass(frozen=True, eq=False)
 class Hulls:
-    """Vertices of G hulls end to end, each from its cheapest option to its smallest loss, slopes strictly rising towards zero.
+    """Vertices of G hulls end to end, each from its cheapest option to its smallest loss, slopes strictly rising
+    towards zero.
 
-    `rows` (V,): the option of each vertex; `start` (G + 1,). Vertex v > start[g] saves `saved[v]` of loss for `spent[v]` > 0 of
-    cost over its predecessor, at `slope[v]` = saved / spent; first vertices have 0, 0 and inf.
+    `rows` (V,): the option of each vertex; `start` (G + 1,). Vertex v > start[g] saves `saved[v]` of loss for
+    `spent[v]` > 0 of cost over its predecessor, at `slope[v]` = saved / spent; first vertices have 0, 0 and inf.
     """
 
     rows: IntArray
@@ -27,7 +28,9 @@ class Hulls:
     slope: FloatArray
 
     def steps(self) -> IntArray:
-        """All vertices but the first of each group, by falling slope; ties by position, so that a group's own order is kept."""
+        """All vertices but the first of each group, by falling slope; ties by position, so that a group's own order is
+        kept.
+        """
         first = np.zeros(len(self.rows), bool)
         first[self.start[:-1]] = True
         later = np.flatnonzero(~first)
@@ -37,7 +40,8 @@ class Hulls:
 def hulls(loss: FloatArray, cost: Array, start: IntArray) -> Hulls:
     """The hulls of points with `loss` (N,) and `cost` (N,), group g in start[g]:start[g + 1].
 
-    A point on or above the line through its two neighbours is no vertex, whatever else goes, so all such points go at once.
+    A point on or above the line through its two neighbours is no vertex, whatever else goes, so all such points go at
+    once.
     """
     group = np.repeat(np.arange(len(start) - 1), np.diff(start))
     order = pareto(loss, cost, start)

@@ -1,8 +1,8 @@
 """Generated problems with known optima, from the shapes that occur and the kinds that break solvers.
 
 `curves` and `surfaces` look like the error curves of layers; the classical families are those of Kellerer, Pferschy and
-Pisinger, Knapsack Problems (2004), chapter 11; `planted` ones know their optimum at any size. `suite` is what every solver is
-tested on.
+Pisinger, Knapsack Problems (2004), chapter 11; `planted` ones know their optimum at any size. `suite` is what every
+solver is tested on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Instance:
 
 
 def brute_force(problem: Problem, most: int = 200_000) -> tuple[float, IntArray | None]:
-    """The least loss of a small problem and its first choice, by trying all; (inf, None) where none is within the limits.
+    """The least loss of a small problem and its first choice, by trying all; (inf, None) where none is within the
+    limits.
 
     Raises ProblemError where there are more than `most` choices.
     """
@@ -54,7 +55,9 @@ def between(loss: list[FloatArray], cost: list[Array], fraction: float | Array) 
 
 
 def curves(groups: int, options: int, seed: int = 0, fraction: float = 0.3, noise: float = 0.2) -> Problem:
-    """Error curves: bytes of layers between 1e3 and 2e6 weights, losses falling exponentially with bytes, not quite monotone."""
+    """Error curves: bytes of layers between 1e3 and 2e6 weights, losses falling exponentially with bytes, not quite
+    monotone.
+    """
     rng = np.random.default_rng(seed)
     loss, cost = [], []
     for _ in range(groups):
@@ -67,7 +70,9 @@ def curves(groups: int, options: int, seed: int = 0, fraction: float = 0.3, nois
 
 
 def surfaces(groups: int, options: int, seed: int = 0, fraction: float = 0.3) -> Problem:
-    """Sparsity × bits: error = pruned energy + 4**-bits, bytes = density × bits, as a mixed profile has them; `dense` is free of loss."""
+    """Sparsity × bits: error = pruned energy + 4**-bits, bytes = density × bits, as a mixed profile has them; `dense`
+    is free of loss.
+    """
     rng = np.random.default_rng(seed)
     loss, cost = [], []
     for _ in range(groups):
@@ -83,7 +88,9 @@ def surfaces(groups: int, options: int, seed: int = 0, fraction: float = 0.3) ->
 
 
 def correlated(groups: int, options: int, seed: int = 0, fraction: float = 0.5, spread: int = 0) -> Problem:
-    """Strongly correlated: loss = 1100 · options - Σ of cost steps, all of one slope up to `spread`; the hull says almost nothing."""
+    """Strongly correlated: loss = 1100 · options - Σ of cost steps, all of one slope up to `spread`; the hull says
+    almost nothing.
+    """
     rng = np.random.default_rng(seed)
     loss, cost = [], []
     for _ in range(groups):
@@ -119,10 +126,11 @@ def wide(groups: int, options: int, seed: int = 0, orders: float = 60.0, fractio
 
 
 def planted(groups: int, options: int, seed: int = 0, slack: int = 0) -> Instance:
-    """A budget exactly on a breakpoint: losses = r - price · cost + constant with r = 0 at the planted choice, which is optimal.
+    """A budget exactly on a breakpoint: losses = r - price · cost + constant with r = 0 at the planted choice, which is
+    optimal.
 
-    All numbers are integers below 2**40, so the optimum is exact. `slack` > 0 moves the budget off the breakpoint; the optimum
-    is then not known.
+    All numbers are integers below 2**40, so the optimum is exact. `slack` > 0 moves the budget off the breakpoint; the
+    optimum is then not known.
     """
     rng = np.random.default_rng(seed)
     cost = rng.integers(0, 100_000, (groups, options))
@@ -137,7 +145,7 @@ def planted(groups: int, options: int, seed: int = 0, slack: int = 0) -> Instanc
 
 
 def several(groups: int, options: int, resources: int = 3, seed: int = 0, fraction: float = 0.35) -> Problem:
-    """Curves with several resources: bytes, operations and microseconds of one kept fraction, each with its own noise."""
+    """Curves with several resources: bytes, operations and microseconds of a kept fraction, each with noise."""
     rng = np.random.default_rng(seed)
     kept = np.linspace(0.03, 1, options)
     loss, cost = [], []
@@ -146,7 +154,9 @@ def several(groups: int, options: int, resources: int = 3, seed: int = 0, fracti
         columns = [4 * size * kept]
         for r in range(1, resources):
             scale = size * np.exp(rng.uniform(0, 3))
-            columns.append(scale * np.clip(kept ** (0.5 if r % 2 == 0 else 1) * rng.normal(1, 0.15, options), 0.01, None))
+            columns.append(
+                scale * np.clip(kept ** (0.5 if r % 2 == 0 else 1) * rng.normal(1, 0.15, options), 0.01, None)
+            )
         loss.append(size * rng.lognormal(0, 1) * np.exp(-5 * kept + 0.2 * rng.standard_normal(options)))
         cost.append(np.stack(columns, axis=1).astype(np.int64))
     names = ("bytes", "operations", "microseconds", *(f"resource {r}" for r in range(3, resources)))
@@ -164,7 +174,9 @@ def paired(groups: int, options: int, seed: int = 0, fraction: float = 0.4) -> P
     return Problem(base.loss, base.cost, base.budget, pairwise=pairs)
 
 
-def _random(rng: np.random.Generator, groups: int, most: int = 6, top: int = 50) -> tuple[list[FloatArray], list[IntArray]]:
+def _random(
+    rng: np.random.Generator, groups: int, most: int = 6, top: int = 50
+) -> tuple[list[FloatArray], list[IntArray]]:
     sizes = rng.integers(1, most + 1, groups)
     return [rng.random(n) for n in sizes], [rng.integers(0, top, n) for n in sizes]
 
@@ -192,7 +204,9 @@ def suite(seed: int = 0) -> list[Instance]:
         "some costs zero": lambda: Problem(loss, [c * (c % 2) for c in cost], middle // 2),
         "negative losses": lambda: Problem([a - 0.7 for a in loss], cost, middle),
         "negative costs": lambda: Problem(loss, [c - 40 for c in cost], middle - 240),
-        "equal options": lambda: Problem([np.repeat(a[:2], 2) for a in loss], [np.repeat(c[:2], 2) for c in cost], middle),
+        "equal options": lambda: Problem(
+            [np.repeat(a[:2], 2) for a in loss], [np.repeat(c[:2], 2) for c in cost], middle
+        ),
         "equal groups": lambda: Problem([square[0]] * 6, [prices[0]] * 6, int(prices[0].sum()) * 6 // 4),
         "one option": lambda: Problem([a[:1] for a in loss], [c[:1] for c in cost], most),
         "one group": lambda: Problem(square[:1], prices[:1], int(np.sort(prices[0])[2])),
@@ -224,7 +238,11 @@ def suite(seed: int = 0) -> list[Instance]:
         "lower bound": lambda: Problem(square, prices, 130, lower=120),
         "pairwise": lambda: paired(4, 4, seed),
         "pairwise, two resources": lambda: Problem(
-            (p := several(4, 4, 2, seed)).loss, p.cost, p.budget, p.resources, pairwise=[(0, 2, 1e4 * rng.normal(size=(4, 4)))]
+            (p := several(4, 4, 2, seed)).loss,
+            p.cost,
+            p.budget,
+            p.resources,
+            pairwise=[(0, 2, 1e4 * rng.normal(size=(4, 4)))],
         ),
         "worst error": lambda: Problem(square, prices, 110, objective="max"),
         "worst error, two resources": lambda: Problem(

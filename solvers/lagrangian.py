@@ -12,7 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from solvers.problem import INTEGER_LIMIT, Array, Flat, FloatArray, IntArray, Problem, ProblemError
+from solvers.fields import INTEGER_LIMIT
+from solvers.problem import Array, Flat, FloatArray, IntArray, Problem, ProblemError
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
 EPS = float(np.finfo(np.float64).eps)
@@ -22,9 +23,9 @@ EPS = float(np.finfo(np.float64).eps)
 class Rows:
     """Options of G groups with every group's smallest loss and cost taken off, and losses scaled by a power of two.
 
-    `loss` (N,) float64 in [0, 1]; `cost` (N, K) ≥ 0, int64 where the problem's are; `limit` (K,) what is left of the limits;
-    `start` (G + 1,). True loss = `base` + 2**`exponent` · loss. Smallest entries are zero, so all sums have one sign, and
-    float64 sums are right to a few EPS *relatively*; that is what the bounds below rest on.
+    `loss` (N,) float64 in [0, 1]; `cost` (N, K) ≥ 0, int64 where the problem's are; `limit` (K,) what is left of the
+    limits; `start` (G + 1,). True loss = `base` + 2**`exponent` · loss. Smallest entries are zero, so all sums have one
+    sign, and float64 sums are right to a few EPS *relatively*; that is what the bounds below rest on.
     """
 
     loss: FloatArray
@@ -92,8 +93,8 @@ def lexmin(first: Array, second: Array, start: IntArray) -> IntArray:
 def whole(flat: Flat, up: bool) -> tuple[IntArray, IntArray, bool]:
     """Costs (N, 1) and limit (1,) of a one-resource problem as integers; the third says whether they are exact.
 
-    Float costs are multiples of a power of two small enough that sums just fit 62 bits: rounded `up` every choice within the
-    limit is within the budget, rounded down every choice within the budget is within the limit.
+    Float costs are multiples of a power of two small enough that sums just fit 62 bits: rounded `up` every choice
+    within the limit is within the budget, rounded down every choice within the budget is within the limit.
     """
     if flat.cost.dtype == np.int64:
         return flat.cost, flat.limit, True
@@ -109,8 +110,9 @@ def whole(flat: Flat, up: bool) -> tuple[IntArray, IntArray, bool]:
 class Dual:
     """The best price of a one-resource problem: the rows chosen just within the budget and just over it, and the bound.
 
-    `within` and `over` (G,) row indices (`over` is None where the smallest losses fit, and the choice is optimal); `price` in
-    scaled loss per unit; `bound` in scaled loss, proven; `noise`: what it was lowered by for rounding; `above` (N,) = r ≥ 0.
+    `within` and `over` (G,) row indices (`over` is None where the smallest losses fit, and the choice is optimal);
+    `price` in scaled loss per unit; `bound` in scaled loss, proven; `noise`: what it was lowered by for rounding;
+    `above` (N,) = r ≥ 0.
     """
 
     within: IntArray
@@ -134,9 +136,9 @@ def bound_at(rows: Rows, price: FloatArray) -> tuple[float, float]:
 def dual(rows: Rows) -> Dual | None:
     """Maximise L over the price of one resource, by cutting planes; None where the cheapest choice is over the limit.
 
-    The two choices that bracket the limit give the next price, the slope of the line between them; where no choice lies below
-    that line, the price is optimal. Options outside the bracket are dropped as it closes, so all steps together cost a few
-    passes over the options. Each group's losses must be scaled rows with integer costs.
+    The two choices that bracket the limit give the next price, the slope of the line between them; where no choice lies
+    below that line, the price is optimal. Options outside the bracket are dropped as it closes, so all steps together
+    cost a few passes over the options. Each group's losses must be scaled rows with integer costs.
     """
     loss, cost, limit = rows.loss, rows.cost[:, 0], int(rows.limit[0])
     within = lexmin(cost, loss, rows.start)
@@ -189,10 +191,11 @@ def dual(rows: Rows) -> Dual | None:
 
 
 def above_base(rows: Rows, base: IntArray, price: float) -> tuple[FloatArray, float, float]:
-    """r (N,) ≥ 0, what every option adds above its group's best at a price; L(price); and what that was lowered by for rounding.
+    """r (N,) ≥ 0, what every option adds above its group's best at a price; L(price); and what that was lowered by for
+    rounding.
 
-    Written as differences from a base choice that is (nearly) best at the price, so that rounding is relative to these, which
-    matters where price · limit is many orders of magnitude above the loss.
+    Written as differences from a base choice that is (nearly) best at the price, so that rounding is relative to these,
+    which matters where price · limit is many orders of magnitude above the loss.
     """
     more_loss = rows.loss - _spread(rows, rows.loss[base])
     paid = price * (rows.cost[:, 0] - _spread(rows, rows.cost[base, 0]))
@@ -218,11 +221,9 @@ def _spread(rows: Rows, values: Array) -> Array:
 def one_resource(problem: Problem, solver: str) -> str:
     """Why a one-resource solver does not take a problem, or ""."""
     if problem.objective != "sum":
-        return f"solver '{solver}' minimises the sum of losses, and this problem asks for the smallest '{problem.objective}'; use 'minimax'"
+        return f"solver '{solver}' minimises the sum of losses, not their '{problem.objective}'; use 'minimax'"
     if problem.pairwise:
-        return (
-            f"solver '{solver}' knows no pairwise terms, and this problem has {len(problem.pairwise)}; use 'relaxation'"
-        )
+        return f"solver '{solver}' knows no pairwise terms ({len(problem.pairwise)} here); use 'relaxation'"
     if problem.flat.cost.shape[1] != 1:
         what = f"{len(problem.resources)} resources" + (" and lower bounds" if problem.lower is not None else "")
         return f"solver '{solver}' takes one resource and no lower bounds, and this problem has {what}; use 'milp'"
@@ -236,7 +237,9 @@ def ask_one(problem: Problem, solver: str) -> None:
 
 
 def _fill(rows: Rows, within: IntArray, over: IntArray) -> IntArray:
-    """Move groups from `within` to `over`, which cost the same at the price, as long as they fit: the largest moves first."""
+    """Move groups from `within` to `over`, which cost the same at the price, as long as they fit: the largest moves
+    first.
+    """
     now = within.copy()
     more = rows.cost[over, 0] - rows.cost[within, 0]
     left = int(rows.limit[0]) - int(rows.cost[within, 0].sum())
@@ -266,7 +269,7 @@ class Lagrangian:
         return one_resource(problem, self.name)
 
     def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
-        """Solve; deterministic, so `seed` is not used, and a few passes over the options, so neither is `time_limit`."""
+        """Solve in a few passes over the options; deterministic, so `seed` and `time_limit` are not used."""
         ask_one(problem, self.name)
         flat = problem.flat
         lower = Rows.of(flat, *whole(flat, up=False)[:2])
@@ -285,7 +288,9 @@ class Lagrangian:
 
 
 def improve(rows: Rows, chosen: IntArray, moves: int = 100) -> IntArray:
-    """Rows (G,) within the limits, made better by single changes: each time the one that saves the most loss and still fits."""
+    """Rows (G,) within the limits, made better by single changes: each time the one that saves the most loss and still
+    fits.
+    """
     now = chosen.copy()
     for _ in range(moves):
         left = rows.limit - rows.cost[now].sum(axis=0)

@@ -1,8 +1,8 @@
 """Several resources: reduce by the dual bound, give what is left to HiGHS, prove the answer ourselves.
 
-HiGHS stops at a relative gap of 1e-4 and keeps limits within 1e-6 of their scale, so its "optimal" can be over a budget of bytes
-and its bound is a float's word. Here its choice is added up in integers, and the bound printed is the Lagrangian one, raised by
-partial choices (`several.Bundle`).
+HiGHS stops at a relative gap of 1e-4 and keeps limits within 1e-6 of their scale, so its "optimal" can be over a budget
+of bytes and its bound is a float's word. Here its choice is added up in integers, and the bound printed is the
+Lagrangian one, raised by partial choices (`several.Bundle`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from solvers.solution import ROUNDING, Solution, Status, magnitude
 class MILP:
     """Solve to a relative `gap` proven by our own bound, or say what was proven.
 
-    `states`: how many partial choices the proof may hold. `reduce=False` hands HiGHS the whole problem (for comparison).
+    `states`: how many partial choices the proof may hold. `reduce=False` hands HiGHS the whole problem (for
+    comparison).
     """
 
     gap: float = 1e-4
@@ -35,7 +36,7 @@ class MILP:
         if problem.objective != "sum":
             return f"solver '{self.name}' minimises the sum of losses; use 'minimax'"
         if problem.pairwise:
-            return f"solver '{self.name}' knows no pairwise terms, and this problem has {len(problem.pairwise)}; use 'relaxation'"
+            return f"solver '{self.name}' knows no pairwise terms ({len(problem.pairwise)} here); use 'relaxation'"
         return ""
 
     def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
@@ -58,7 +59,9 @@ class MILP:
         state.expand(deadline, cap=300, total=self.states, most_groups=40)
         said = ""
         if self._open(rows, state) and not deadline.passed:
-            said, chosen = highs(rows, state.reduce() if self.reduce else np.arange(len(rows.loss)), state, deadline, self.gap)
+            said, chosen = highs(
+                rows, state.reduce() if self.reduce else np.arange(len(rows.loss)), state, deadline, self.gap
+            )
             if chosen is not None and not state.offer(chosen):
                 fixed = state.repair(chosen)
                 if fixed is not None:

@@ -1,7 +1,7 @@
 """The smallest worst error under a budget (the objective of ALDS, arXiv 2107.11442), then the smallest sum among those.
 
-A worst error of at most t is possible where the cheapest options with loss ≤ t fit; the smallest such t is one of the losses,
-and is found by bisection over them.
+A worst error of at most t is possible where the cheapest options with loss ≤ t fit; the smallest such t is one of the
+losses, and is found by bisection over them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from solvers.solution import Solution, Status
 class Minimax:
     """Minimise the largest loss of a group; `relative` divides each group's losses by its largest first.
 
-    Proven for problems with the objective "max" (one resource: optimal). On problems with the objective "sum" it makes the same
-    choice, its worst error stands in `message`, and nothing is claimed about the sum.
+    Proven for problems with the objective "max" (one resource: optimal). On problems with the objective "sum" it makes
+    the same choice, its worst error stands in `message`, and nothing is claimed about the sum.
     """
 
     relative: bool = False
@@ -33,9 +33,9 @@ class Minimax:
     def why_not(self, problem: Problem) -> str:
         """Why this solver does not take the problem, or ""."""
         if problem.pairwise:
-            return f"solver '{self.name}' knows no pairwise terms, and this problem has {len(problem.pairwise)}; use 'relaxation'"
+            return f"solver '{self.name}' knows no pairwise terms ({len(problem.pairwise)} here); use 'relaxation'"
         if self.relative and problem.objective == "max":
-            return f"solver '{self.name}' with relative=True minimises another maximum than the problem's; divide the losses instead"
+            return f"solver '{self.name}' with relative=True minimises another maximum than the problem's"
         return ""
 
     def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
@@ -54,7 +54,9 @@ class Minimax:
         levels = levels[levels >= floor]
         choice, low, proven, steps = self._bisect(levels, fit, deadline)
         if choice is None:
-            status = Status.INFEASIBLE if proven == len(levels) else Status.TIME_LIMIT if deadline.passed else Status.UNKNOWN
+            status = (
+                Status.INFEASIBLE if proven == len(levels) else Status.TIME_LIMIT if deadline.passed else Status.UNKNOWN
+            )
             if status is Status.INFEASIBLE and not one:
                 return replace(MILP()(replace(problem, objective="sum"), time_limit=time_limit), solver=self.name)
             return Solution.none(problem, status, self.name)
@@ -72,7 +74,9 @@ class Minimax:
     def _bisect(
         levels: FloatArray, fit: Callable[[float], tuple[IntArray | None, bool]], deadline: Deadline
     ) -> tuple[IntArray | None, int, int, int]:
-        """A choice of the smallest level found, that level's index, how many levels are proven too small, and the steps."""
+        """A choice of the smallest level found, that level's index, how many levels are proven too small, and the
+        steps.
+        """
         choice, is_proof = fit(float(levels[-1]))
         if choice is None:
             return None, len(levels), len(levels) if is_proof else 0, 1
@@ -114,7 +118,11 @@ def _relative(loss: FloatArray) -> FloatArray:
 def _cheapest(problem: Problem, losses: list[FloatArray], worst: float) -> tuple[IntArray | None, bool]:
     """The cheapest choice with losses ≤ worst, or None where it is over the budget; that is a proof."""
     flat = problem.flat
-    loss = np.concatenate(losses) if not problem.fixed else np.concatenate([losses[g][flat.option[flat.group == g]] for g in range(problem.groups)])
+    loss = (
+        np.concatenate(losses)
+        if not problem.fixed
+        else np.concatenate([losses[g][flat.option[flat.group == g]] for g in range(problem.groups)])
+    )
     over = loss > worst
     cost = flat.cost[:, 0].astype(np.float64) if flat.cost.dtype != np.int64 else flat.cost[:, 0]
     top = np.iinfo(np.int64).max if cost.dtype == np.int64 else np.inf
@@ -122,7 +130,9 @@ def _cheapest(problem: Problem, losses: list[FloatArray], worst: float) -> tuple
     return (choice if problem.feasible(choice) else None), True
 
 
-def _several(problem: Problem, losses: list[FloatArray], worst: float, deadline: Deadline) -> tuple[IntArray | None, bool]:
+def _several(
+    problem: Problem, losses: list[FloatArray], worst: float, deadline: Deadline
+) -> tuple[IntArray | None, bool]:
     """A choice with losses ≤ worst, by MILP; the second says whether None is a proof."""
     part, kept = _within(problem, losses, worst)
     left = None if deadline.limit is None else max(1e-3, deadline.left)
@@ -133,7 +143,9 @@ def _several(problem: Problem, losses: list[FloatArray], worst: float, deadline:
 
 
 def _within(problem: Problem, losses: list[FloatArray], worst: float) -> tuple[Problem, list[Array]]:
-    """The problem (with the sum as objective) of the options whose loss is at most `worst`, and which these are, per group."""
+    """The problem (with the sum as objective) of the options whose loss is at most `worst`, and which these are, per
+    group.
+    """
     fixed = problem.fixed or {}
     kept = [np.array([fixed[g]]) if g in fixed else np.flatnonzero(a <= worst) for g, a in enumerate(losses)]
     part = Problem(

@@ -34,7 +34,9 @@ class Move:
         return slice(int(self.flat.start[g]), int(self.flat.start[g + 1]))
 
     def local(self, g: int, choice: IntArray, without: int = -1) -> FloatArray:
-        """The loss of every option of group g, given the others' options in `choice` (G,); pairs with `without` left out."""
+        """The loss of every option of group g, given the others' options in `choice` (G,); pairs with `without` left
+        out.
+        """
         part = self.part(g)
         values = self.flat.loss[part].copy()
         for h, table in self.joined[g]:
@@ -102,7 +104,9 @@ class Move:
 
 
 def descend(problem: Problem, starts: list[IntArray], sweeps: int, deadline: Deadline) -> IntArray | None:
-    """The best choice (G,) within the limits from repaired starts (rows), by single and then double changes; None where none fits."""
+    """The best choice (G,) within the limits from repaired starts (rows), by single and then double changes; None where
+    none fits.
+    """
     move = Move(problem)
     best, least = None, math.inf
     # Double changes look at all pairs of groups while these are few, else at pairs with a term and at neighbours.

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,36 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]
+from solvers.fields import (
+    INTEGER_LIMIT,
+    SCHEMA,
+    Array,
+    Deadline,
+    FloatArray,
+    IntArray,
+    Pairwise,
+    ProblemError,
+    read_costs,
+    read_fixed,
+    read_labels,
+    read_losses,
+    read_names,
+    read_pair,
+)
 
-SCHEMA = 1
-# Sums of integer costs stay below 2**62, so that no sum or difference of two of them overflows int64.
-INTEGER_LIMIT = 2**62
-
-
-class ProblemError(ValueError):
-    """A problem that cannot be read, or that a solver does not take; the message says what was got and what is needed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pairwise:
-    """A loss that depends on two groups: choosing option i in group `first` and j in `second` adds `loss[i, j]`."""
-
-    first: int
-    second: int
-    loss: FloatArray
+__all__ = ["Array", "Deadline", "Flat", "FloatArray", "IntArray", "Pairwise", "Problem", "ProblemError"]
 
 
 @dataclass(frozen=True, eq=False)
 class Flat:
     """All options that may still be chosen, end to end: N rows, group g owning rows start[g] to start[g + 1].
 
-    `loss` (N,) float64; `cost` (N, K) int64 or float64 and `limit` (K,), the rows of Σ cost ≤ limit: one per resource, and one
-    negated row per lower bound; `option` (N,) the index of the option within its group; `group` (N,); `start` (G + 1,).
+    `loss` (N,) float64; `cost` (N, K) int64 or float64 and `limit` (K,), the rows of Σ cost ≤ limit: one per resource,
+    and one negated row per lower bound; `option` (N,) the index of the option within its group; `group` (N,); `start`
+    (G + 1,).
     """
 
     loss: FloatArray
@@ -69,14 +66,14 @@ class Flat:
 class Problem:
     """Choose one option in each of G groups: least loss within every budget (a multiple-choice knapsack).
 
-    minimise   Σ_g loss[g][x_g] + Σ_p pairwise_p[x_g, x_h]     (objective "sum"; "max" takes the largest loss of a group)
-    subject to lower[r] ≤ Σ_g cost[g][x_g, r] ≤ budget[r]      for every resource r;   x_g = fixed[g] where that is given
+    minimise   Σ_g loss[g][x_g] + Σ_p pairwise_p[x_g, x_h]    (objective "sum"; "max" takes the largest loss of a group)
+    subject to lower[r] ≤ Σ_g cost[g][x_g, r] ≤ budget[r]     for every resource r;   x_g = fixed[g] where that is given
 
-    `loss`: G arrays (n_g,), finite, any sign. `cost`: G arrays (n_g,) or (n_g, R); where all are integers they stay int64, so
-    bytes are exact. `budget`: one number or (R,); inf means no limit. `resources`: R names with their units, such as "bytes".
-    `names`: G names of groups. `options`: per group the n_g printable names of its options. `pairwise`: (g, h, matrix)
-    triples, the matrix (n_g, n_h). `lower`: like budget, -inf means no limit. `fixed`: {group index: option index}.
-    Raises ProblemError, saying what was got and what is needed.
+    `loss`: G arrays (n_g,), finite, any sign. `cost`: G arrays (n_g,) or (n_g, R); where all are integers they stay
+    int64, so bytes are exact. `budget`: one number or (R,); inf means no limit. `resources`: R names with their units,
+    such as "bytes". `names`: G names of groups. `options`: per group the n_g printable names of its options.
+    `pairwise`: (g, h, matrix) triples, the matrix (n_g, n_h). `lower`: like budget, -inf means no limit. `fixed`:
+    {group index: option index}. Raises ProblemError, saying what was got and what is needed.
     """
 
     loss: Sequence[Array]
@@ -103,19 +100,20 @@ class Problem:
             )
         if self.objective not in ("sum", "max"):
             raise ProblemError(f"objective is {self.objective!r}; it must be 'sum' or 'max'")
-        put("names", _names(self.names, len(self.loss)))
-        put("loss", tuple(_losses(self._at(g), a) for g, a in enumerate(self.loss)))
-        put("cost", _costs(self))
+        put("names", read_names(self.names, len(self.loss)))
+        put("loss", tuple(read_losses(self.at(g), a) for g, a in enumerate(self.loss)))
+        put("cost", read_costs(self.names or (), self.loss, self.cost, self.resources))
         put("budget", self._limits("budget", self.budget, np.floor))
         lower = -np.inf if self.lower is None else self.lower
         put("lower", None if np.all(np.asarray(lower) == -np.inf) else self._limits("lower", lower, np.ceil))
-        put("options", _labels(self))
-        put("pairwise", tuple(_pair(self, p) for p in self.pairwise))
-        put("fixed", _fixed(self))
+        put("options", read_labels(self.names or (), self.loss, self.options))
+        put("pairwise", tuple(read_pair(self.loss, p) for p in self.pairwise))
+        put("fixed", read_fixed(self.names or (), self.loss, self.fixed))
         if self.objective == "max" and self.pairwise:
             raise ProblemError("pairwise terms need the objective 'sum'; this problem has the objective 'max'")
 
-    def _at(self, g: int) -> str:
+    def at(self, g: int) -> str:
+        """What messages call group g."""
         assert self.names is not None
         return f"group {self.names[g]!r}"
 
@@ -133,7 +131,7 @@ class Problem:
         R = len(self.resources)
         if limits.shape != (R,):
             raise ProblemError(
-                f"{word} has shape {limits.shape} but there are {R} resources {list(self.resources)}; it needs one number for each"
+                f"{word} has shape {limits.shape} but the resources {list(self.resources)} need one number each"
             )
         if limits.dtype == object or not (np.issubdtype(limits.dtype, np.number) and not np.iscomplexobj(limits)):
             raise ProblemError(f"{word} is {value!r}; it needs real numbers that fit 64 bits")
@@ -177,24 +175,15 @@ class Problem:
         return rows.sum(axis=0) if self.integer else np.array([math.fsum(c) for c in rows.T])
 
     def violated(self, choice: Array) -> str:
-        """Which limit a choice (G,) breaks, in words, or "". Exact: integers are added as integers, and floats by their sign."""
+        """Which limit a choice (G,) breaks, in words, or "". Exact: integers are added as integers, and floats by their
+        sign.
+        """
         rows = np.stack([a[j] for a, j in zip(self.cost, choice, strict=True)])
         for r, resource in enumerate(self.resources):
             column = rows[:, r].tolist()
-            # The exactly rounded sum of floats has the sign of the exact sum.
-            if (
-                self.budget[r] != np.inf and math.fsum([*column, -float(self.budget[r])]) > 0
-                if not self.integer
-                else sum(column) > int(self.budget[r])
-            ):
+            if _excess(column, self.budget[r]) > 0:
                 return f"{resource}: {_add(column)!r} is over the budget of {self.budget[r]}"
-            if self.lower is None or self.lower[r] == -np.inf:
-                continue
-            if (
-                math.fsum([*column, -float(self.lower[r])]) < 0
-                if not self.integer
-                else sum(column) < int(self.lower[r])
-            ):
+            if self.lower is not None and _excess(column, self.lower[r]) < 0:
                 return f"{resource}: {_add(column)!r} is under the lower bound of {self.lower[r]}"
         return ""
 
@@ -217,7 +206,9 @@ class Problem:
         return new
 
     def with_loss(self, loss: Sequence[FloatArray]) -> Problem:
-        """The same problem with other losses, G arrays of the same shapes, and without pairwise terms; costs are shared."""
+        """The same problem with other losses, G arrays of the same shapes, and without pairwise terms; costs are
+        shared.
+        """
         return Problem(
             loss,
             self.cost,
@@ -288,117 +279,12 @@ class Problem:
             )
 
 
-class Deadline:
-    """A time limit in seconds, counted from now; None never passes."""
-
-    def __init__(self, limit: float | None) -> None:
-        if limit is not None and not limit > 0:
-            raise ProblemError(f"time_limit is {limit!r} seconds; it must be positive, or None for no limit")
-        self.limit = limit
-        self.begun = time.perf_counter()
-
-    @property
-    def left(self) -> float:
-        return math.inf if self.limit is None else self.limit - (time.perf_counter() - self.begun)
-
-    @property
-    def passed(self) -> bool:
-        return self.limit is not None and self.left <= 0
+def _excess(column: list[Any], limit: Any) -> Any:
+    """Σ column - limit: exact for integers; for floats correctly rounded, so that its sign is exact."""
+    if isinstance(column[0], int):
+        return sum(column) - int(limit)
+    return -limit if math.isinf(limit) else math.fsum([*column, -float(limit)])
 
 
 def _add(column: list[Any]) -> Any:
     return sum(column) if isinstance(column[0], int) else math.fsum(column)
-
-
-def _names(names: Sequence[str] | None, G: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(f"g{g}" for g in range(G))
-    if len(names) != G:
-        raise ProblemError(f"{len(names)} names for {G} groups; one name per group is needed")
-    if len(set(names)) != G:
-        twice = next(n for k, n in enumerate(names) if n in names[:k])
-        raise ProblemError(f"two groups are named {twice!r}; names must differ")
-    return tuple(names)
-
-
-def _losses(at: str, values: Array) -> FloatArray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) == 0:
-        raise ProblemError(f"{at} has losses of shape {array.shape}; a non-empty vector is needed")
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).argmax())
-        raise ProblemError(f"{at} option {bad} has loss {array[bad]}; losses must be finite")
-    return array
-
-
-def _costs(problem: Problem) -> tuple[Array, ...]:
-    R = len(problem.resources)
-    given = [np.asarray(a) for a in problem.cost]
-    for g, a in enumerate(given):
-        at, n = problem._at(g), len(problem.loss[g])
-        if a.ndim not in (1, 2) or a.dtype.kind not in "iufb":
-            raise ProblemError(
-                f"{at} has costs of shape {a.shape} and type {a.dtype}; numbers of shape (options,) or (options, resources) are needed"
-            )
-        if len(a) != n:
-            raise ProblemError(f"{at} has {n} losses but {len(a)} costs; both need one entry per option")
-        if (1 if a.ndim == 1 else a.shape[1]) != R:
-            raise ProblemError(
-                f"{at} has {1 if a.ndim == 1 else a.shape[1]} costs per option but there are {R} resources {list(problem.resources)}"
-            )
-        if a.dtype.kind == "f" and not np.isfinite(a).all():
-            bad = int(np.argwhere(~np.isfinite(a.reshape(n, R)))[0, 0])
-            raise ProblemError(f"{at} option {bad} has cost {a[bad]}; costs must be finite")
-    whole = all(a.dtype.kind in "iub" for a in given)
-    if whole:
-        most = sum(max(abs(int(a.max())), abs(int(a.min()))) for a in given)
-        if most >= INTEGER_LIMIT:
-            raise ProblemError(f"integer costs may add up to {most}; sums must stay under 2**62, so use a larger unit")
-    kind = np.int64 if whole else np.float64
-    return tuple(a.astype(kind).reshape(len(a), R) for a in given)
-
-
-def _labels(problem: Problem) -> tuple[tuple[str, ...], ...] | None:
-    if problem.options is None:
-        return None
-    if len(problem.options) != problem.groups:
-        raise ProblemError(
-            f"{len(problem.options)} lists of option names for {problem.groups} groups; one list per group is needed"
-        )
-    for g, labels in enumerate(problem.options):
-        if len(labels) != len(problem.loss[g]):
-            raise ProblemError(
-                f"{problem._at(g)} has {len(problem.loss[g])} losses but {len(labels)} option names; both need one entry per option"
-            )
-    return tuple(tuple(labels) for labels in problem.options)
-
-
-def _pair(problem: Problem, pair: Any) -> Pairwise:
-    g, h, matrix = (pair.first, pair.second, pair.loss) if isinstance(pair, Pairwise) else pair
-    if not (0 <= g < problem.groups and 0 <= h < problem.groups) or g == h:
-        raise ProblemError(
-            f"a pairwise term joins groups {g} and {h}; two different groups of 0 to {problem.groups - 1} are needed"
-        )
-    array = np.asarray(matrix, dtype=np.float64)
-    need = (len(problem.loss[g]), len(problem.loss[h]))
-    if array.shape != need:
-        raise ProblemError(
-            f"the pairwise term of groups {g} and {h} has shape {array.shape}; their options need {need}"
-        )
-    if not np.isfinite(array).all():
-        raise ProblemError(
-            f"the pairwise term of groups {g} and {h} holds {array[~np.isfinite(array)][0]}; losses must be finite"
-        )
-    return Pairwise(int(g), int(h), array)
-
-
-def _fixed(problem: Problem) -> dict[int, int]:
-    fixed = {int(g): int(j) for g, j in dict(problem.fixed or {}).items()}
-    for g, j in fixed.items():
-        if not 0 <= g < problem.groups:
-            raise ProblemError(f"group {g} is fixed, but groups are 0 to {problem.groups - 1}")
-        if not 0 <= j < len(problem.loss[g]):
-            raise ProblemError(
-                f"{problem._at(g)} is fixed to option {j}, but its options are 0 to {len(problem.loss[g]) - 1}"
-            )
-    return dict(sorted(fixed.items()))

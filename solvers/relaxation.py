@@ -22,8 +22,10 @@ from solvers.solution import ROUNDING, Solution, Status, magnitude
 
 @dataclass(frozen=True, eq=False)
 class Relaxed:
-    """The relaxation's answer: `share` (N,) of every option of the flat problem, `price` (K,) of the flat problem's limits in
-    loss per unit, `value` (G,) the dual value of every group (its loss plus what it pays), and the proven `bound`."""
+    """The relaxation's answer: `share` (N,) of every option of the flat problem, `price` (K,) of the flat problem's
+    limits in loss per unit, `value` (G,) the dual value of every group (its loss plus what it pays), and the proven
+    `bound`.
+    """
 
     share: FloatArray
     price: FloatArray
@@ -104,7 +106,8 @@ def _bound(problem: Problem, price: FloatArray, duals: list[tuple[FloatArray, Fl
 class Relaxation:
     """Round the linear relaxation, repair it, improve it by single and double changes; bound and prices from its duals.
 
-    The solver for pairwise terms, and the one whose prices are exact linear-programming duals. `sweeps`: passes over all groups.
+    The solver for pairwise terms, and the one whose prices are exact linear-programming duals. `sweeps`: passes over
+    all groups.
     """
 
     sweeps: int = 20
@@ -148,10 +151,11 @@ class Relaxation:
 
 
 def marginal(problem: Problem, choice: IntArray, resource: int = 0) -> tuple[FloatArray, FloatArray]:
-    """What a unit of a resource is worth in every group at a choice (G,): loss saved per unit more, loss added per unit less.
+    """What a unit of a resource is worth in every group at a choice (G,): loss saved per unit more, loss added per unit
+    less.
 
-    Both (G,): the steepest step up (0 where there is none) and the gentlest step down (inf where there is none). At the best
-    choice of a convex problem the price lies between them in every group. Pairwise terms are not counted.
+    Both (G,): the steepest step up (0 where there is none) and the gentlest step down (inf where there is none). At the
+    best choice of a convex problem the price lies between them in every group. Pairwise terms are not counted.
     """
     up, down = np.zeros(problem.groups), np.full(problem.groups, np.inf)
     for g, j in enumerate(np.asarray(choice).tolist()):

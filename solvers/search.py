@@ -1,8 +1,8 @@
 """Black-box search: over a callable that scores a choice, because measured loss is not the sum of what was profiled.
 
-`score(choice)` takes the options (G,) and returns a number to minimise; what it does is its own business. Every choice scored is
-within the budgets. Every search is seeded, starts from the solved problem (so it never ends worse than that), scores no choice
-twice, and keeps a trace. Evaluations are counted, never seconds.
+`score(choice)` takes the options (G,) and returns a number to minimise; what it does is its own business. Every choice
+scored is within the budgets. Every search is seeded, starts from the solved problem (so it never ends worse than that),
+scores no choice twice, and keeps a trace. Evaluations are counted, never seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.hulls import pareto
 from solvers.greedy import weights
+from solvers.hulls import pareto
 from solvers.problem import FloatArray, IntArray, Problem, ProblemError
 from solvers.registry import Solver, solve
 from solvers.solution import Solution, Status
@@ -24,10 +24,12 @@ Score = Callable[[IntArray], float]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The result of a search: the best choice (G,), its score, and the trace, one (evaluation, best score so far) per evaluation.
+    """The result of a search: the best choice (G,), its score, and the trace, one (evaluation, best score so far) per
+    evaluation.
 
-    `solution` is the choice as an answer to the problem, checked; its bound is about the profiled loss, not the score. `front`:
-    (choice, score, cost) that no other scored choice beats in both, by rising cost, where a search looks for them.
+    `solution` is the choice as an answer to the problem, checked; its bound is about the profiled loss, not the score.
+    `front`: (choice, score, cost) that no other scored choice beats in both, by rising cost, where a search looks for
+    them.
     """
 
     choice: IntArray
@@ -104,9 +106,10 @@ def spdy(
 ) -> Found:
     """SPDY's search: coefficients per group, the problem solved exactly for each, the score of the solution kept.
 
-    `initial` random coefficients in [0, 1]; then k = ⌈G / 10⌉ random coordinates of the best are drawn anew, improvements kept,
-    and k falls by one after `patience` misses in a row. Source: SPDY, arXiv 2201.13096, section 3.3; its code takes ⌊G / 10⌋,
-    which is no search at all for fewer than 10 groups. The unweighted solution is scored first.
+    `initial` random coefficients in [0, 1]; then k = ⌈G / 10⌉ random coordinates of the best are drawn anew,
+    improvements kept, and k falls by one after `patience` misses in a row. Source: SPDY, arXiv 2201.13096, section 3.3;
+    its code takes ⌊G / 10⌋, which is no search at all for fewer than 10 groups. The unweighted solution is scored
+    first.
     """
     rng = np.random.default_rng(seed)
     scored = _Scored(score, evaluations)
@@ -146,8 +149,8 @@ def evolve(
     """Evolutionary level switching: of `offspring` mutants of the best choice the best survives, if it is better.
 
     A mutant moves min(u, v) random groups one level down and others up until nothing more fits, u and v uniform on 1 …
-    `switches`. Levels are a group's options that none beats in both loss and cost, by cost. Source: EvoPress, arXiv 2410.14649,
-    algorithm 1; there all levels cost the same, here the budgets decide what fits.
+    `switches`. Levels are a group's options that none beats in both loss and cost, by cost. Source: EvoPress, arXiv
+    2410.14649, algorithm 1; there all levels cost the same, here the budgets decide what fits.
     """
     rng = np.random.default_rng(seed)
     scored = _Scored(score, evaluations)
@@ -160,7 +163,7 @@ def evolve(
     # Where mutants are all known, as in a tiny problem, the search is over.
     while not scored.full and stale < 100:
         before = len(scored.trace)
-        children = []
+        children: list[tuple[float, int, IntArray]] = []
         for _ in range(offspring):
             moves = int(min(rng.integers(1, switches + 1, 2)))
             child = mutate(problem, ladders, parent, moves, rng)
@@ -173,7 +176,7 @@ def evolve(
 
 
 def levels(problem: Problem) -> list[list[int]]:
-    """Per group the options that no other beats in both loss and (joint) cost, by rising cost; fixed groups have one."""
+    """Per group the options that none beats in both loss and (joint) cost, by rising cost; fixed groups have one."""
     flat = problem.flat
     joint = flat.cost[:, 0] if flat.cost.shape[1] == 1 else flat.cost @ weights(flat)
     rows = pareto(flat.loss, joint, flat.start)
@@ -186,7 +189,9 @@ def levels(problem: Problem) -> list[list[int]]:
 def mutate(
     problem: Problem, ladders: list[list[int]], parent: IntArray, moves: int, rng: np.random.Generator
 ) -> IntArray | None:
-    """`moves` random groups one level down, then random others up while they fit; None where that is no choice within the budgets."""
+    """`moves` random groups one level down, then random others up while they fit; None where that is no choice within
+    the budgets.
+    """
     child = parent.copy()
     # A choice off the ladder (a dominated option) stands where it would be inserted.
     at = {g: _level(problem, ladders[g], g, int(child[g])) for g in range(problem.groups) if len(ladders[g]) > 1}

@@ -4,8 +4,8 @@ With prices λ (K,) ≥ 0 and r_gj ≥ 0 the loss of an option above its group's
 
     loss = L(λ) + Σ_g r_gj + λ·slack,        slack = limit - cost ≥ 0 in every resource,
 
-so an option with r_gj at or above (best loss known - L(λ)) belongs to no better choice (reduction), and a partial choice whose
-Σ r and unavoidable rest reach that gap cannot be completed to one (proof).
+so an option with r_gj at or above (best loss known - L(λ)) belongs to no better choice (reduction), and a partial
+choice whose Σ r and unavoidable rest reach that gap cannot be completed to one (proof).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from solvers.core import most_promising
-from solvers.lagrangian import EPS, Rows, bound_at
+from solvers.lagrangian import Rows, bound_at
 from solvers.problem import Deadline, FloatArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """The best prices found: `price` (K,) in scaled loss per unit, `bound` in scaled loss, and the choices met on the way (C, G).
+    """The best prices found: `price` (K,) in scaled loss per unit, `bound` in scaled loss, and the choices met on the
+    way (C, G).
 
     `infeasible`: the bound is above every choice's loss, so there is none.
     """
@@ -38,8 +39,8 @@ class Prices:
 def dual_prices(rows: Rows, deadline: Deadline, tolerance: float = 1e-9, most: int = 400) -> Prices:
     """Maximise L over the prices of K resources (Kelley's cutting planes; the master has K + 1 variables).
 
-    Ends where the master's value is within `tolerance` of the best bound, relatively, or at `most` cuts; every bound is proven
-    wherever it ends.
+    Ends where the master's value is within `tolerance` of the best bound, relatively, or at `most` cuts; every bound is
+    proven wherever it ends.
     """
     from scipy.optimize import linprog
 
@@ -52,7 +53,8 @@ def dual_prices(rows: Rows, deadline: Deadline, tolerance: float = 1e-9, most: i
     box = 4.0 * max(ceiling, 1e-300)
     best, noise, price, top = -math.inf, 0.0, np.zeros(K), math.inf
     point = np.zeros(K)
-    cuts, met = [], []
+    cuts: list[tuple[float, FloatArray]] = []
+    met: list[IntArray] = []
     iterations = 0
     while iterations < most:
         iterations += 1
@@ -90,7 +92,9 @@ def dual_prices(rows: Rows, deadline: Deadline, tolerance: float = 1e-9, most: i
 
 
 class Bundle:
-    """The search state of a problem with several resources: the best rows so far, `rows` (G,) or None, `upper` and `bound`."""
+    """The search state of a problem with several resources: the best rows so far, `rows` (G,) or None, `upper` and
+    `bound`.
+    """
 
     def __init__(self, problem: Rows, prices: Prices) -> None:
         self.problem, self.price = problem, prices.price
@@ -120,7 +124,7 @@ class Bundle:
         return self.live
 
     def repair(self, chosen: IntArray, moves: int = 300) -> IntArray | None:
-        """Rows within the limits, from any rows: each time the change that costs least per unit of excess taken away."""
+        """Rows within the limits, from any rows: each time the change that costs least per excess taken away."""
         rows, now = self.problem, chosen.copy()
         unit = np.maximum(np.abs(rows.limit.astype(np.float64)), 1e-300)
         for _ in range(moves):
@@ -141,10 +145,11 @@ class Bundle:
         return None
 
     def expand(self, deadline: Deadline, cap: int, total: int, most_groups: int, aim: float = 0.0) -> bool:
-        """Expand partial choices group by group, improving `rows` on the way and raising `bound`; whether nothing was cut.
+        """Expand partial choices group by group, improving `rows` on the way and raising `bound`; whether nothing was
+        cut.
 
-        `aim`: partial choices that can improve the loss by no more than this are dropped, and the bound says so. At most `cap`
-        states are kept at a time, `total` in all, over `most_groups` groups.
+        `aim`: partial choices that can improve the loss by no more than this are dropped, and the bound says so. At
+        most `cap` states are kept at a time, `total` in all, over `most_groups` groups.
         """
         rows = self.problem
         live = self.reduce()
@@ -157,11 +162,16 @@ class Bundle:
         priced = more @ self.price
         surplus = _suffix(np.where(priced > 0, above / np.where(priced > 0, priced, 1.0), np.inf), starts)
         debt = np.stack(
-            [_suffix(np.where(c < 0, above / np.where(c < 0, -c, 1.0), np.inf), starts) for c in more.astype(np.float64).T], axis=1
+            [
+                _suffix(np.where(c < 0, above / np.where(c < 0, -c, 1.0), np.inf), starts)
+                for c in more.astype(np.float64).T
+            ],
+            axis=1,
         )
         slack = (rows.limit - rows.cost[self.base].sum(axis=0))[None]
         states, heights = slack, np.zeros(1)
-        dropped, kept, history = math.inf, 1, []
+        dropped, kept = math.inf, 1
+        history: list[tuple[IntArray, IntArray]] = []
         base_loss, promise, extra = math.fsum(rows.loss[self.base]), np.zeros(1), np.zeros(1)
         gain = rows.loss[live] - rows.loss[self.base[rows.group[live]]]
         stage = 0
@@ -207,7 +217,7 @@ class Bundle:
         return complete
 
     def _rest(self, slack: FloatArray, surplus: float, debt: FloatArray) -> FloatArray:
-        """The least that states (S, K) still add: what is unused is paid for at the price, what is owed must be earned."""
+        """The least that states (S, K) still add: the unused is paid for at the price, the owed must be earned."""
         rest = min(1.0, surplus) * np.maximum(slack @ self.price, 0.0)
         for k in range(slack.shape[1]):
             owes = slack[:, k] < 0

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from solvers.problem import INTEGER_LIMIT, SCHEMA, Array, FloatArray, IntArray, Problem
+from solvers.fields import SCHEMA
+from solvers.problem import Array, FloatArray, IntArray, Problem
 
 # "Optimal" means: no choice is better by more than float64 can tell apart when it adds losses, relative to Σ |loss|.
 ROUNDING = 1e-12
@@ -35,11 +36,12 @@ class SolutionError(ValueError):
 class Solution:
     """A choice with its certificate.
 
-    `choice` (G,) int64: the option of every group, -1 throughout where there is none. `loss`: its objective, inf where there is
-    none. `cost` (R,): what it uses of each resource. `bound`: no choice within the budgets has a smaller loss; -inf where
-    nothing is proven, inf where the problem is infeasible. `smallest_budget` (R,), where infeasible: the least each budget could
-    be with the other budgets as they are; where that would not help, whatever the others are. `price` (R,), where a solver
-    knows it: the loss that one more unit of each resource saves. `seconds` of wall clock; `iterations` of the solver's own kind.
+    `choice` (G,) int64: the option of every group, -1 throughout where there is none. `loss`: its objective, inf where
+    there is none. `cost` (R,): what it uses of each resource. `bound`: no choice within the budgets has a smaller loss;
+    -inf where nothing is proven, inf where the problem is infeasible. `smallest_budget` (R,), where infeasible: the
+    least each budget could be with the other budgets as they are; where that would not help, whatever the others are.
+    `price` (R,), where a solver knows it: the loss that one more unit of each resource saves. `seconds` of wall clock;
+    `iterations` of the solver's own kind.
     """
 
     choice: IntArray
@@ -61,7 +63,9 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """How far the loss can be from the best: (loss - bound) / |bound|; 0 where both are 0, inf where nothing is proven."""
+        """How far the loss can be from the best: (loss - bound) / |bound|; 0 where both are 0, inf where nothing is
+        proven.
+        """
         if not self.found or not math.isfinite(self.bound):
             return math.inf
         if self.loss == self.bound:
@@ -70,7 +74,9 @@ class Solution:
 
     @classmethod
     def of(cls, problem: Problem, choice: Array, bound: float, status: Status, solver: str, **more: Any) -> Solution:
-        """The solution of a choice (G,): loss and cost are computed here, and a bound a rounding above the loss is lowered to it."""
+        """The solution of a choice (G,): loss and cost are computed here, and a bound a rounding above the loss is
+        lowered to it.
+        """
         choice = np.asarray(choice, dtype=np.int64)
         loss = problem.total_loss(choice)
         if bound > loss and bound - loss <= ROUNDING * magnitude(problem, choice):
@@ -89,8 +95,9 @@ class Solution:
     def check(self, problem: Problem) -> Solution:
         """Recompute everything from `choice` and return self. Raises SolutionError, saying what disagrees.
 
-        Laws: every group has one of its options, fixed ones theirs; every limit holds exactly; loss and cost are those of the
-        choice; bound ≤ loss; "optimal" has a bound that is the loss up to rounding; "infeasible" names a budget that is larger.
+        Laws: every group has one of its options, fixed ones theirs; every limit holds exactly; loss and cost are those
+        of the choice; bound ≤ loss; "optimal" has a bound that is the loss up to rounding; "infeasible" names a budget
+        that is larger.
         """
         if self.choice.shape != (problem.groups,):
             raise SolutionError(f"choice has shape {self.choice.shape}; the problem has {problem.groups} groups")
@@ -100,11 +107,9 @@ class Solution:
             raise SolutionError(f"status is '{self.status}', but there is a choice")
         for g, j in enumerate(self.choice.tolist()):
             if not 0 <= j < len(problem.loss[g]):
-                raise SolutionError(f"{problem._at(g)} has options 0 to {len(problem.loss[g]) - 1}; the choice is {j}")
+                raise SolutionError(f"{problem.at(g)} has options 0 to {len(problem.loss[g]) - 1}; the choice is {j}")
             if (problem.fixed or {}).get(g, j) != j:
-                raise SolutionError(
-                    f"{problem._at(g)} is fixed to option {(problem.fixed or {})[g]}; the choice is {j}"
-                )
+                raise SolutionError(f"{problem.at(g)} is fixed to option {(problem.fixed or {})[g]}; the choice is {j}")
         broken = problem.violated(self.choice)
         if broken:
             raise SolutionError(broken)
@@ -167,7 +172,8 @@ class Solution:
         if not self.found:
             return f"{self.solver}: {self.status}. {self.message}".rstrip()
         gap = "no guarantee" if self.bound == -math.inf else f"bound {self.bound:.6g}, gap {self.gap:.2e}"
-        return f"{self.solver}: {self.status}, loss {self.loss:.6g} ({gap}), cost {', '.join(map(str, self.cost.tolist()))}"
+        cost = ", ".join(map(str, self.cost.tolist()))
+        return f"{self.solver}: {self.status}, loss {self.loss:.6g} ({gap}), cost {cost}"
 
 
 def magnitude(problem: Problem, choice: Array) -> float:
@@ -188,6 +194,3 @@ def advice(problem: Problem, smallest: Array) -> str:
 
 def _text(value: float) -> float | str:
     return value if math.isfinite(value) else repr(value)
-
-
-assert INTEGER_LIMIT < np.iinfo(np.int64).max

@@ -29,10 +29,10 @@ def tpe(
 ) -> Found:
     """SPDY's coefficients proposed by Optuna's tree-structured Parzen estimator; minimises the score.
 
-    `storage`: any Optuna storage or its URL; None keeps the study in memory. `evaluations` counts all finished trials of the
-    study, whoever made them, so a search that was stopped goes on, and processes that share a study share the work. A search
-    stopped between trials and resumed makes the same trials as one that was not stopped. Raises ProblemError where the study
-    belongs to another problem or seed.
+    `storage`: any Optuna storage or its URL; None keeps the study in memory. `evaluations` counts all finished trials
+    of the study, whoever made them, so a search that was stopped goes on, and processes that share a study share the
+    work. A search stopped between trials and resumed makes the same trials as one that was not stopped. Raises
+    ProblemError where the study belongs to another problem or seed.
     """
     import optuna
 
@@ -48,7 +48,7 @@ def tpe(
     with _quiet():
         made = _open(problem, study, storage, ["minimize"], f"tpe {seed}", sampler(0))
         done = _run(made, sampler, propose, value, evaluations, _ones(problem.groups))
-    best, trace = None, []
+    best, trace = None, list[tuple[int, float]]()
     for trial in done:
         if best is None or trial.value < best[0]:
             best = trial.value, np.array(trial.user_attrs["choice"], np.int64)
@@ -70,8 +70,8 @@ def nsga2(
 ) -> Found:
     """The trade-off of score against cost by Optuna's NSGA-II: coefficients, and a part of the budget, are the genes.
 
-    The trade-off is under `front`, with the cost of the first resource; the choice is its best score. Storage, resuming and
-    sharing are as for `tpe`.
+    The trade-off is under `front`, with the cost of the first resource; the choice is its best score. Storage, resuming
+    and sharing are as for `tpe`.
     """
     import optuna
 
@@ -97,7 +97,7 @@ def nsga2(
         made = _open(problem, study, storage, ["minimize", "minimize"], f"nsga2 {seed} {population}", sampler(0))
         done = _run(made, sampler, propose, value, evaluations, {**_ones(problem.groups), "part": 1.0})
     scored = [(t.values[0], t.values[1], t.number, np.array(t.user_attrs["choice"], np.int64)) for t in done]
-    trace, least_score = [], math.inf
+    trace, least_score = list[tuple[int, float]](), math.inf
     for entry in scored:
         least_score = min(least_score, entry[0])
         trace.append((len(trace) + 1, least_score))
@@ -132,7 +132,7 @@ def _seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def _open(problem: Problem, name: str, storage: Any, directions: list[str], kind: str, sampler: Any) -> Any:
+def _open(problem: Problem, name: str, storage: Any, directions: list[Any], kind: str, sampler: Any) -> Any:
     """The study, new or resumed; refused where it was made for another problem or by another search."""
     import optuna
 
@@ -145,7 +145,9 @@ def _open(problem: Problem, name: str, storage: Any, directions: list[str], kind
         if have is None:
             study.set_user_attr(key, wanted)
         elif have != wanted:
-            raise ProblemError(f"study {name!r} has {key} {have!r}, this search has {wanted!r}; take another study name")
+            raise ProblemError(
+                f"study {name!r} has {key} {have!r}, this search has {wanted!r}; take another study name"
+            )
     return study
 
 
