@@ -114,9 +114,8 @@ def scaled_hessian(hessian: np.ndarray) -> tuple[np.ndarray, float]:
 
 def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
     """Inverse of a symmetric positive definite matrix through its Cholesky factor, float64, both halves filled."""
-    with (
-        single_threaded()
-    ):  # two threads of LAPACK that wait for each other on busy cores took 0.2 s instead of 0.2 ms at d = 144
+    # Threads of LAPACK that wait for each other on busy cores took 0.2 s instead of 0.2 ms at d = 144.
+    with single_threaded():
         factor, info = lapack.dpotrf(hessian, lower=1)
         if info == 0:
             inverse, info = lapack.dpotri(factor, lower=1)
