@@ -199,13 +199,16 @@ def pack_bits(values: np.ndarray, bits: int) -> bytes:
 
 
 def unpack_bits(data: bytes, count: int, bits: int) -> np.ndarray:
-    """Undo `pack_bits`: `count` values of `bits` bits as int64. Raises FormatError on a wrong length or set filling."""
+    """Undo `pack_bits`: `count` values of up to 31 bits as int32, of 32 as uint32.
+
+    Raises FormatError on a wrong length or set filling.
+    """
     wanted = packed_bytes(count, bits)
     if len(data) != wanted:
         raise FormatError(f"{count} values of {bits} bits need {wanted} bytes, got {len(data)}")
     if bits == 0 or count == 0:
-        return np.zeros(count, np.int64)
-    raw, values = np.frombuffer(data, np.uint8), np.empty(count, np.int64)
+        return np.zeros(count, np.int32)
+    raw, values = np.frombuffer(data, np.uint8), np.empty(count, np.uint32)
     for start in range(0, count, _CHUNK):
         part = min(_CHUNK, count - start)
         first = start * bits // 8
@@ -215,4 +218,4 @@ def unpack_bits(data: bytes, count: int, bits: int) -> np.ndarray:
         planes = np.zeros((part, 32), np.uint8)
         planes[:, :bits] = stream[: part * bits].reshape(part, bits)
         values[start : start + part] = np.packbits(planes, axis=1, bitorder="little").view("<u4").reshape(-1)
-    return values
+    return values if bits == 32 else values.view(np.int32)

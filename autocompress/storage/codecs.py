@@ -1,7 +1,7 @@
 """Codecs: pure pairs of exactly inverse functions between arrays and bytes, each with an exact size.
 
 Laws, held by tests for every codec `c` and every array `a` that it accepts:
-    c.decode(c.encode(a), a.shape, a.dtype.name) == a   (for the float codecs, on arrays that `c.round` leaves unchanged)
+    c.decode(c.encode(a), a.shape, a.dtype.name) == a   (fp16, smallfloat: once a is rounded to what they hold)
     c.size(a) == len(c.encode(a))
 """
 
@@ -21,10 +21,9 @@ from autocompress.storage.errors import FormatError
 __all__ = ["CODECS", "CODEC_IDS", "Codec", "codec_named"]
 
 
-
 @dataclass(frozen=True)
 class Codec:
-    """One way to store an array: `encode(array)`, its inverse `decode(payload, shape, dtype)`, and the exact `size(array)`.
+    """One way to store an array: `encode(array)`, its inverse `decode(payload, shape, dtype)`, the exact `size(array)`.
 
     `kind` is "codes" for integer arrays and "floats" for the rest; `number` is the byte that names the codec in a file.
     """

@@ -84,9 +84,10 @@ class Archive(Mapping[str, Entry]):
         self._data, self._place = data, place
         start = bytes(data[:_FIXED])
         if len(start) < _FIXED or start[: len(MAGIC)] != MAGIC:
-            raise FormatError(f"{place}: not an autocompress file (it begins with {start[: len(MAGIC)]!r}, not {MAGIC!r})")
+            raise FormatError(f"{place}: not an autocompress file (begins with {start[: len(MAGIC)]!r}, not {MAGIC!r})")
         if start[len(MAGIC)] != VERSION:
-            raise FormatError(f"{place}: format version {start[len(MAGIC)]} is unknown; this reader knows version {VERSION}")
+            found = start[len(MAGIC)]
+            raise FormatError(f"{place}: format version {found} is unknown; this reader knows version {VERSION}")
         cursor = Cursor(bytes(data[_FIXED : _FIXED + 20]), f"{place}: header length")
         length, sections = cursor.uint(), cursor.uint()
         front = _FIXED + cursor.offset
@@ -204,9 +205,7 @@ def read(path: str | os.PathLike[str]) -> Archive:
         raise
 
 
-def write(
-    path: str | os.PathLike[str], entries: Sequence[Entry], meta: Mapping[str, Value] | None = None
-) -> FileInfo:
+def write(path: str | os.PathLike[str], entries: Sequence[Entry], meta: Mapping[str, Value] | None = None) -> FileInfo:
     """Write a file atomically: temporary file, fsync, read back, decode, compare, rename.
 
     Either the whole verified file stands at `path` afterwards, or what stood there before. Raises OSError from the file

@@ -53,8 +53,10 @@ class Entry:
             raise FormatError(f"unknown dtype {self.dtype!r}; this version knows {', '.join(DTYPES)}")
         if self.step not in STEPS:
             raise FormatError(f"unknown kind of step {self.step!r}; this version knows {', '.join(STEPS)}")
-        if self.step != "none" and (codec.kind != "codes" or self.dtype not in ("float16", "float32", "float64")):
-            raise FormatError(f"steps belong to integer codes of a float tensor, not to {self.codec} of {self.dtype}")
+        if self.step != "none" and (codec.kind != "codes" or self.dtype != "float32"):
+            raise FormatError(
+                f"steps belong to the integer codes of a float32 tensor, not to {self.codec} of {self.dtype}"
+            )
         if self.step == "none" and codec.kind == "codes" and self.dtype != "int32":
             raise FormatError(f"codes without a step are int32, not {self.dtype}")
         if self.step == "row" and not self.shape:
@@ -86,22 +88,20 @@ class Entry:
             raise error.within(f"entry {self.name!r}") from error
 
     def dequantise(self) -> np.ndarray:
-        """Decode the tensor: float32(code) * float32(step) for a weight, else the values; in the entry's dtype."""
+        """Decode the tensor: float32(code) * float32(step) for a weight, else the values in their dtype."""
         if self.step == "none":
             return self.codes()
-        steps, codes = self.steps(), self.codes()
-        values = codes.reshape(-1).view(np.float32)  # in place, part by part: no second tensor is allocated
+        steps, codes = self.steps(), self.codes().reshape(-1)
+        values = codes.view(np.float32)  # in place, part by part: no second tensor is allocated
         per_step = max(codes.size // max(steps.size, 1), 1)
         for start in range(0, codes.size, _CHUNK):
             part = slice(start, min(start + _CHUNK, codes.size))
             factor = steps[np.arange(part.start, part.stop) // per_step] if self.step == "row" else steps
             with np.errstate(over="ignore"):
-                values[part] = codes.reshape(-1)[part].astype(np.float32) * factor
-        with np.errstate(over="ignore"):
-            values = values.reshape(self.shape).astype(np.dtype(self.dtype), copy=False)
-        if not np.isfinite(values).all():
-            raise FormatError(f"entry {self.name!r}: a weight beyond {self.dtype}")
-        return values
+                values[part] = codes[part].astype(np.float32) * factor
+            if not np.isfinite(values[part]).all():
+                raise FormatError(f"entry {self.name!r}: a weight beyond float32")
+        return values.reshape(self.shape)
 
 
 def step_bytes(shape: Sequence[int], step: str) -> int:
@@ -129,7 +129,6 @@ def weight_entry(
     step: float | np.ndarray,
     *,
     codec: str = "entropy",
-    dtype: str = "float32",
     params: Mapping[str, Value] | None = None,
 ) -> Entry:
     """Make the entry of a quantised weight: integer codes of its shape and one step, or one step per row.
@@ -141,7 +140,7 @@ def weight_entry(
     if chosen.kind != "codes":
         raise ValueError(f"{codec} stores floats; codes need one of the integer codecs")
     kind, raw = _step(codes.shape, step)
-    entry = Entry(name, codes.shape, dtype, codec, raw + chosen.encode(codes), kind, dict(params or {}))
+    entry = Entry(name, codes.shape, "float32", codec, raw + chosen.encode(codes), kind, dict(params or {}))
     entry.check()
     return entry
 

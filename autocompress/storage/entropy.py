@@ -11,9 +11,10 @@ from autocompress.storage.bits import MAX_EXPANSION, least_bytes
 from autocompress.storage.errors import FormatError
 from autocompress.storage.kernels import DECODE, ENCODE, MEASURE, coder
 
-__all__ = ["MAX_CODE", "coded_size", "decode_codes", "encode_codes", "order0_bits"]
+__all__ = ["MAX_CODE", "MAX_ROW", "coded_size", "decode_codes", "encode_codes", "order0_bits"]
 
 MAX_CODE = 2**30  # largest magnitude of a code
+MAX_ROW = 2**20  # longest row, in codes, that a model may walk: bounds the coder's working memory
 _TRIAL = 1 << 16  # codes on which the models are compared
 _NO_BUFFER = np.zeros(0, np.uint8)
 
@@ -49,6 +50,11 @@ def _oriented(block: np.ndarray, model: int) -> np.ndarray:
     return block.swapaxes(0, 1) if model & 2 else block
 
 
+def _row(block: np.ndarray, model: int) -> int:
+    """Count the codes of a row as a model walks it."""
+    return block.size // block.shape[1 if model & 2 else 0]
+
+
 def _measure(block: np.ndarray, width: int, model: int) -> int:
     """Count the range coder's bytes under one model."""
     return int(coder(MEASURE)(_oriented(block, model), width, model & 1, _NO_BUFFER))
@@ -59,12 +65,16 @@ def _choose(block: np.ndarray, width: int) -> tuple[int, int]:
 
     Returns (model, bytes of the corner). Ties go to the lower number.
     """
+    models = [model for model in (0, 2) if _row(block, model) <= MAX_ROW]
+    if not models:
+        shortest = min(_row(block, 0), _row(block, 2))
+        raise ValueError(f"the entropy codec walks rows of at most {MAX_ROW} codes, got {shortest}")
     edge = math.isqrt(max(_TRIAL // block.shape[2], 1))
     rows = max(edge, _TRIAL // block.shape[2] // max(block.shape[1], 1))
     channels = max(edge, _TRIAL // block.shape[2] // max(block.shape[0], 1))
     corner = block[:rows, :channels]
-    sizes = {model: _measure(corner, width, model) for model in (0, 2)}
-    other = 1 + (2 if sizes[2] < sizes[0] else 0)
+    sizes = {model: _measure(corner, width, model) for model in models}
+    other = min(models, key=lambda m: (sizes[m], m)) + 1
     sizes[other] = _measure(corner, width, other)
     model = min(sizes, key=lambda m: (sizes[m], m))
     return model, sizes[model]
@@ -113,6 +123,9 @@ def decode_codes(payload: bytes, shape: Sequence[int]) -> np.ndarray:
     if payload[0] > 3:
         raise FormatError(f"unknown entropy model {payload[0]}; this version knows 0 to 3")
     layout, width = _layout(shape)
+    longest = numel // layout[1 if payload[0] & 2 else 0]
+    if longest > MAX_ROW:
+        raise FormatError(f"a row of {longest} codes; at most {MAX_ROW}")
     block = np.zeros(layout, np.int32)
     buffer = np.frombuffer(payload, np.uint8)[1:].copy()
     used = int(coder(DECODE)(_oriented(block, payload[0]), width, payload[0] & 1, buffer))

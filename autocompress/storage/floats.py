@@ -10,6 +10,8 @@ import numpy as np
 from autocompress.storage.bits import Cursor, least_bytes, pack_bits, packed_bytes, unpack_bits
 from autocompress.storage.errors import FormatError
 
+_CHUNK = 1 << 16  # values decoded at once
+
 __all__ = [
     "DTYPES",
     "decode_fp16",
@@ -161,12 +163,17 @@ def decode_small(payload: bytes, shape: Sequence[int], dtype: str = "float32") -
     bits = mantissa + width + signed
     field = unpack_bits(cursor.take(packed_bytes(numel, bits)), numel, bits)
     cursor.padding(numel)
-    raised = (field >> mantissa) & ((1 << width) - 1)
-    value = np.ldexp(1.0 + (field & ((1 << mantissa) - 1)) / 2.0**mantissa, raised + low)
-    if zeros:
-        value[raised == 0] = 0.0
-    if signed:
-        value = np.where(field >> (mantissa + width) & 1, -value, value)
-    if (np.abs(value) > np.finfo(dtype).max).any():
-        raise FormatError(f"a value beyond {dtype}")
-    return value.astype(np.dtype(dtype)).reshape(tuple(shape))
+    values = np.empty(numel, np.dtype(dtype))
+    for start in range(0, numel, _CHUNK):
+        part = field[start : start + _CHUNK].astype(np.int64)
+        raised = (part >> mantissa) & ((1 << width) - 1)
+        with np.errstate(over="ignore", under="ignore"):
+            wide = np.ldexp(1.0 + (part & ((1 << mantissa) - 1)) / 2.0**mantissa, raised + low)
+        if zeros:
+            wide[raised == 0] = 0.0
+        if (wide > np.finfo(dtype).max).any():
+            raise FormatError(f"a value beyond {dtype}")
+        if signed:
+            wide[(part >> (mantissa + width) & 1).astype(bool)] *= -1
+        values[start : start + _CHUNK] = wide
+    return values.reshape(tuple(shape))

@@ -13,7 +13,7 @@ from autocompress.storage.entries import STEPS, Entry, step_bytes
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import DTYPES
 
-__all__ = ["Header", "Slot", "inflate", "deflate", "parse_header", "put_header"]
+__all__ = ["Header", "Slot", "deflate", "inflate", "parse_header", "put_header"]
 
 _MAX_HEADER = 1 << 24  # bytes before deflation
 _MAX_ENTRIES = 1 << 16
@@ -154,7 +154,8 @@ def parse_header(raw: bytes) -> Header:
         except UnicodeDecodeError as error:
             raise cursor.fail(f"the name {names[i]!r} is not UTF-8") from error
         if codecs[i] not in CODEC_IDS:
-            raise FormatError(f"entry {name!r}: unknown codec number {codecs[i]}; this version knows 0 to {max(CODEC_IDS)}")
+            known = f"this version knows 0 to {max(CODEC_IDS)}"
+            raise FormatError(f"entry {name!r}: unknown codec number {codecs[i]}; {known}")
         if kinds[i] // 4 >= len(DTYPES) or kinds[i] % 4 >= len(STEPS):
             raise FormatError(f"entry {name!r}: unknown dtype or step kind {kinds[i]}")
         slot = Slot(

@@ -14,7 +14,6 @@ from itertools import combinations
 import numpy as np
 
 from autocompress.storage.bits import Cursor, least_bytes, pack_bits, packed_bytes, unpack_bits
-from autocompress.storage.errors import FormatError
 
 __all__ = [
     "bitmask_size",
@@ -34,7 +33,7 @@ __all__ = [
 
 _HEAD = 3  # one byte for the width, two for the smallest value
 _MAX_BITS = 16
-_NM = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (2, 16), (4, 16), (8, 16))  # the patterns that are tried, in file order
+_NM = ((1, 2), (1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (2, 16), (4, 16), (8, 16))  # in file order
 
 
 def _flat(codes: np.ndarray) -> np.ndarray:
@@ -69,7 +68,7 @@ def _read_head(payload: bytes, place: str) -> tuple[Cursor, int, int]:
 
 
 def _shaped(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return values.astype(np.int32).reshape(tuple(shape))
+    return values.astype(np.int32, copy=False).reshape(tuple(shape))
 
 
 def packed_size(codes: np.ndarray) -> int:
@@ -89,7 +88,8 @@ def decode_packed(payload: bytes, shape: Sequence[int]) -> np.ndarray:
     """Undo `encode_packed`."""
     numel = math.prod(shape)
     cursor, bits, low = _read_head(payload, "packed codes")
-    values = unpack_bits(cursor.take(packed_bytes(numel, bits)), numel, bits) + low
+    values = unpack_bits(cursor.take(packed_bytes(numel, bits)), numel, bits)
+    values += low
     cursor.padding(numel)
     return _shaped(values, shape)
 
@@ -115,7 +115,7 @@ def decode_bitmask(payload: bytes, shape: Sequence[int]) -> np.ndarray:
     cursor, bits, low = _read_head(payload, "bitmask codes")
     mask = unpack_bits(cursor.take(packed_bytes(numel, 1)), numel, 1).astype(bool)
     count = int(mask.sum())
-    values = np.zeros(numel, np.int64)
+    values = np.zeros(numel, np.int32)
     values[mask] = unpack_bits(cursor.take(packed_bytes(count, bits)), count, bits) + low
     cursor.end()
     return _shaped(values, shape)
@@ -153,7 +153,7 @@ def sparse_size(codes: np.ndarray) -> int:
 
 
 def encode_sparse(codes: np.ndarray) -> bytes:
-    """Store the gaps between nonzeros (relative indexing of Deep Compression, arXiv 1510.00149) and the packed nonzeros.
+    """Store the gaps between nonzeros (Deep Compression's relative index, arXiv 1510.00149) and the packed nonzeros.
 
     Layout: value width u8, smallest value i16, gap width u8, number of steps u32, packed steps, packed values.
     """
@@ -175,10 +175,10 @@ def decode_sparse(payload: bytes, shape: Sequence[int]) -> np.ndarray:
     steps = unpack_bits(cursor.take(packed_bytes(count, width)), count, width)
     full = (1 << width) - 1
     ends = steps != full
-    where = (np.cumsum(np.where(ends, steps + 1, full)) - 1)[ends]
+    where = (np.cumsum(np.where(ends, steps + 1, full), dtype=np.int64) - 1)[ends]
     if where.size and where[-1] >= numel:
         raise cursor.fail(f"an index {int(where[-1])} in a tensor of {numel} codes")
-    values = np.zeros(numel, np.int64)
+    values = np.zeros(numel, np.int32)
     values[where] = unpack_bits(cursor.take(packed_bytes(where.size, bits)), where.size, bits) + low
     cursor.padding(numel)
     return _shaped(values, shape)
@@ -255,7 +255,7 @@ def decode_nm(payload: bytes, shape: Sequence[int]) -> np.ndarray:
     if groups and index.max() >= math.comb(m, n):
         raise cursor.fail(f"a subset index of {int(index.max())} among {math.comb(m, n)}")
     kept = unpack_bits(cursor.take(packed_bytes(groups * n, bits)), groups * n, bits) + low
-    values = np.zeros((groups, m), np.int64)
+    values = np.zeros((groups, m), np.int32)
     np.put_along_axis(values, _patterns(n, m)[index], kept.reshape(groups, n), axis=1)
     cursor.padding(numel)
     return _shaped(values, shape)

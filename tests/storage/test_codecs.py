@@ -46,7 +46,7 @@ def test_float_codecs_are_inverse_and_know_their_size(name: str, shape: tuple[in
     assert CODECS[name].size(array) == len(payload)
 
 
-@pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 4), (1, 8), (4, 8), (2, 16), (8, 16)])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (1, 8), (4, 8), (2, 16), (8, 16)])
 def test_nm_finds_its_pattern(n: int, m: int) -> None:
     rng = np.random.default_rng(n * m)
     codes = np.zeros((12, m), np.int64)

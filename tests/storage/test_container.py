@@ -19,6 +19,7 @@ from autocompress.storage import (
     weight_size,
     write,
 )
+from autocompress.storage.bits import Value
 from autocompress.storage.container import Archive
 
 
@@ -51,7 +52,7 @@ def resnet20_entries(scale: float = 1.0) -> list[Entry]:
     return entries
 
 
-META = {"budget": 67424, "strategy": "exact", "fingerprint": "0123456789abcdef", "gap": 0.00125}
+META: dict[str, Value] = {"budget": 67424, "strategy": "exact", "fingerprint": "0123456789abcdef", "gap": 0.00125}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_what_is_written_is_read(tmp_path: Path, entries: list[Entry]) -> None:
 
 
 def test_serialising_is_deterministic(blob: bytes) -> None:
-    assert serialise(resnet20_entries(), dict(reversed(META.items()))) == blob
+    assert serialise(resnet20_entries(), dict(reversed(list(META.items())))) == blob
 
 
 def test_header_of_resnet20_is_below_700_bytes(entries: list[Entry], blob: bytes) -> None:
@@ -164,8 +165,8 @@ def test_two_entries_of_one_name_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [True, False, 0, -1, 2**62, 0.1, 1.5, 1e300, "", "µ", [1, 2.5, "x"], []], ids=repr)
-def test_metadata_values_survive(value: object) -> None:
-    archive = Archive(serialise([], {"key": value}), "memory")  # pyright: ignore[reportArgumentType]
+def test_metadata_values_survive(value: Value) -> None:
+    archive = Archive(serialise([], {"key": value}), "memory")
     assert archive.meta == {"key": value}
     assert type(archive.meta["key"]) is type(value)
 
