@@ -46,9 +46,10 @@ DAMPING = 1e-2
 #: (rows, d, whether the baseline runs too: it would take a quarter of an hour and more on the wide ones)
 SHAPES = ((16, 144, True), (32, 288, True), (64, 576, True), (16, 1152, False), (8, 2304, False))
 QUICK_SHAPES = ((16, 144, True), (32, 288, False))
-#: What the engine promises on the random layers: losses to 1e-4, pivots that are the best there were up to 1e-3.
-LOSS_TOLERANCE = 1e-4
+#: Relative. Both work in float32: at a condition of 7e3 the worst loss of 64 x 576, at the end of a row, is off by
+#: 1.1e-4 in the engine and by 1.4e-4 as published, all but one in a thousand by less than 5e-5 and 7e-5.
 TIE_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 2e-4
 
 Trace = tuple[NDArray[np.int32], NDArray[np.float64]]
 
@@ -207,13 +208,13 @@ def environment() -> dict[str, Any]:
 
 
 def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: int, baseline: bool, repeats: int) -> Row:
-    """Time one layer; raises if the engine's pivots, or its losses on a random layer, are not what it promises."""
+    """Time one layer; raises RuntimeError if the engine's pivots or losses are not right."""
     trace = prune_trace(W, H, threads=THREADS)  # the first call of a process loads the compiled code
     times = seconds(lambda: prune_trace(W, H, threads=THREADS), repeats)
     engine_s, matmul = statistics.median(times), matmul_gflops()
     gflops = len(W) * len(H) ** 3 / 3e9 / engine_s
     excess, loss_error = judge(W, H, trace)
-    if excess > TIE_TOLERANCE or (layer.startswith("random") and loss_error > LOSS_TOLERANCE):
+    if excess > TIE_TOLERANCE or loss_error > LOSS_TOLERANCE:
         raise RuntimeError(f"{layer}: a pivot is {excess:.1e} worse than the best, a loss {loss_error:.1e} wrong")
     row = Row(
         layer=layer,
