@@ -1,9 +1,11 @@
-"""A trained network, a little calibration data and a budget in; a file within that budget out, with proof of how good it is.
+"""A trained network, a little calibration data and a budget in; a file within that budget out, with proof of how good
+it is.
 
     import autocompress as ac
     result = ac.compress(model, batches, "64 kB", out="runs/out")
 
-The stages by themselves: calibrate -> profile -> plan -> apply -> save; load reads the file back. Names load on first use.
+The stages by themselves: calibrate -> profile -> plan -> apply -> save; load reads the file back. Names load on first
+use.
 """
 
 from __future__ import annotations
@@ -59,9 +61,9 @@ __all__ = [
 if TYPE_CHECKING:
     from autocompress.applying import apply
     from autocompress.calibration import Statistics, calibrate
-    from autocompress.pipeline import Result, compress
     from autocompress.errors import AutocompressError
     from autocompress.measuring import Context
+    from autocompress.pipeline import Result, compress
     from autocompress.profiling import Profile, load_profile, profile
     from autocompress.saving import load, save, unpack
     from autocompress.storage import FormatError

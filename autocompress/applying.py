@@ -1,4 +1,6 @@
-"""Plan -> model. The only place that makes one: a copy whose weights are exactly what the file will hold, statistics corrected."""
+"""Plan -> model. The only place that makes one: a copy whose weights are exactly what the file will hold, statistics
+corrected.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,9 @@ def apply(
 ) -> nn.Module:
     """A compressed copy of the model that carries its encoded weights; the model itself is not touched.
 
-    Weights are rebuilt from the profile's traces, bit for bit what was measured; batch norms are folded to a scale and a shift and,
-    if there are batches, statistics are corrected on them (`correct_statistics`, on the part that `calibrate` saw).
-    Raises MismatchError if the plan is of another profile or the profile of other weights.
+    Weights are rebuilt from the profile's traces, bit for bit what was measured; batch norms are folded to a scale and
+    a shift and, if there are batches, statistics are corrected on them (`correct_statistics`, on the part that
+    `calibrate` saw). Raises MismatchError if the plan is of another profile or the profile of other weights.
     """
     profile.check_model(model)
     if plan.fingerprint != profile.fingerprint:
@@ -87,7 +89,9 @@ def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Opti
 def with_weights(
     model: nn.Module, profile: Profile, weights: Mapping[str, np.ndarray], data: Batch | None
 ) -> nn.Module:
-    """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will be stored."""
+    """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will
+    be stored.
+    """
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
         for name, weight in weights.items():

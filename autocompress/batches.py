@@ -1,4 +1,4 @@
-"""What a model takes: a batch is a tensor, a tuple or a dict. How to feed, split, join, count and fingerprint batches."""
+"""What a model takes: a batch is a tensor, a tuple or a dict. How to feed, split, join, count, fingerprint them."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def model_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], di
         return (batch[0],), {}
     if n == 2 and needed == 1 and most > 1:
         raise CalibrationError(
-            f"a batch is a pair, and {type(model).__name__}.forward takes one argument or more: is the second item an input or the labels? "
-            "Yield the inputs alone, or a dict of arguments by name"
+            f"a batch is a pair, and {type(model).__name__}.forward takes one argument or more: is the second item "
+            "an input or the labels? Yield the inputs alone, or a dict of arguments by name"
         )
     if not needed <= n <= most:
         raise CalibrationError(
@@ -175,10 +175,11 @@ def feed(model: nn.Module, batch: Batch) -> Any:
 
 
 def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int = 0) -> tuple[list[Batch], list[Batch]]:
-    """(fit, held): a slice of the data that the Hessians never see, chosen by the seed; the same call gives the same split.
+    """(fit, held): a slice of the data that the Hessians never see, chosen by the seed; the same call gives the same
+    split.
 
-    From five batches on, whole batches are held out; with fewer, the last samples of each. A single sample cannot be split, and then
-    nothing is held out.
+    From five batches on, whole batches are held out; with fewer, the last samples of each. A single sample cannot be
+    split, and then nothing is held out.
     """
     n = len(batches)
     if n >= 5:
@@ -198,7 +199,8 @@ def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int 
 def join_batches(batches: Sequence[Batch], samples: int) -> Batch:
     """The first `samples` samples as one batch; where shapes differ between batches, the largest single batch.
 
-    A statistics correction needs one forward pass that holds all its data, because each layer is corrected before the next sees it.
+    A statistics correction needs one forward pass that holds all its data, because each layer is corrected before the
+    next sees it.
     """
     chosen, total = [], 0
     for batch in batches:

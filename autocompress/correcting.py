@@ -1,4 +1,6 @@
-"""Statistics correction: after compression, let every channel have the mean and the spread that it has in the dense model."""
+"""Statistics correction: after compression, let every channel have the mean and the spread that it has in the dense
+model.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ __all__ = ["correct_statistics"]
 def correct_statistics(dense: nn.Module, small: nn.Module, layers: Iterable[str], data: Batch) -> None:
     """Correct `small` in place, in forward order, on one batch that both models see.
 
-    Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and (μ_p, σ_p) here, the
-    scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a channel with σ_p = 0 gets a = 0.
-    Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a bias: its mean output is matched.
-    It is the identity where nothing is compressed; re-estimating batch statistics is not, because the running ones come from
-    augmented data. Modules that run more than once per forward pass are left alone.
-    Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
+    Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and (μ_p,
+    σ_p) here, the scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a channel
+    with σ_p = 0 gets a = 0. Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a
+    bias: its mean output is matched. It is the identity where nothing is compressed; re-estimating batch statistics is
+    not, because the running ones come from augmented data. Modules that run more than once per forward pass are left
+    alone. Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
     """
     wanted = {
         name: dense.get_submodule(name)
@@ -38,28 +40,28 @@ def correct_statistics(dense: nn.Module, small: nn.Module, layers: Iterable[str]
         for name, (mean, std, calls) in targets.items():
             if calls != 1:
                 continue
-            module: Any = small.get_submodule(name)
-            if isinstance(module, NORMS):
+            target: Any = small.get_submodule(name)
+            if isinstance(target, NORMS):
                 original: Any = dense.get_submodule(name)
 
                 def norm_hook(m: Any, args: Any, mean: Any = mean, std: Any = std, original: Any = original) -> None:
                     _correct_batch_norm(m, original, args[0], mean, std)
 
-                handles.append(module.register_forward_pre_hook(norm_hook))
-            elif isinstance(module, nn.LayerNorm):
+                handles.append(target.register_forward_pre_hook(norm_hook))
+            elif isinstance(target, nn.LayerNorm):
 
                 def layer_norm_hook(
                     m: Any, args: Any, output: torch.Tensor, mean: Any = mean, std: Any = std
                 ) -> torch.Tensor:
                     return _correct_layer_norm(m, output, mean, std)
 
-                handles.append(module.register_forward_hook(layer_norm_hook))
+                handles.append(target.register_forward_hook(layer_norm_hook))
             else:
 
                 def bias_hook(m: Any, args: Any, output: torch.Tensor, mean: Any = mean) -> torch.Tensor:
                     return _correct_bias(m, output, mean)
 
-                handles.append(module.register_forward_hook(bias_hook))
+                handles.append(target.register_forward_hook(bias_hook))
         try:
             feed(small, data)
         finally:

@@ -1,8 +1,9 @@
-"""Where tasks run: `inline` in this process, or `processes`, a few workers on this machine. The results are the same bits.
+"""Where tasks run: `inline` in this process, or `processes`, a few workers on this machine. The results are the same
+bits.
 
-A worker is a fresh interpreter that reads pickled tasks from its standard input and answers on its standard output. It never
-touches a file, never imports the caller's main module (so no `__main__` guard is needed, in scripts or notebooks), runs BLAS on one
-thread, and exits as soon as its parent is gone.
+A worker is a fresh interpreter that reads pickled tasks from its standard input and answers on its standard output. It
+never touches a file, never imports the caller's main module (so no `__main__` guard is needed, in scripts or
+notebooks), runs BLAS on one thread, and exits as soon as its parent is gone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def run_tasks(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, function(*tasks[index])) as results come; `function` must be importable by its module and name.
 
-    With one worker everything runs inline, in order. Raises WorkerError, with the task's own traceback, if a task fails in a worker.
+    With one worker everything runs inline, in order. Raises WorkerError, with the task's own traceback, if a task fails
+    in a worker.
     """
     if workers <= 1 or len(tasks) <= 1:
         for index, task in enumerate(tasks):
@@ -92,7 +94,8 @@ def _answers(
             if index is None:
                 return
             try:
-                assert process.stdin is not None and process.stdout is not None
+                assert process.stdin is not None
+                assert process.stdout is not None
                 _send(process.stdin, (target, tasks[index]))
                 good, value = _receive(process.stdout)
             except (OSError, EOFError, ValueError):

@@ -1,4 +1,6 @@
-"""What can be compressed in a model, and every such layer as matrices: groups, kernels, weights shared by several modules."""
+"""What can be compressed in a model, and every such layer as matrices: groups, kernels, weights shared by several
+modules.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Layer:
     """One weight tensor that can be compressed, as `groups` matrices (rows, columns).
 
-    `name` is the first module that owns it, `owners` all of them (tied weights are one entry); columns run over (in, *kernel).
+    `name` is the first module that owns it, `owners` all of them (tied weights are one entry); columns run over (in,
+    *kernel).
     """
 
     name: str
@@ -110,18 +113,18 @@ def find_layers(model: nn.Module) -> Layers:
     layers = []
     for key, names in owners.items():
         module = modules[key]
-        weight: Any = module.weight
+        shared_weight: Any = module.weight
         same_kind = {(type(model.get_submodule(n)), getattr(model.get_submodule(n), "groups", 1)) for n in names}
         if key in shared:
             skipped[names[0]] = f"its weight is also used as {shared[key]}"
         elif len(same_kind) > 1:
             skipped[names[0]] = f"its weight is shared by different kinds of layers: {', '.join(names)}"
-        elif not bool(torch.isfinite(weight).all()):
+        elif not bool(torch.isfinite(shared_weight).all()):
             raise LayerError(
                 f"layer {names[0]!r} has weights that are NaN or infinite; repair or retrain the model first"
             )
         else:
-            layers.append(Layer(names[0], tuple(names), tuple(weight.shape), int(getattr(module, "groups", 1))))
+            layers.append(Layer(names[0], tuple(names), tuple(shared_weight.shape), int(getattr(module, "groups", 1))))
     if not layers:
         reasons = (
             "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items()))
@@ -144,7 +147,9 @@ def _other_users(model: nn.Module, owners: dict[int, list[str]]) -> dict[int, st
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of the state dict that a file must hold: tied ones once, under their first name; integer counters left out."""
+    """The tensors of the state dict that a file must hold: tied ones once, under their first name; integer counters
+    left out.
+    """
     out, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.endswith("num_batches_tracked") or id(tensor) in seen:
@@ -155,7 +160,9 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def dense_file_bytes(model: nn.Module) -> int:
-    """Length of a safetensors file without metadata that holds the floating-point tensors of the state dict as fp32, tied ones once."""
+    """Length of a safetensors file without metadata that holds the floating-point tensors of the state dict as fp32,
+    tied ones once.
+    """
     tensors = {k: v for k, v in stored_tensors(model).items() if v.is_floating_point()}
     offset, header = 0, {}
     for name in sorted(tensors):

@@ -1,4 +1,6 @@
-"""Context: the model and the data that a plan is measured on, for strategies that run the model and for the never-worse rule."""
+"""Context: the model and the data that a plan is measured on, for strategies that run the model and for the never-worse
+rule.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ SENSITIVITY_VERSION = 1
 
 
 class Context:
-    """A model and calibration batches, split as `calibrate` splits them: `fit` for corrections, `held` to measure plans on.
+    """A model and calibration batches, split as `calibrate` splits them: `fit` for corrections, `held` to measure plans
+    on.
 
-    The Hessians never saw `held`. `loss(model, batch)` is the task's own, for methods that need it. Measured weights are kept in
-    memory (up to 1 GiB), since plans share most of their layers.
+    The Hessians never saw `held`. `loss(model, batch)` is the task's own, for methods that need it. Measured weights
+    are kept in memory (up to 1 GiB), since plans share most of their layers.
     """
 
     def __init__(
@@ -107,9 +110,11 @@ class Context:
     def sensitivities(
         self, profile: Profile, levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
     ) -> dict[str, list[tuple[float, float]]]:
-        """(error, measured rise of the divergence) of each layer compressed alone, at options near these relative errors.
+        """(error, measured rise of the divergence) of each layer compressed alone, at options near these relative
+        errors.
 
-        Measured on at most 256 samples of the part that the Hessians saw; kept in the profile's store, where there is one.
+        Measured on at most 256 samples of the part that the Hessians saw; kept in the profile's store, where there is
+        one.
         """
         self.check(profile)
         batch = join_batches(self.fit, 256)
@@ -175,8 +180,9 @@ def _logits(output: Any) -> torch.Tensor:
 def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
     """How far outputs are from the dense model's, per sample: mean KL(dense ‖ compressed) of the softmax over classes.
 
-    Classes are the last dimension of (N, C) and (N, T, C), dimension 1 of images (N, C, H, W). With a single class, where a softmax
-    says nothing, it is the mean squared difference over the mean square of the dense output. Infinite where the output is not finite.
+    Classes are the last dimension of (N, C) and (N, T, C), dimension 1 of images (N, C, H, W). With a single class,
+    where a softmax says nothing, it is the mean squared difference over the mean square of the dense output. Infinite
+    where the output is not finite.
     """
     if not bool(torch.isfinite(output).all()):
         return float("inf")

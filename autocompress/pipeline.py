@@ -33,7 +33,9 @@ EFFORTS = ("fast", "normal", "max")
 
 @dataclass(frozen=True)
 class Result:
-    """What `compress` hands back: the compressed model, its plan, the profile that it was chosen from, the file, the figures."""
+    """What `compress` hands back: the compressed model, its plan, the profile that it was chosen from, the file, the
+    figures.
+    """
 
     model: nn.Module
     plan: Plan
@@ -58,12 +60,14 @@ def compress(
     loss: Callable[[nn.Module, Batch], Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
-    """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to `out`.
+    """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
+    `out`.
 
-    evaluate (higher is better) only reports: it is called on the dense model and on the one read back from the file, never for a
-    choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a portfolio. store: where the profile is
-    kept (default: out/profile), so that the next budget finds it. progress: called with (stage, done, total).
-    Raises the errors of the stages; whatever was in `out` stays until the new results are complete.
+    evaluate (higher is better) only reports: it is called on the dense model and on the one read back from the file,
+    never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a portfolio.
+    store: where the profile is kept (default: out/profile), so that the next budget finds it. progress: called with
+    (stage, done, total). Raises the errors of the stages; whatever was in `out` stays until the new results are
+    complete.
     """
     began = time.perf_counter()
     say = progress or (lambda stage, done, total: None)

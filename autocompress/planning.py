@@ -1,4 +1,6 @@
-"""From a profile and a budget to an allocation: exact file sizes, a `solvers.Problem`, and the choice with its certificate."""
+"""From a profile and a budget to an allocation: exact file sizes, a `solvers.Problem`, and the choice with its
+certificate.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def budget_bytes(budget: Budget, profile: Profile) -> int:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One row per layer, the solver's answer, and the file that it makes. `payload_bytes` is what the solver was allowed."""
+    """One row per layer, the solver's answer, and the file that it makes. `payload_bytes` is what the solver was
+    allowed.
+    """
 
     rows: Mapping[str, Measured]
     loss: float
@@ -71,7 +75,8 @@ def energy_losses(profile: Profile) -> dict[str, np.ndarray]:
     """Error over the layer's energy for every option of every layer: the fraction of its output that a layer loses.
 
     Raw squared errors are not comparable between layers. Layers without a Hessian, or of energy 0, have losses of 0.
-    Source: OBC, arXiv 2208.11580, section 6 (normalised squared error), here over the energy itself instead of the worst level.
+    Source: OBC, arXiv 2208.11580, section 6 (normalised squared error), here over the energy itself instead of the
+    worst level.
     """
     return {
         name: np.array([row.error / layer.energy if layer.energy > 0 else 0.0 for row in layer.rows])
@@ -95,12 +100,14 @@ def allocate(
     smallest_file = profile.template.file_bytes(smallest)
     if smallest_file > budget:
         raise InfeasibleError(
-            f"no allocation fits in {budget:,} bytes: the smallest file that this profile can make has {smallest_file:,} bytes",
+            f"no allocation fits in {budget:,} bytes: the smallest file that this profile can make has "
+            f"{smallest_file:,} bytes",
             smallest_file,
         )
     fixed = smallest_file - sum(row.bytes for row in smallest.values())
     best: Allocation | None = None
-    # The header's length depends a little on the choice (names of options, lengths), so the room for payloads is closed in.
+    # The header's length depends a little on the choice (names of options, lengths), so the room for payloads is closed
+    # in.
     for _ in range(12):
         allowed = budget - fixed
         problem = Problem(

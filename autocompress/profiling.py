@@ -3,7 +3,7 @@
 Store:  lock                 held (flock) by the one process that writes
         profile.json         what the profile depends on, and its layers; written once, before the work
         statistics.npz       the calibration statistics
-        layers/<key>.npz     one file per finished layer, named by the digest of weight, Hessian, options and code versions
+        layers/<key>.npz     one file per finished layer, named by the digest of weight, Hessian, options and versions
         extra/<name>.json    what strategies measured on the model, named by what it depends on
 Every file is written beside its place and renamed into it, so a file that is there is whole.
 """
@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer of a profile: its options as rows, its pruning trace, and the energy ½ tr(W H Wᵀ) that errors are compared with."""
+    """One layer of a profile: its options as rows, its pruning trace, and the energy ½ tr(W H Wᵀ) that errors are
+    compared with.
+    """
 
     layer: Layer
     rows: tuple[Measured, ...]
@@ -65,7 +67,9 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """Every option of every layer. `table` is the same as a DataFrame; `fingerprint` covers all of it but the clock times."""
+    """Every option of every layer. `table` is the same as a DataFrame; `fingerprint` covers all of it but the clock
+    times.
+    """
 
     layers: Mapping[str, LayerProfile]
     skipped: Mapping[str, str]
@@ -111,7 +115,8 @@ class Profile:
         """Raise MismatchError unless the model's weights are the ones that were profiled."""
         if model_digest(model) != self.fields["model"]:
             raise MismatchError(
-                "field 'model': the profile was made from other weights; profile this model, or give the one it was made from"
+                "field 'model': the profile was made from other weights; profile this model, "
+                "or give the one it was made from"
             )
 
     def problem(self, name: str, weight: Any) -> LayerProblem:
@@ -227,11 +232,11 @@ def profile(
 ) -> Profile:
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
-    options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that calibration never
-    reached stays dense. store: a folder that is resumed if it was made for the same model, data, options and code versions;
-    None keeps everything in memory. workers: processes (default: one per core); the result does not depend on it.
-    progress: called with (layers done, layers in all, layer name).
-    Raises MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
+    options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that
+    calibration never reached stays dense. store: a folder that is resumed if it was made for the same model, data,
+    options and code versions; None keeps everything in memory. workers: processes (default: one per core); the result
+    does not depend on it. progress: called with (layers done, layers in all, layer name). Raises MismatchError, naming
+    the field, for a store or statistics of something else; OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
@@ -247,7 +252,8 @@ def profile(
     problems = {}
     for layer in layers:
         found = stats.layers.get(layer.name)
-        weight = layer.matrix(model.get_submodule(layer.name).weight)
+        owner: Any = model.get_submodule(layer.name)
+        weight = layer.matrix(owner.weight)
         problems[layer.name] = LayerProblem(layer.name, layer.shape, weight, None if found is None else found.hessian)
     keys = {name: _layer_key(problem, wanted, versions) for name, problem in problems.items()}
     template = make_template(model, layers)
@@ -291,7 +297,8 @@ def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Pat
     for name in sorted(set(known) | set(wanted)):
         if known.get(name) != wanted.get(name):
             raise MismatchError(
-                f"field {name!r}: the profile in {path} was made with {meaning.get(name, 'another value')}; name another store"
+                f"field {name!r}: the profile in {path} was made with {meaning.get(name, 'another value')}; "
+                "name another store"
             )
 
 
@@ -340,7 +347,7 @@ def load_profile(store: str | Path) -> Profile:
     if not (path / "profile.json").is_file():
         raise StoreError(f"there is no profile in {path}; run `autocompress profile TASK --store {path}` first")
     place = Store(path)
-    known = place.read_json("profile.json")
+    known: Any = place.read_json("profile.json")
     profiles = {}
     for name, owners, shape, groups, key in known["layers"]:
         kept = _load_layer(place.layer_path(key))

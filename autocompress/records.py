@@ -1,4 +1,6 @@
-"""Which records a model's file has: compressed weights, folded norms, everything else; and how long the file of any plan is."""
+"""Which records a model's file has: compressed weights, folded norms, everything else; and how long the file of any
+plan is.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ __all__ = ["Template", "fold_norms", "foldable_norms", "make_template", "records
 
 
 def stored_as_half(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that is not a compressed weight is stored as binary16: vectors that lose less than 2⁻¹⁰ of their largest entry."""
+    """Whether a tensor that is not a compressed weight is stored as binary16: vectors that lose less than 2⁻¹⁰ of their
+    largest entry.
+    """
     if not tensor.is_floating_point() or tensor.ndim > 1 or tensor.numel() == 0:
         return False
     peak = float(tensor.abs().max())
@@ -27,9 +31,11 @@ def stored_as_half(tensor: torch.Tensor) -> bool:
 
 
 def fold_norms(model: nn.Module) -> None:
-    """Rewrite every affine batch norm as scale and shift: running mean 0 and variance 1, so that only two vectors need storing.
+    """Rewrite every affine batch norm as scale and shift: running mean 0 and variance 1, so that only two vectors need
+    storing.
 
-    weight = γ √(1+ε)/√(var+ε), bias = β - γ mean/√(var+ε); the function that the module computes in eval mode does not change.
+    weight = γ √(1+ε)/√(var+ε), bias = β - γ mean/√(var+ε); the function that the module computes in eval mode does not
+    change.
     """
     for _, norm in foldable_norms(model):
         mean, var = norm.running_mean.double(), norm.running_var.double()
@@ -72,10 +78,12 @@ def records(small: nn.Module, compressed: Mapping[str, Entry]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class Template:
-    """Everything of a file but the compressed weights, so that the length of any plan's file is known without encoding it.
+    """Everything of a file but the compressed weights, so that the length of any plan's file is known without encoding
+    it.
 
-    `entries` are the records of all stored tensors in file order (payloads of the right length, not of the right bytes); `keys` maps
-    each layer that can be compressed to its record. dense_bytes: see `layers.dense_file_bytes`; parameters: floating-point values.
+    `entries` are the records of all stored tensors in file order (payloads of the right length, not of the right
+    bytes); `keys` maps each layer that can be compressed to its record. dense_bytes: see `layers.dense_file_bytes`;
+    parameters: floating-point values.
     """
 
     entries: tuple[Entry, ...]

@@ -1,4 +1,6 @@
-"""Applied model -> file -> model: `save` writes and verifies, `load` fills a fresh instance, `unpack` makes dense tensors of it."""
+"""Applied model -> file -> model: `save` writes and verifies, `load` fills a fresh instance, `unpack` makes dense
+tensors of it.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,12 @@ class SaveInfo:
 
 
 def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
-    """Write the applied model's file, read it back, and prove it: length within the budget, every tensor what the model computes with.
+    """Write the applied model's file, read it back, and prove it: length within the budget, every tensor what the model
+    computes with.
 
-    The file takes its place only when all of that holds. Raises MismatchError for a model that was not applied, belongs to another plan,
-    or was changed since; BudgetError if the file would not fit; OutputError where it cannot be written.
+    The file takes its place only when all of that holds. Raises MismatchError for a model that was not applied, belongs
+    to another plan, or was changed since; BudgetError if the file would not fit; OutputError where it cannot be
+    written.
     """
     encoded = encoded_of(small)
     if encoded.plan.layers != plan.layers or encoded.plan.fingerprint != plan.fingerprint:
@@ -47,7 +51,8 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
     size = file_size(encoded.entries)
     if size > plan.budget_bytes:
         raise BudgetError(
-            f"the file would have {size:,} bytes, the budget is {plan.budget_bytes:,}; make the plan again for this model"
+            f"the file would have {size:,} bytes, the budget is {plan.budget_bytes:,}; "
+            "make the plan again for this model"
         )
     _check_unchanged(small, {e.name: e.dequantise() for e in encoded.entries})
     try:
@@ -69,7 +74,8 @@ def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None
             tensor.cpu(), torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape).to(tensor.dtype)
         ):
             raise MismatchError(
-                f"field {name!r}: its values were changed after apply; saving would lose that (apply again, or tune before)"
+                f"field {name!r}: its values were changed after apply; saving would lose that "
+                "(apply again, or tune before)"
             )
     for name, norm in foldable_norms(small):
         if bool((norm.running_mean != 0).any()) or bool((norm.running_var != 1).any()):
@@ -100,10 +106,11 @@ def load(path: str | Path, model: None = None) -> dict[str, torch.Tensor]: ...
 @overload
 def load(path: str | Path, model: nn.Module) -> nn.Module: ...
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module | dict[str, torch.Tensor]:
-    """Fill a fresh instance of the same architecture from a file and return it in eval mode; without a model, a state dict.
+    """Fill a fresh instance of the same architecture from a file and return it in eval mode; without a model, a state
+    dict.
 
-    The whole file is checked and decoded before the model is touched. Raises FormatError for a damaged file, MismatchError, naming what
-    differs, for another architecture.
+    The whole file is checked and decoded before the model is touched. Raises FormatError for a damaged file,
+    MismatchError, naming what differs, for another architecture.
     """
     with read(path) as archive:
         tensors = state_dict_of(archive)
@@ -131,7 +138,9 @@ def _some(names: list[str]) -> str:
 
 
 def unpack(path: str | Path, out: str | Path) -> int:
-    """Write the file's tensors dense, as safetensors that any tool reads; returns the bytes written. Raises FormatError, OutputError."""
+    """Write the file's tensors dense, as safetensors that any tool reads; returns the bytes written. Raises
+    FormatError, OutputError.
+    """
     from safetensors.torch import save as to_bytes
 
     tensors: Any = load(path)

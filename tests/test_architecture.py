@@ -33,10 +33,11 @@ ORDER = [
     "applying",
     "measuring",
     "strategies",
-    "compress",
+    "saving",
     "exporting",
     "training",
     "reporting",
+    "pipeline",
     "demo",
     "cli",
 ]

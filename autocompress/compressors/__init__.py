@@ -33,7 +33,8 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
         if compressor.offers(option):
             return name, compressor
     raise OptionError(
-        f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} (dense, fp16, s75w4, rd(0.25,0.1)s60)"
+        f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
+        "(dense, fp16, s75w4, rd(0.25,0.1)s60)"
     )
 
 
@@ -63,7 +64,7 @@ def profile_layer(
 
 
 def realise(problem: LayerProblem, option: Option) -> Realised:
-    """The weight of one option, bit for bit what the profile measured. Raises OptionError if the layer cannot have it."""
+    """The weight of one option, bit for bit what the profile measured. Raises OptionError if there is none."""
     with single_threaded():
         found = compressor_of(option)[1].realise_all(problem, [option])[0]
     if found is None:

@@ -1,4 +1,6 @@
-"""What every compressor works on and gives back: one layer's problem in, options with error and bytes out. No torch here."""
+"""What every compressor works on and gives back: one layer's problem in, options with error and bytes out. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ __all__ = ["Compressor", "LayerProblem", "Measured", "Realised"]
 
 @dataclass
 class LayerProblem:
-    """One layer: weight float64 (groups, rows, d), Hessian float64 (groups, d, d) or None where calibration saw nothing.
+    """One layer: weight float64 (groups, rows, d), Hessian float64 (groups, d, d) or None where calibration saw
+    nothing.
 
-    `shape` is the weight's own shape, the shape of what is stored. `order` (int32) and `losses` (float32) are the pruning trace in
-    the shape of `weight`; they are computed when first asked for, and handed in when a profile has them.
+    `shape` is the weight's own shape, the shape of what is stored. `order` (int32) and `losses` (float32) are the
+    pruning trace in the shape of `weight`; they are computed when first asked for, and handed in when a profile has
+    them.
     """
 
     name: str
@@ -108,7 +112,8 @@ class Realised:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find it.
+    """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find
+    it.
 
     `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out.
     """

@@ -16,8 +16,9 @@ __all__ = ["ObcUniform"]
 class ObcUniform:
     """Symmetric b-bit grid per output row, quantised most-salient-first with error feedback on what pruning left.
 
-    Grid -2^(b-1) ... 2^(b-1) - 1 times a half-precision step per row, found by OBC's shrink search on the refitted weights.
-    Source: OBC, arXiv 2208.11580 (pruning, grid search); the order is engine.md section 3's, not OBQ's greedy one.
+    Grid -2^(b-1) ... 2^(b-1) - 1 times a half-precision step per row, found by OBC's shrink search on the refitted
+    weights. Source: OBC, arXiv 2208.11580 (pruning, grid search); the order is engine.md section 3's, not OBQ's greedy
+    one.
     """
 
     version = 1
@@ -57,8 +58,8 @@ class ObcUniform:
 
 
 def _storable(scale: np.ndarray) -> np.ndarray:
-    """The steps as they will be stored: half precision per row, or one float32 where half precision cannot hold them."""
+    """The steps as they will be stored: half precision per row, or one float32 where that cannot hold them."""
     half = scale.astype(np.float16)
     if np.isfinite(half).all() and (half >= np.finfo(np.float16).tiny).all():
         return half
-    return np.float32(scale.max())
+    return np.asarray(scale.max(), np.float32)

@@ -1,4 +1,6 @@
-"""Rate-distortion OBS: `rd(step,lam)` and `rd(step,lam)s60`. Each code is chosen by the error it causes and the bits it costs."""
+"""Rate-distortion OBS: `rd(step,lam)` and `rd(step,lam)s60`. Each code is chosen by the error it causes and the bits it
+costs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ __all__ = ["RateDistortion", "default_grid"]
 
 
 class RateDistortion:
-    """Uniform grid with one step per layer, entropy-coded, after exact pruning to s percent; see `obs.rate_distortion_cells`.
+    """Uniform grid with one step per layer, entropy-coded, after exact pruning to s percent; see
+    `obs.rate_distortion_cells`.
 
     step is in units of the layer's root mean square weight, so that one option means the same for every layer.
     Source: engine.md section 4 (OBS error feedback with entropy-constrained scalar quantisation).

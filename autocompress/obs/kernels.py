@@ -1,10 +1,10 @@
 """Compiled kernels of the engine (numba): loops over one row at a time, rows independent, no Python objects.
 
-All kernels release the GIL, allocate only their work space, and give the same bits for any number of threads, because no row
-ever meets another. Float32 inside (engine.md section 1); callers scale weights and Hessian to about one first.
+All kernels release the GIL, allocate only their work space, and give the same bits for any number of threads, because
+no row ever meets another. Float32 inside (engine.md section 1); callers scale weights and Hessian to about one first.
 
-BLAS and LAPACK come from SciPy's own library through a function address. The address is an argument, not a global, so that
-numba can keep the compiled code on disk: start-up would cost seconds otherwise.
+BLAS and LAPACK come from SciPy's own library through a function address. The address is an argument, not a global, so
+that numba can keep the compiled code on disk: start-up would cost seconds otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["POTRF", "SYRK", "layer_trace", "salient_rows"]
 SYRK: int = get_cython_function_address("scipy.linalg.cython_blas", "ssyrk")
 POTRF: int = get_cython_function_address("scipy.linalg.cython_lapack", "spotrf")
 
-# contract: fused multiply-add. reassoc: vectorised sums. The order of operations is fixed at compile time, so results repeat.
+# contract: fused multiply-add. reassoc: vectorised sums. The order of operations is fixed at compile time, so results
+# repeat.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
@@ -46,7 +47,9 @@ def _call_pointers(typingctx: Any, address: Any, arguments: Any) -> Any:
 def _syrk_lower(
     address: int, G: np.ndarray, U: np.ndarray, m: int, k: int, ints: np.ndarray, reals: np.ndarray, chars: np.ndarray
 ) -> None:
-    """G[:m, :m] -= U[:k, :m].T @ U[:k, :m], lower half of the row-major G only (BLAS sees its transpose: the upper half)."""
+    """G[:m, :m] -= U[:k, :m].T @ U[:k, :m], lower half of the row-major G only (BLAS sees its transpose: the upper
+    half).
+    """
     ints[0] = m
     ints[1] = k
     ints[2] = U.shape[1]
@@ -63,7 +66,9 @@ def _syrk_lower(
 
 @njit(nogil=True, cache=True)
 def _potrf(address: int, A: np.ndarray, m: int, ints: np.ndarray, chars: np.ndarray) -> int:
-    """Cholesky A[:m, :m] = Cᵀ... in place: row-major A holds Cᵀ in its upper half (LAPACK sees the lower half). Returns info."""
+    """Cholesky A[:m, :m] = Cᵀ... in place: row-major A holds Cᵀ in its upper half (LAPACK sees the lower half). Returns
+    info.
+    """
     ints[0] = m
     ints[1] = A.shape[1]
     ints[2] = 0
@@ -75,7 +80,9 @@ def _potrf(address: int, A: np.ndarray, m: int, ints: np.ndarray, chars: np.ndar
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def _subtract_rows(u: np.ndarray, U: np.ndarray, p: int, s: int, m: int) -> None:
-    """u -= sum over q < s of U[q, p] U[q, :]; eight rows per sweep, so that u is read and written once for eight products."""
+    """u -= sum over q < s of U[q, p] U[q, :]; eight rows per sweep, so that u is read and written once for eight
+    products.
+    """
     q = 0
     while q + 8 <= s:
         a0, a1, a2, a3 = U[q, p], U[q + 1, p], U[q + 2, p], U[q + 3, p]
@@ -107,7 +114,9 @@ def _step(
     t: float,
     m: int,
 ) -> None:
-    """Scale the pivot row, then w -= u t, g -= u² (never below 1/H_jj, its exact lower bound), score = w²/g (inf where dead)."""
+    """Scale the pivot row, then w -= u t, g -= u² (never below 1/H_jj, its exact lower bound), score = w²/g (inf where
+    dead).
+    """
     for j in range(m):
         x = u[j] * inv
         u[j] = x
@@ -200,7 +209,8 @@ def _row_trace(
                 u[j] = G[j, p]
             _subtract_rows(u, U, p, s, m)
             _step(u, w, g, lowest, score, dead, np.float32(1.0) / root, t, m)
-        # Compact: columns that are finished leave U, the lower half of G, and the vectors; alive[i] >= i, so in place is safe.
+        # Compact: columns that are finished leave U, the lower half of G, and the vectors; alive[i] >= i, so in place
+        # is safe.
         left = 0
         for j in range(m):
             if dead[j] == 0.0:
@@ -283,7 +293,7 @@ def _factor(
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _dot(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> float:
+def _dot(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> np.float32:
     acc = np.float32(0.0)
     for j in range(start, stop):
         acc += a[j] * b[j]
@@ -306,8 +316,8 @@ def _salient_pass(
 ) -> None:
     """Quantise most-salient-first: columns m-1 ... 0 of the pruning order, each against the error of those before it.
 
-    The target of column a is w_a - sum over b > a of C_ba e_b / C_aa, and code q costs C_aa² (q step - target)² / 2 + price bits(q).
-    Candidates: both neighbours on the grid, and zero (if the grid has it).
+    The target of column a is w_a - sum over b > a of C_ba e_b / C_aa, and code q costs C_aa² (q step - target)² / 2 +
+    price bits(q). Candidates: both neighbours on the grid, and zero (if the grid has it).
     """
     last = bits.shape[0] - 1
     for a in range(m - 1, -1, -1):
@@ -353,9 +363,10 @@ def salient_rows(
 ) -> int:
     """Prune each row to `counts`, refit it, and quantise what is left once for every cell.
 
-    H (d, d) float32; weight (rows, d) float32; order (rows, d); counts (rows,); cells c: steps (cells, rows), low and high
-    (cells, rows) limits of the codes, price (cells,), bits (cells, table) of code q at q + offset[c]; codes (cells, rows, d) and
-    refits (rows, d), the pruned weights before quantisation, are written. Returns the first row whose factorisation failed, or -1.
+    H (d, d) float32; weight (rows, d) float32; order (rows, d); counts (rows,); cells c: steps (cells, rows), low and
+    high (cells, rows) limits of the codes, price (cells,), bits (cells, table) of code q at q + offset[c]; codes
+    (cells, rows, d) and refits (rows, d), the pruned weights before quantisation, are written. Returns the first row
+    whose factorisation failed, or -1.
     """
     rows, d = weight.shape
     cells = price.shape[0]

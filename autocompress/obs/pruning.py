@@ -1,7 +1,10 @@
-"""Exact greedy pruning of a layer: the order and the losses (`prune_trace`), how many per row (`pruned_counts`), the weights (`prune`)."""
+"""Exact greedy pruning of a layer: the order and the losses (`prune_trace`), how many per row (`pruned_counts`), the
+weights (`prune`).
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -14,19 +17,21 @@ from autocompress.obs import kernels
 
 __all__ = ["layer_error", "prune", "prune_trace", "pruned_counts", "single_threaded"]
 
-BLOCK = 64  # pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py)
+# Pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py).
+BLOCK = 64
 
 
 def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Prune every row greedily to the end and return the order and the loss of each step.
 
-    Step: p = argmin w_p²/[H⁻¹]_pp over what is left, loss = w_p²/(2 [H⁻¹]_pp), then the optimal update of the rest. The sum of the
-    first n losses of a row is its exact error ½ (ŵ-w) H (ŵ-w)ᵀ after n steps.
+    Step: p = argmin w_p²/[H⁻¹]_pp over what is left, loss = w_p²/(2 [H⁻¹]_pp), then the optimal update of the rest. The
+    sum of the first n losses of a row is its exact error ½ (ŵ-w) H (ŵ-w)ᵀ after n steps.
 
-    W (rows, d); H (d, d) symmetric positive definite (no damping is added here). With leading groups: W (g, rows, d), H (g, d, d).
-    Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt to that many (0: one per core); the result
-    does not depend on it. Raises ValueError on shapes that do not match, values that are not finite, or H not positive definite.
-    Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted Cholesky factorisation of H⁻¹ with lazy updates.
+    W (rows, d); H (d, d) symmetric positive definite (no damping is added here). With leading groups: W (g, rows, d), H
+    (g, d, d). Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt to that many (0: one
+    per core); the result does not depend on it. Raises ValueError on shapes that do not match, values that are not
+    finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted Cholesky factorisation
+    of H⁻¹ with lazy updates.
     """
     weight, hessian = as_groups(W, H)
     groups, rows, d = weight.shape
@@ -38,7 +43,7 @@ def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndar
         inverse, floor = inverse_hessian(h).astype(np.float32), (1.0 / np.diag(h)).astype(np.float32)
         trace = np.empty((rows, d), np.float32)
 
-        def run(part: slice, w=w, inverse=inverse, floor=floor, trace=trace, g=g) -> None:  # type: ignore[no-untyped-def]
+        def run(part: slice, w=w, inverse=inverse, floor=floor, trace=trace, g=g) -> None:
             kernels.layer_trace(kernels.SYRK, inverse, floor, w[part], order[g, part], trace[part], BLOCK)
 
         over_rows(run, rows, threads)
@@ -48,12 +53,13 @@ def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndar
 
 
 def pruned_counts(losses: np.ndarray, sparsity: float) -> np.ndarray:
-    """How many weights each row loses so that ceil(sparsity · size) are gone from the layer: always the smallest *next* loss.
+    """How many weights each row loses so that ceil(sparsity · size) are gone from the layer: always the smallest *next*
+    loss.
 
-    A heap over the rows' next losses pops in the order of the running maxima of the losses, because what follows a large loss
-    and is smaller leaves the heap at once; so one stable sort of the running maxima replaces the heap.
-    losses (..., d) as `prune_trace` returns them; returns int64 counts in the leading shape.
-    Raises ValueError if sparsity is not in [0, 1]. Source: OBC, arXiv 2208.11580, section 4 (global mask selection).
+    A heap over the rows' next losses pops in the order of the running maxima of the losses, because what follows a
+    large loss and is smaller leaves the heap at once; so one stable sort of the running maxima replaces the heap.
+    losses (..., d) as `prune_trace` returns them; returns int64 counts in the leading shape. Raises ValueError if
+    sparsity is not in [0, 1]. Source: OBC, arXiv 2208.11580, section 4 (global mask selection).
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity is {sparsity}, needed a fraction between 0 and 1")
@@ -66,7 +72,8 @@ def pruned_counts(losses: np.ndarray, sparsity: float) -> np.ndarray:
 def prune(W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, threads: int = 0) -> np.ndarray:
     """Rebuild the pruned layer from its order: the first `counts` of each row are zero, the rest is refitted optimally.
 
-    With M gone and R kept, ŵ_R = w_R + H_RR⁻¹ H_RM w_M (float32 factorisation). Shapes as in `prune_trace`; returns float64.
+    With M gone and R kept, ŵ_R = w_R + H_RR⁻¹ H_RM w_M (float32 factorisation). Shapes as in `prune_trace`; returns
+    float64.
     """
     from autocompress.obs.quantising import salient_cells
 
@@ -88,7 +95,8 @@ def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups_match = weight.ndim == 3 and hessian.ndim == 3 and weight.shape[0] == hessian.shape[0]
     if not groups_match or hessian.shape[1:] != (weight.shape[-1], weight.shape[-1]):
         raise ValueError(
-            f"weight has shape {np.shape(W)} and Hessian {np.shape(H)}; needed (rows, d) and (d, d), or both with groups"
+            f"weight has shape {np.shape(W)} and Hessian {np.shape(H)}; needed (rows, d) and (d, d), "
+            "or both with groups"
         )
     if not np.isfinite(weight).all():
         raise ValueError("the weight has values that are not finite")
@@ -98,7 +106,9 @@ def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scaled_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in float32 with a largest magnitude of one, and their scales (rows, 1): float32 then holds 1e-20 and 1e20 alike."""
+    """Rows in float32 with a largest magnitude of one, and their scales (rows, 1): float32 then holds 1e-20 and 1e20
+    alike.
+    """
     scale = np.abs(weight).max(axis=1, keepdims=True, initial=0.0)
     scale[scale == 0.0] = 1.0
     return np.ascontiguousarray(weight / scale, np.float32), scale
@@ -137,7 +147,7 @@ def single_threaded() -> AbstractContextManager[object]:
     return _POOLS.limit(limits=1, user_api="blas")
 
 
-def over_rows(run, rows: int, threads: int) -> None:  # type: ignore[no-untyped-def]
+def over_rows(run, rows: int, threads: int) -> None:
     """Call run(slice) for panels of rows on that many threads, with BLAS on one thread in each."""
     if threads <= 0:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -149,5 +159,5 @@ def over_rows(run, rows: int, threads: int) -> None:  # type: ignore[no-untyped-
         panels = min(rows, 4 * threads)
         edges = [rows * i // panels for i in range(panels + 1)]
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(run, [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]):
+            for _ in pool.map(run, [slice(a, b) for a, b in itertools.pairwise(edges)]):
                 pass

@@ -1,6 +1,7 @@
 """Quantising what pruning left, most salient weight first, each against the error of those before it.
 
-One factorisation per row and sparsity serves every cell: every width of a uniform grid, every (step, λ) of rate-distortion OBS.
+One factorisation per row and sparsity serves every cell: every width of a uniform grid, every (step, λ) of
+rate-distortion OBS.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SAMPLE_ROWS = 16  # rows that a rate table is learned from
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to quantise a layer. Code q stands for q · step; low <= q <= high; a bit costs `price` in units of the layer error.
+    """One way to quantise a layer. Code q stands for q · step; low <= q <= high; a bit costs `price` in units of the
+    layer error.
 
     step float32 (groups, rows); low, high int (groups, rows); bits float32 (table,): length of code q at q + offset.
     """
@@ -37,12 +39,14 @@ class Cell:
 def salient_cells(
     W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, cells: Sequence[Cell], threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of every cell, int32 (cells, *W.shape), and the pruned weights that they quantise, float64 in the shape of W.
+    """Codes of every cell, int32 (cells, *W.shape), and the pruned weights that they quantise, float64 in the shape of
+    W.
 
-    Visit the kept columns from the last pruned to the first; the target of a is w_a - Σ_b C_ba (ŵ_b - w_b)/C_aa over the visited b,
-    H_RR = C Cᵀ in pruning order; choosing ŵ_a costs C_aa² (ŵ_a - target)²/2. Pruned weights have code 0.
-    Shapes as in `prune_trace`; counts in the leading shape. Raises ValueError if H over a row's kept columns is not positive definite.
-    Source: OBS error feedback as in OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323), with one order per row.
+    Visit the kept columns from the last pruned to the first; the target of a is w_a - Σ_b C_ba (ŵ_b - w_b)/C_aa over
+    the visited b, H_RR = C Cᵀ in pruning order; choosing ŵ_a costs C_aa² (ŵ_a - target)²/2. Pruned weights have code 0.
+    Shapes as in `prune_trace`; counts in the leading shape. Raises ValueError if H over a row's kept columns is not
+    positive definite. Source: OBS error feedback as in OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323), with one
+    order per row.
     """
     weight, hessian = as_groups(W, H)
     groups, rows, d = weight.shape
@@ -72,7 +76,7 @@ def salient_cells(
 
         def run(
             p: slice, g=g, h32=h32, w32=w32, price=price, step=step, low=low, high=high, out=out, failed=failed
-        ) -> None:  # type: ignore[no-untyped-def]
+        ) -> None:
             part = np.zeros((n, p.stop - p.start, d), np.int32)
             bad = kernels.salient_rows(
                 kernels.POTRF,
@@ -110,7 +114,7 @@ def quantise_salient(
     high: int,
     threads: int = 0,
 ) -> np.ndarray:
-    """Codes int32 of one uniform grid, step per row (rows,) or scalar, after pruning to `counts`. See `salient_cells`."""
+    """Codes int32 of one uniform grid after pruning to `counts`; step per row (rows,) or scalar. See `salient_cells`."""
     leading = np.shape(W)[:-1]
     cell = Cell(
         step=np.broadcast_to(np.asarray(step, np.float32), leading).reshape(-1, leading[-1]),
@@ -138,10 +142,11 @@ def rate_distortion_cells(
 ) -> list[Cell]:
     """Cells of rate-distortion OBS for (step, λ) pairs, with rate tables learned from a sample of the layer's rows.
 
-    A code costs C_aa² (q step - target)²/2 + price · bits(q), price = λ · u · step²/2, u = exp(log det H / d) the geometric mean of the
-    squared pivots of H: λ is the price of a bit in units of the error of one whole step. bits() is the symmetrised histogram of a
-    first pass over at most 16 rows (pruned zeros included, for they are coded too), mixed with 1% of a two-sided geometric law
-    so that no code is free of charge or forbidden. Source: engine.md section 4; ECSQ (Chou, Lookabaugh, Gray 1989) inside OBS.
+    A code costs C_aa² (q step - target)²/2 + price · bits(q), price = λ · u · step²/2, u = exp(log det H / d) the
+    geometric mean of the squared pivots of H: λ is the price of a bit in units of the error of one whole step. bits()
+    is the symmetrised histogram of a first pass over at most 16 rows (pruned zeros included, for they are coded too),
+    mixed with 1% of a two-sided geometric law so that no code is free of charge or forbidden. Source: engine.md section
+    4; ECSQ (Chou, Lookabaugh, Gray 1989) inside OBS.
     """
     weight, hessian = as_groups(W, H)
     groups, rows, d = weight.shape
@@ -203,7 +208,9 @@ def rate_distortion_cells(
 
 
 def rate_table(codes: np.ndarray, size: int) -> np.ndarray:
-    """Ideal code length in bits of q = -size ... size under the symmetrised histogram of `codes`, float32 (2 size + 1,)."""
+    """Ideal code length in bits of q = -size ... size under the symmetrised histogram of `codes`, float32 (2 size +
+    1,).
+    """
     magnitude = np.minimum(np.abs(codes.ravel()), size)
     count = np.bincount(magnitude, minlength=size + 1).astype(np.float64)
     total = max(magnitude.size, 1)
@@ -218,10 +225,11 @@ def rate_table(codes: np.ndarray, size: int) -> np.ndarray:
 
 
 def search_scale(weight: np.ndarray, bits: int, exponent: float = 2.4, shrinks: int = 80) -> np.ndarray:
-    """Step per row of the symmetric grid -2^(b-1) ... 2^(b-1) - 1 that minimises Σ |w - ŵ|^2.4 over shrink factors 1 - i/100.
+    """Step per row of the symmetric grid -2^(b-1) ... 2^(b-1) - 1 that minimises Σ |w - ŵ|^2.4 over shrink factors 1 -
+    i/100.
 
-    weight (..., d); returns float64 in the leading shape (1 where a row is zero). Source: OBC's published code (grid search with
-    exponent 2.4), arXiv 2208.11580.
+    weight (..., d); returns float64 in the leading shape (1 where a row is zero). Source: OBC's published code (grid
+    search with exponent 2.4), arXiv 2208.11580.
     """
     top = np.abs(weight).max(axis=-1, initial=0.0)
     top = np.where(top == 0.0, 1.0, top)

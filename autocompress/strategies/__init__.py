@@ -1,4 +1,4 @@
-"""Strategies: each turns (profile, budget, context) into a plan. `plan` asks one, and holds it to the never-worse rule."""
+"""Strategies: each turns (profile, budget, context) into a plan. `plan` asks one, under the never-worse rule."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def plan(
 ) -> Plan:
     """Choose one option per layer so that the file is within the budget.
 
-    With a context the plan is measured: its KL to the dense model on a slice of calibration data that the Hessians never saw stands
-    in `plan.measured`, and where the best fitting single-option plan does better there, that one is handed out instead. Without
-    one it is marked unmeasured. Raises InfeasibleError, with the smallest feasible size, where nothing fits; StrategyError for
-    an unknown name; BudgetError for a budget that is not one.
+    With a context the plan is measured: its KL to the dense model on a slice of calibration data that the Hessians
+    never saw stands in `plan.measured`, and where the best fitting single-option plan does better there, that one is
+    handed out instead. Without one it is marked unmeasured. Raises InfeasibleError, with the smallest feasible size,
+    where nothing fits; StrategyError for an unknown name; BudgetError for a budget that is not one.
     """
     wanted = Budget.of(budget)
     if isinstance(strategy, str):

@@ -1,4 +1,6 @@
-"""`auto`: a portfolio. Several objectives are solved exactly, each plan is measured, and the best measured one is handed out."""
+"""`auto`: a portfolio. Several objectives are solved exactly, each plan is measured, and the best measured one is
+handed out.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ __all__ = ["Auto"]
 
 
 class Auto:
-    """Exact solves of the relative error, of a fit of the measured KL, and of mixtures of both; the least measured KL wins.
+    """Exact solves of the relative error, of a fit of the measured KL, and of mixtures of both; the least measured KL
+    wins.
 
-    A linear fit of the KL is the better objective where errors are small, the relative error where they are large (engine.md
-    section 7); the weights of the mixtures are their geometric means. Deterministic: a fixed list, no clocks. Without a context it
-    is the exact solve of the relative error.
+    A linear fit of the KL is the better objective where errors are small, the relative error where they are large
+    (engine.md section 7); the weights of the mixtures are their geometric means. Deterministic: a fixed list, no
+    clocks. Without a context it is the exact solve of the relative error.
     """
 
     def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> None:

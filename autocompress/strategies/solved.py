@@ -1,4 +1,6 @@
-"""Allocation on the relative error of each layer, by any solver; the best single option; and the one that a fit of the KL suggests."""
+"""Allocation on the relative error of each layer, by any solver; the best single option; and the one that a fit of the
+KL suggests.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Solved:
 
 
 class SingleOption:
-    """The same option for every layer: of those that fit, the least sum of error / layer energy. The baseline of everything."""
+    """The same option for every layer: of those that fit, the least sum of error / layer energy. The baseline of
+    everything.
+    """
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         limit = budget_bytes(budget, profile)
@@ -50,7 +54,8 @@ class SingleOption:
 
 
 class Sensitivity:
-    """Least predicted rise of the KL to the dense model, each layer's KL linear in its error, by an exact solve. Runs the model.
+    """Least predicted rise of the KL to the dense model, each layer's KL linear in its error, by an exact solve. Runs
+    the model.
 
     The slope of a layer is the median of (measured KL)/(error) over its levels when it alone is compressed.
     Source: HIGGS's linearity (arXiv 2411.17525), measured with OBS errors. Raises MismatchError without a context.
