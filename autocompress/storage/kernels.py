@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# numba gives every scalar here one integer type; mypy sees numpy's and Python's in turn
 """The compiled core of the entropy codec: a binary range coder whose probabilities four adaptive contexts mix.
 
 Every decision (zero?, sign, exponent in unary, mantissa bits) is predicted by four counters, one per context; their

@@ -121,7 +121,7 @@ def test_trailing_bytes_are_refused(blob: bytes) -> None:
 
 
 def test_a_flipped_bit_is_refused_and_located(blob: bytes, entries: list[Entry]) -> None:
-    for place in [*range(600), *range(600, len(blob), 499)]:
+    for place in [*range(0, 600, 3), *range(600, len(blob), 1999)]:
         damaged = bytearray(blob)
         damaged[place] ^= 1 << place % 8
         with pytest.raises(FormatError):

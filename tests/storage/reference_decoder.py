@@ -1,0 +1,143 @@
+"""A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
+
+Entropy-coded and fp16 entries, which is what `autocompress compress` writes; slow, and meant to be read.
+"""
+
+import math
+import struct
+import zlib
+from pathlib import Path
+
+SQUASH = [min(max(round(65536 / (1 + math.exp(-i / 256))), 32), 65504) for i in range(-2048, 2048)]
+STRETCH = [round(256 * math.log((i + 0.5) / (4095.5 - i))) for i in range(4096)]
+PAGE = Path(__file__).parents[2] / "docs" / "format.md"
+DICTIONARY = bytes.fromhex(PAGE.read_text(encoding="utf-8").split("```hex")[1].split("```")[0])
+LIMITS, SPEEDS = (400, 100), (8, 12)
+
+
+def level(x):
+    return 0 if x < 2 else min(2 * x.bit_length() - 3 + (x >> (x.bit_length() - 2) & 1), 23)
+
+
+def clamp(x, low, high):
+    return min(max(x, low), high)
+
+
+def decode_codes(data, shape):
+    out, inner, kernel = (shape[0], shape[1], math.prod(shape[2:])) if len(shape) > 1 else (1, shape[0], 1)
+    width = shape[-1] if len(shape) > 2 else 1
+    limit, speed, swapped, flat = LIMITS[data[0] & 1], SPEEDS[data[0] & 1], data[0] >> 1, kernel == 1
+    rows, channels = (inner, out) if swapped else (out, inner)
+    body, position, span = data[1:] + bytes(8), 6, 1 << 48
+    code, counters, weights = int.from_bytes((data[1:] + bytes(6))[:6], "big"), {}, {}
+
+    def bit(node, *contexts):
+        nonlocal code, span, position, body
+        slots = [(node, i, c) for i, c in enumerate(contexts)]
+        states = [counters.get(s, (1 << 21, 0)) for s in slots]
+        inputs = [STRETCH[p >> 10] for p, _ in states]
+        mix = weights.setdefault(node, [20000] * 4)
+        p = SQUASH[clamp(sum(w * s for w, s in zip(mix, inputs, strict=True)) >> 16, -2047, 2047) + 2048]
+        bound = (span >> 16) * p
+        b = int(code < bound)
+        code, span = (code, bound) if b else (code - bound, span - bound)
+        for i, (q, n) in enumerate(states):
+            mix[i] += (inputs[i] * ((b << 16) - p) * speed + 131072) >> 18
+            counters[slots[i]] = q + ((((1 << 22) - 1) * b - q) * (655360 // (10 * n + 16)) >> 16), min(n + 1, limit)
+        if span <= 1 << 32:
+            body += bytes(2)
+            code, span, position = code << 16 | body[position] << 8 | body[position + 1], span << 16, position + 2
+        return b
+
+    far = [[0] * (channels * kernel) for _ in range(rows + 2)]  # two rows of zeros in front
+    channel, row_level = [0] * channels, 256
+    for r in range(2, rows + 2):
+        row = far[r]
+        for c in range(channels * kernel):
+            i, k = divmod(c, kernel)
+            kx, total = k % width, sum(map(abs, row[c - k : c]))
+
+            def at(step, row=row, c=c):
+                return row[c - step] if c >= step else 0
+
+            left = at(1) if kx > 0 or flat else 0
+            up, left_up, right_up = 0, 0, 0
+            if k >= width and not flat:
+                up, left_up = at(width), at(width + 1) if kx > 0 else 0
+                right_up = at(width - 1) if kx < width - 1 else 0
+            back, over = at(4 if flat else kernel), far[r - 1][c]
+            a1, ab, ao = abs(at(1)), abs(back), abs(over)
+            near = 2 * sum(min(abs(v), 15) for v in (at(1), at(3 if flat else width), back, over))
+            near += sum(min(abs(v), 15) for v in (at(5 if flat else 2 * kernel), far[r - 2][c], at(2)))
+            trend = clamp(3 * (left + up) - left_up + right_up, -60, 60)
+            pull = level(min(abs(4 * (left + up) + 2 * right_up + back + over), 4095))
+            place = min(k, 15), level(row_level >> 2 if flat else min(total, 4095))
+            magnitude = 0
+            channel_level = level(channel[i] >> 2) if k == 0 else channel_level  # noqa: F821
+            if bit(0, (pull, min(ab + ao, 2)), place, level(2 * near), channel_level):
+                lf, u, rt, lt, bk = ((v > 0) - (v < 0) for v in (left, up, right_up, left_up, back))
+                drift = clamp(sum(row[c - k : c]), -4, 4)
+                negative = bit(1, (lf, u, rt, lt), (level(abs(trend)), trend < 0), (drift, bk), (lf, u))
+                agree = clamp(-trend if negative else trend, -8, 8)
+                size = agree, place, level(min(max(a1, abs(at(2))) + max(ab, ao), 4095)), level(2 * near)
+                exponent, magnitude = 0, 1
+                while exponent < 30 and bit(2 + exponent, *size):
+                    exponent += 1
+                for _ in range(exponent):
+                    node = 32 + 4 * min(exponent - 1, 7) + (magnitude if magnitude < 4 else 0)
+                    magnitude = magnitude << 1 | bit(node, *size)
+                row[c] = -magnitude if negative else magnitude
+            capped = min(magnitude, 63) << 6
+            channel[i] += (capped - channel[i]) >> 4
+            row_level += (capped - row_level) >> 6 if flat else 0
+    flat_codes = [v for row in far[2:] for v in row]
+    if swapped:
+        order = [(o * kernel + i * out * kernel + k) for o in range(out) for i in range(inner) for k in range(kernel)]
+        flat_codes = [flat_codes[j] for j in order]
+    return flat_codes
+
+
+def read_file(data):
+    """Yield (name, shape, values) of every entry; values are floats, or codes where an entry has no step."""
+    version, crc = data[4], int.from_bytes(data[5:9], "little")
+    if data[:4] != b"\x89ACZ" or version != 1:
+        raise ValueError("not a version 1 file")
+    stream, at = data, 9
+
+    def take(count):
+        nonlocal at
+        at += count
+        return stream[at - count : at]
+
+    def uint(shift=0):
+        byte = take(1)[0]
+        return (byte & 127) << shift | (uint(shift + 7) if byte > 127 else 0)
+
+    length, sections = uint(), uint()
+    payload = at + length
+    if zlib.crc32(data[:5] + data[9:payload]) != crc:
+        raise ValueError("damaged header")
+    raw_length, checks = uint(), struct.unpack(f"<{sections}I", take(4 * sections))
+    stream, at = zlib.decompressobj(-15, DICTIONARY).decompress(data[at:payload], raw_length), 0
+    count = uint()
+    names = take(uint()).decode().split("\0")
+    codecs, kinds, ranks = take(count), take(count), take(count)
+    shapes = [tuple(uint() for _ in range(rank)) for rank in ranks]
+    lengths = [uint() for _ in range(count)]
+    crc, filled, section = 0, 0, 0
+    for i, shape in enumerate(shapes):
+        body, payload = data[payload : payload + lengths[i]], payload + lengths[i]
+        crc, filled = zlib.crc32(body, crc), filled + lengths[i]
+        if filled >= 4096 or i == count - 1:
+            if crc != checks[section]:
+                raise ValueError(f"damaged section {section}")
+            crc, filled, section = 0, 0, section + 1
+        numel, kind = math.prod(shape), kinds[i] % 4
+        if codecs[i] == 1:
+            yield names[i], shape, list(struct.unpack(f"<{numel}e", body))
+        elif codecs[i] == 7:
+            width = (0, 4, 2 * shape[0])[kind]
+            steps = struct.unpack(f"<{'f' if kind == 1 else 'e' * (width // 2)}", body[:width])
+            codes = decode_codes(body[width:], shape)
+            rows = numel // len(steps) if kind else 1
+            yield names[i], shape, [c * steps[j // rows] for j, c in enumerate(codes)] if kind else codes
