@@ -17,13 +17,12 @@ from torch import nn
 from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
 from autocompress.correcting import correct_statistics
-from autocompress.engines import default_workers
 from autocompress.errors import MismatchError
 from autocompress.layers import stored_tensors
-from autocompress.obs import single_threaded
 from autocompress.profiling import Profile
 from autocompress.records import fold_norms, records, stored_as_half
 from autocompress.storage import Entry
+from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
 
 __all__ = ["CORRECTION_SAMPLES", "Encoded", "apply", "encoded_of", "realise_layers", "with_weights"]

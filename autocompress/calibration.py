@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg.blas import ssyrk
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,12 +22,13 @@ from autocompress.batches import Batch, batch_digest, batch_samples, feed, mater
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.files import atomic_path
 from autocompress.layers import Layer, find_layers, model_digest
+from autocompress.threads import default_workers, single_threaded
 
 __all__ = ["LayerStatistics", "Statistics", "calibrate"]
 
 CALIBRATION_VERSION = 1
-IN_FLIGHT = 1 << 23  # entries of the unfolded input held at a time (32 MiB of float32)
-PANEL = 256  # rows of a panel of the symmetric product; only panels on and above the diagonal are multiplied
+IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32)
+PANEL = 256  # rows of a panel of the symmetric product on a GPU, whose libraries offer no half product of two
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class LayerStatistics:
     """What calibration saw of one layer.
 
     hessian: 2 X Xᵀ / N + damping · mean(diag) · I, float64 (groups, d, d), N samples (batch entries, not positions).
-    mean, var: moments of each output channel over samples and positions, float64 (out,). dead: inputs that were always zero.
+    mean, var: moments of each output channel over samples and positions, float64 (out,). dead: inputs that were always
+    zero.
     """
 
     hessian: np.ndarray
@@ -44,7 +49,9 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per-layer statistics of one model on one set of data; `fields` is everything that they depend on, `fingerprint` its digest."""
+    """Per-layer statistics of one model on one set of data; `fields` is everything that they depend on, `fingerprint`
+    its digest.
+    """
 
     layers: Mapping[str, LayerStatistics]
     samples: int
@@ -106,11 +113,11 @@ def calibrate(
 ) -> Statistics:
     """Run the model over the batches and accumulate every layer's Hessian.
 
-    H = 2 X Xᵀ / N + damping · mean(diag) · I: float32 products of chunks, summed in float64; X holds each layer's inputs, a
-    convolution's unfolded over its kernel. `holdout` (default 0.2; 0 for none) of the data, chosen by `seed`, is left out: it is what
-    `Context` measures plans on. A layer called several times sums its calls; an input shared by several layers is multiplied once.
-    Raises CalibrationError for no data, batches that do not fit, or values that are not finite (naming the layer).
-    Source: OBC, arXiv 2208.11580, section 3.
+    H = 2 X Xᵀ / N + damping · mean(diag) · I: float32 products of chunks, summed in float64; X holds each layer's
+    inputs, a convolution's unfolded over its kernel. `holdout` (default 0.2; 0 for none) of the data, chosen by `seed`,
+    is left out: it is what `Context` measures plans on. A layer called several times sums its calls; an input shared by
+    several layers is multiplied once. Raises CalibrationError for no data, batches that do not fit, or values that are
+    not finite (naming the layer). Source: OBC, arXiv 2208.11580, section 3.
     """
     data = materialise(batches)
     layers = find_layers(model)
@@ -131,7 +138,7 @@ def calibrate(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), collector:
+        with torch.no_grad(), collector, single_threaded():
             for batch in fit:
                 feed(model, batch)
                 collector.end_batch()
@@ -171,9 +178,10 @@ class _Accumulator:
         for h in hessian:
             diagonal = np.diag(h)
             dead += int((diagonal == 0.0).sum())
-            mean = float(diagonal.mean())
-            # A layer whose inputs are all zero has no opinion: the identity makes its error the plain squared weight error.
-            h[np.diag_indices_from(h)] += damping * mean if mean > 0.0 else 1.0
+            level = float(diagonal.mean())
+            # A layer whose inputs are all zero has no opinion: the identity makes its error the plain squared weight
+            # error.
+            h[np.diag_indices_from(h)] += damping * level if level > 0.0 else 1.0
         mean = self.sum / max(self.positions, 1)
         var = np.maximum(self.squares / max(self.positions, 1) - mean**2, 0.0)
         return LayerStatistics(hessian, self.calls, mean, var, dead)
@@ -187,7 +195,8 @@ class _Collector:
         self.accumulators = {layer.name: _Accumulator(layer) for layer in layers}
         self.layers = layers
         self.handles: list[Any] = []
-        # Products of inputs that are still alive in this forward pass, so that several layers on one input cost one product.
+        # Products of inputs that are still alive in this forward pass, so that several layers on one input cost one
+        # product.
         self.products: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}
 
     def __enter__(self) -> _Collector:
@@ -224,16 +233,21 @@ class _Collector:
                     f"layer {accumulator.layer.name!r} receives values that are NaN, infinite or beyond 1e18; "
                     "look at the layers before it and at the calibration data"
                 )
-            self.products[key] = (weakref.ref(x, lambda _, key=key: self.products.pop(key, None)), gram)
+
+            def forget(_: Any, key: tuple[Any, ...] = key) -> None:
+                self.products.pop(key, None)
+
+            self.products[key] = (weakref.ref(x, forget), gram)
         accumulator.gram += gram.cpu().numpy()
         accumulator.calls += 1
         flat = _channels_last(module, output.detach())
-        total, squares = flat.sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
-        if not bool(torch.isfinite(squares).all()):
+        count = flat.shape[0]
+        var, mean = (t.double().cpu().numpy() for t in torch.var_mean(flat.float(), 0, correction=0))
+        if not np.isfinite(var).all():
             raise CalibrationError(f"layer {accumulator.layer.name!r} puts out values that are NaN or infinite")
-        accumulator.sum += total.cpu().numpy()
-        accumulator.squares += squares.cpu().numpy()
-        accumulator.positions += flat.shape[0]
+        accumulator.sum += mean * count
+        accumulator.squares += (var + mean**2) * count
+        accumulator.positions += count
 
 
 def _geometry(module: nn.Module) -> tuple[Any, ...]:
@@ -258,9 +272,9 @@ def _gram(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
         d = rows.shape[1]
         gram = torch.zeros(1, d, d, dtype=torch.float64, device=x.device)
-        for chunk in rows.split(max(1, IN_FLIGHT // d)):
-            _add_product(gram[0], chunk.t())
-        return gram
+        for product in _products(rows.split(max(1, IN_FLIGHT // d)), lambda chunk: [chunk.t()]):
+            gram += product
+        return _mirror(gram)
     m: Any = module
     dims = len(m.kernel_size)
     x = x.float() if x.ndim == dims + 2 else x.float()[None]
@@ -269,15 +283,15 @@ def _gram(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
     gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
     per_chunk = max(1, IN_FLIGHT // max(1, d * groups * int(np.prod(spatial))))
-    for chunk in x.split(per_chunk):
-        windows = _windows(m, chunk, spatial)
-        for g in range(groups):
-            _add_product(gram[g], windows[g])
-    return gram
+    for product in _products(x.split(per_chunk), lambda chunk: _windows(m, chunk, spatial)):
+        gram += product
+    return _mirror(gram)
 
 
 def _windows(m: Any, x: torch.Tensor, spatial: list[int]) -> torch.Tensor:
-    """Unfolded input (groups, in/groups · kernel, samples · positions), columns in the order of the weight: in, then kernel."""
+    """Unfolded input (groups, in/groups · kernel, samples · positions), columns in the order of the weight: in, then
+    kernel.
+    """
     dims = len(m.kernel_size)
     x = x.contiguous()
     n, c = x.shape[:2]
@@ -308,13 +322,42 @@ def _pad(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, sides) if m.padding_mode == "zeros" else F.pad(x, sides, mode=m.padding_mode)
 
 
-def _add_product(gram: torch.Tensor, X: torch.Tensor) -> None:
-    """gram += X Xᵀ in panels: the part on and above the diagonal panels is multiplied, the rest mirrored."""
+def _products(
+    chunks: Sequence[torch.Tensor], unfold: Callable[[torch.Tensor], Iterable[torch.Tensor]]
+) -> Iterator[torch.Tensor]:
+    """Per chunk, in order, X Xᵀ on and above the diagonal for each group, X (d, positions) = unfold(chunk)[group].
+
+    On the CPU one thread per core works on a chunk of its own, with BLAS on one thread; the sums keep their order.
+    """
+
+    def product(chunk: torch.Tensor) -> torch.Tensor:
+        return torch.stack([_upper_product(X) for X in unfold(chunk)])
+
+    if chunks[0].device.type != "cpu" or len(chunks) == 1:
+        yield from map(product, chunks)
+        return
+    workers = default_workers()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(chunks), workers):
+            yield from pool.map(product, chunks[start : start + workers])
+
+
+def _upper_product(X: torch.Tensor) -> torch.Tensor:
+    """X Xᵀ on and above the diagonal, float32 (d, d): half the multiplications of the full product."""
+    if X.device.type == "cpu":
+        # BLAS wants columns, so it gets the transpose, which is a view whichever way X lies in memory.
+        array = X.numpy()
+        by_columns = array.flags.f_contiguous
+        return torch.from_numpy(ssyrk(1.0, array) if by_columns else ssyrk(1.0, array.T, trans=1))
     d = X.shape[0]
+    product = X.new_zeros(d, d)
     panels = max(1, -(-d // PANEL))
     edges = [d * i // panels for i in range(panels + 1)]
-    for a, b in zip(edges, edges[1:], strict=False):
-        product = (X[a:b] @ X[a:].t()).double()
-        gram[a:b, a:] += product
-        if b < d:
-            gram[b:, a:b] += product[:, b - a :].t()
+    for a, b in itertools.pairwise(edges):
+        product[a:b, a:] = X[a:b] @ X[a:].t()
+    return product
+
+
+def _mirror(gram: torch.Tensor) -> torch.Tensor:
+    """Symmetric (groups, d, d) from sums of upper halves."""
+    return gram.triu() + gram.triu(1).transpose(1, 2)

@@ -22,18 +22,13 @@ from typing import Any, BinaryIO
 
 from autocompress.errors import AutocompressError
 
-__all__ = ["WorkerError", "default_workers", "run_tasks"]
+__all__ = ["WorkerError", "run_tasks"]
 
 
 class WorkerError(AutocompressError):
     """A worker process died, or its task raised."""
 
     exit_code = 1
-
-
-def default_workers() -> int:
-    """One worker per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(

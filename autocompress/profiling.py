@@ -28,11 +28,12 @@ from torch import nn
 
 from autocompress.calibration import Statistics
 from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, compressor_of, default_options, profile_layer
-from autocompress.engines import default_workers, run_tasks
+from autocompress.engines import run_tasks
 from autocompress.errors import MismatchError, StoreError
 from autocompress.files import atomic_path
 from autocompress.layers import Layer, Layers, find_layers, model_digest
 from autocompress.records import Template, make_template
+from autocompress.threads import default_workers
 from autocompress.types import DENSE, Option
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports only from those above it, or from itself. A folder is one module.
 ORDER = [
+    "threads",
     "errors",
     "types",
     "files",

@@ -9,7 +9,7 @@ from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.rd import RateDistortion, default_grid
 from autocompress.errors import OptionError
-from autocompress.obs import single_threaded
+from autocompress.threads import single_threaded
 from autocompress.types import DENSE, Option
 
 __all__ = [

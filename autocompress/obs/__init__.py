@@ -4,7 +4,7 @@ One layer: weight W (rows, d), Hessian H = 2 X Xᵀ / N + damping (d, d); rows a
 compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups: W (g, rows, d) with H (g, d, d).
 """
 
-from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts, single_threaded
+from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
 from autocompress.obs.quantising import (
     Cell,
     quantise_salient,
@@ -25,5 +25,4 @@ __all__ = [
     "rd_quantise",
     "salient_cells",
     "search_scale",
-    "single_threaded",
 ]

@@ -5,17 +5,15 @@ weights (`prune`).
 from __future__ import annotations
 
 import itertools
-import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 
 import numpy as np
 from scipy.linalg import LinAlgError, lapack
-from threadpoolctl import ThreadpoolController
 
 from autocompress.obs import kernels
+from autocompress.threads import default_workers, single_threaded
 
-__all__ = ["layer_error", "prune", "prune_trace", "pruned_counts", "single_threaded"]
+__all__ = ["layer_error", "prune", "prune_trace", "pruned_counts"]
 
 # Pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py).
 BLOCK = 64
@@ -136,21 +134,9 @@ def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
     )
 
 
-_POOLS = ThreadpoolController()
-
-
-def single_threaded() -> AbstractContextManager[object]:
-    """Hold BLAS to one thread for a `with` block: sums then have one order, whatever the machine's number of cores.
-
-    The limit is the process's; hold it around a pool of threads, not inside each of them.
-    """
-    return _POOLS.limit(limits=1, user_api="blas")
-
-
 def over_rows(run, rows: int, threads: int) -> None:
     """Call run(slice) for panels of rows on that many threads, with BLAS on one thread in each."""
-    if threads <= 0:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads if threads > 0 else default_workers()
     threads = min(threads, rows)
     with single_threaded():
         if threads <= 1:

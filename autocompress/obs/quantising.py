@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.obs import kernels
-from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian, single_threaded
+from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.threads import single_threaded
 
 __all__ = ["Cell", "quantise_salient", "rate_distortion_cells", "rd_quantise", "salient_cells", "search_scale"]
 
@@ -114,7 +115,7 @@ def quantise_salient(
     high: int,
     threads: int = 0,
 ) -> np.ndarray:
-    """Codes int32 of one uniform grid after pruning to `counts`; step per row (rows,) or scalar. See `salient_cells`."""
+    """Codes int32 of one uniform grid after pruning to `counts`; step (rows,) or scalar. See `salient_cells`."""
     leading = np.shape(W)[:-1]
     cell = Cell(
         step=np.broadcast_to(np.asarray(step, np.float32), leading).reshape(-1, leading[-1]),
