@@ -61,8 +61,8 @@ Trace = tuple[NDArray[np.int32], NDArray[np.float64]]
 class Row:
     """What was measured on one layer; None where the baseline did not run.
 
-    Seconds are the median of `repeats` runs of the engine, and the best of three of the baseline (its first run, if that
-    took over 10 s), so that a busy machine favours the baseline.
+    Seconds are the median of `repeats` runs of the engine, and the best of three of the baseline (its first run, if
+    that took over 10 s), so that a busy machine favours the baseline.
     `excess` is how much worse than the best alive the worst pivot was, relative to the score, judged in float64;
     `loss_error` the largest relative error of a recorded loss; `order_agrees` the share of equal entries in both
     orders; `loss_difference` the largest relative difference of the losses before the orders part; `large_errors` the
