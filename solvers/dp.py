@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.lagrangian import EPS, Rows, ask_one, one_resource, whole
+from solvers.lagrangian import EPS, Rows, ask_one, cheapest, one_resource, whole
 from solvers.problem import Deadline, FloatArray, IntArray, Problem
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
@@ -36,11 +36,11 @@ class DP:
         """Solve; deterministic, so `seed` is not used."""
         ask_one(problem, self.name)
         deadline = Deadline(time_limit)
-        flat = problem.flat
+        flat, least = problem.flat, cheapest(problem)
+        if least is None:
+            return Solution.none(problem, Status.INFEASIBLE, self.name)
         upper = Rows.of(flat, *whole(flat, up=True)[:2])
         lower = Rows.of(flat, *whole(flat, up=False)[:2])
-        if lower.limit[0] < 0:
-            return Solution.none(problem, Status.INFEASIBLE, self.name)
         same = bool((upper.cost == lower.cost).all() and upper.limit[0] == lower.limit[0])
         unit = max(1, int(np.gcd.reduce(upper.cost[:, 0]))) if same else 1
         # Nobody spends more than every group's dearest option costs.
@@ -55,11 +55,8 @@ class DP:
             _, proven = self._table(lower, lower.cost[:, 0] // size, int(lower.limit[0]) // size, False, deadline)
         proven = 0.0 if np.isneginf(proven) else proven * (1 - EPS * problem.groups)
         bound = lower.true(proven)
-        if rows is None:
-            status = Status.TIME_LIMIT if deadline.passed else Status.UNKNOWN
-            message = "" if deadline.passed else f"nothing fits when costs are rounded up to {size}; use more buckets"
-            return Solution.none(problem, status, self.name, bound, message=message)
-        choice = flat.choice(rows)
+        # Rounded up, even the cheapest choice may seem not to fit; it does.
+        choice = least if rows is None else flat.choice(rows)
         status = Status.TIME_LIMIT if deadline.passed else Status.FEASIBLE
         if problem.total_loss(choice) - bound <= ROUNDING * magnitude(problem, choice):
             status = Status.OPTIMAL

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from solvers.core import Best, Core
-from solvers.lagrangian import Rows, ask_one, dual, one_resource, whole
+from solvers.lagrangian import Rows, ask_one, cheapest, dual, one_resource, whole
 from solvers.problem import Deadline, IntArray, Problem
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
 # States of a branch's core, kept in all: a few milliseconds.
 NODE_STATES = 30_000
+# Rounding of the bound, relative to the best loss, that is nothing to worry about.
+CLEAR = 1e-13
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,21 @@ class Exact:
         """Solve; deterministic, so `seed` is not used."""
         ask_one(problem, self.name)
         deadline = Deadline(time_limit)
-        flat = problem.flat
+        flat, least = problem.flat, cheapest(problem)
+        if least is None:
+            return Solution.none(problem, Status.INFEASIBLE, self.name)
         cost, limit, same = whole(flat, up=True)
         rows = Rows.of(flat, cost, limit)
         answer = search(rows, deadline, self.max_states)
+        choices = [least] if answer is None else [flat.choice(answer.rows)]
         if not same:
             # Rounded up, the answer is within the budget; rounded down, it proves.
             cost, limit, _ = whole(flat, up=False)
-            lower = search(Rows.of(flat, cost, limit), deadline, self.max_states)
-            if lower is None:
-                return Solution.none(problem, Status.INFEASIBLE, self.name)
-            rounded = lower if problem.feasible(flat.choice(lower.rows)) else answer
-            if rounded is None:
-                return Solution.none(problem, Status.UNKNOWN, self.name, rows.true(lower.bound))
-            answer = Answer(rounded.rows, lower.bound, lower.iterations, lower.price)
-        elif answer is None:
-            return Solution.none(problem, Status.INFEASIBLE, self.name)
-        choice, bound = flat.choice(answer.rows), rows.true(answer.bound)
+            answer = search(Rows.of(flat, cost, limit), deadline, self.max_states)
+            assert answer is not None  # the cheapest choice is within the budget, and so within its costs rounded down
+            choices += [c for c in [flat.choice(answer.rows)] if problem.feasible(c)]
+        assert answer is not None  # integer costs are exact
+        choice, bound = min(choices, key=problem.total_loss), rows.true(answer.bound)
         loss = problem.total_loss(choice)
         status = Status.TIME_LIMIT if deadline.passed else Status.FEASIBLE
         if loss - bound <= ROUNDING * magnitude(problem, choice):
@@ -95,6 +95,12 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
     core = Core(rows, at, best)
     # Narrow expansions find a good choice; its gap leaves few options for the wide one.
     states = sum(core.expand(deadline, cap, max_states, most_groups=50).states for cap in (200, 2000))
+    if core.noise > CLEAR * best.loss and (rows.loss > best.loss).any():
+        # Losses far above the best one drown it in rounding; none of them is in a better choice, so they go.
+        part, origin = rows.part(np.flatnonzero(rows.loss <= best.loss))
+        answer = search(part, deadline, max_states)
+        assert answer is not None  # the best choice is among the options left
+        return replace(answer, rows=origin[answer.rows], iterations=states + answer.iterations)
     root = core.expand(deadline, 20_000, min(100_000, max_states), most_groups=len(rows.sizes))
     states += root.states
     noise = core.noise
@@ -104,7 +110,7 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
     while heap and heap[0].bound < best.loss - noise and states < branching and not deadline.passed:
         node = heapq.heappop(heap)
         for live in _halves(rows, node):
-            part, origin = _part(rows, live)
+            part, origin = rows.part(live)
             child = dual(part)
             states += 1
             if child is None:
@@ -152,13 +158,6 @@ def _halves(rows: Rows, node: _Node) -> list[IntArray]:
     here = rows.group[node.live] == g
     dear = rows.cost[node.live, 0] > cut
     return [node.live[~here | ~dear], node.live[~here | dear]]
-
-
-def _part(rows: Rows, live: IntArray) -> tuple[Rows, IntArray]:
-    """A problem of some rows only, every group with at least one, and where they were."""
-    counts = np.bincount(rows.group[live], minlength=len(rows.sizes))
-    start = np.concatenate([[0], np.cumsum(counts)])
-    return replace(rows, loss=rows.loss[live], cost=rows.cost[live], start=start), live
 
 
 def coarse(rows: Rows) -> Rows:

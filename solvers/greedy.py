@@ -8,7 +8,7 @@ import numpy as np
 
 from solvers.hulls import hulls
 from solvers.lagrangian import lexmin
-from solvers.problem import Array, Flat, FloatArray, IntArray, Problem, ProblemError
+from solvers.problem import Array, Deadline, Flat, FloatArray, IntArray, Problem, ProblemError
 from solvers.solution import Solution, Status
 
 
@@ -36,7 +36,8 @@ class Greedy:
         return "" if problem.objective == "sum" else f"solver '{self.name}' minimises a sum; use 'minimax'"
 
     def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
-        """Solve; deterministic, so `seed` is not used, and one pass, so neither is `time_limit`."""
+        """Solve; deterministic, so `seed` is not used."""
+        deadline = Deadline(time_limit)
         if self.why_not(problem):
             raise ProblemError(self.why_not(problem))
         flat = problem.flat
@@ -51,6 +52,8 @@ class Greedy:
         frozen = np.zeros(problem.groups, bool)
         steps = 0
         for v in ladder.steps():
+            if steps % 256 == 0 and deadline.passed:
+                break
             g, row = group[v], ladder.rows[v]
             if frozen[g]:
                 continue
@@ -66,7 +69,8 @@ class Greedy:
             return Solution.none(
                 problem, Status.UNKNOWN, self.name, message=f"marginal gain ends at {problem.violated(choice)}"
             )
-        return Solution.of(problem, choice, -np.inf, Status.FEASIBLE, self.name, iterations=steps)
+        status = Status.TIME_LIMIT if deadline.passed else Status.FEASIBLE
+        return Solution.of(problem, choice, -np.inf, status, self.name, iterations=steps)
 
 
 @dataclass(frozen=True)
@@ -84,37 +88,40 @@ class Uniform:
         return ""
 
     def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
-        """Solve; deterministic, so `seed` is not used, and one pass, so neither is `time_limit`."""
-        best: tuple[float, IntArray] | None = None
+        """Solve; deterministic, so `seed` is not used."""
+        deadline = Deadline(time_limit)
         candidates = self.candidates(problem)
-        for _, choice in candidates:
-            loss = problem.total_loss(choice)
-            if (best is None or loss < best[0]) and problem.feasible(choice):
-                best = loss, choice
-        if best is None:
-            if (problem.smallest() > problem.budget).any():
-                return Solution.none(problem, Status.INFEASIBLE, self.name)
-            message = f"none of the {len(candidates)} options that every group has is within the limits for all groups"
-            return Solution.none(problem, Status.UNKNOWN, self.name, message=message)
-        return Solution.of(problem, best[1], -np.inf, Status.FEASIBLE, self.name, iterations=len(candidates))
+        losses = [problem.total_loss(choice) for _, choice in candidates]
+        for k in np.argsort(losses, kind="stable"):
+            if deadline.passed:
+                return Solution.none(problem, Status.TIME_LIMIT, self.name)
+            choice = candidates[k][1]
+            if problem.feasible(choice):
+                return Solution.of(problem, choice, -np.inf, Status.FEASIBLE, self.name, iterations=len(candidates))
+        if (problem.smallest() > problem.budget).any():
+            return Solution.none(problem, Status.INFEASIBLE, self.name)
+        message = f"none of the {len(candidates)} options that every group has is within the limits for all groups"
+        return Solution.none(problem, Status.UNKNOWN, self.name, message=message)
 
     @staticmethod
     def candidates(problem: Problem) -> list[tuple[str, IntArray]]:
-        """Every option that all groups share, with the choice (G,) it makes; in the order of the first group that has a
-        choice.
-        """
+        """Every option all groups share, with the choice (G,) it makes; in the order of the first free group."""
         fixed = dict(problem.fixed or {})
         forced = {g: fixed.get(g, 0) for g, a in enumerate(problem.loss) if g in fixed or len(a) == 1}
         free = [g for g in range(problem.groups) if g not in forced]
-        if problem.options is None:
-            names = [{str(j): j for j in range(len(a))} for a in problem.loss]
-        else:
-            names = [{label: j for j, label in reversed(list(enumerate(labels)))} for labels in problem.options]
+        base = np.array([forced.get(g, 0) for g in range(problem.groups)])
         if not free:
-            return [("", np.array([forced[g] for g in range(problem.groups)]))]
-        first = sorted(names[free[0]], key=names[free[0]].__getitem__)
-        shared = [label for label in first if all(label in names[g] for g in free)]
-        return [
-            (label, np.array([forced[g] if g in forced else names[g][label] for g in range(problem.groups)]))
-            for label in shared
-        ]
+            return [("", base)]
+        if problem.options is None:
+            shared = range(min(len(problem.loss[g]) for g in free))
+            return [(str(j), _with(base, free, j)) for j in shared]
+        names = {g: {label: j for j, label in reversed(list(enumerate(problem.options[g])))} for g in free}
+        labels = [label for label in names[free[0]] if all(label in names[g] for g in free)]
+        labels.sort(key=names[free[0]].__getitem__)
+        return [(label, _with(base, free, [names[g][label] for g in free])) for label in labels]
+
+
+def _with(base: IntArray, groups: list[int], options: int | list[int]) -> IntArray:
+    choice = base.copy()
+    choice[groups] = options
+    return choice

@@ -7,13 +7,13 @@ resource its maximum is where two choices meet, one over and one within the budg
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from solvers.fields import INTEGER_LIMIT
-from solvers.problem import Array, Flat, FloatArray, IntArray, Problem, ProblemError
+from solvers.problem import Array, Deadline, Flat, FloatArray, IntArray, Problem, ProblemError
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
 EPS = float(np.finfo(np.float64).eps)
@@ -63,6 +63,12 @@ class Rows:
             left = np.array([math.fsum([b, *(-column)]) for b, column in zip(limit, least.T, strict=True)])
         exponent = int(np.frexp(loss.max())[1]) if loss.max() > 0 else 0
         return cls(np.ldexp(loss, -exponent), cost, left, flat.start, math.fsum(low), exponent)
+
+    def part(self, live: IntArray) -> tuple[Rows, IntArray]:
+        """These rows only, sorted, every group with at least one; and `live`, where they were."""
+        counts = np.bincount(self.group[live], minlength=len(self.sizes))
+        start = np.concatenate([[0], np.cumsum(counts)])
+        return replace(self, loss=self.loss[live], cost=self.cost[live], start=start), live
 
     def true(self, loss: float) -> float:
         """A loss of these rows in the problem's own scale."""
@@ -230,6 +236,13 @@ def one_resource(problem: Problem, solver: str) -> str:
     return ""
 
 
+def cheapest(problem: Problem) -> IntArray | None:
+    """The cheapest choice (G,) of a one-resource problem, or None where even that is over the budget, exactly."""
+    flat = problem.flat
+    choice = flat.choice(lexmin(flat.cost[:, 0], flat.loss, flat.start))
+    return choice if problem.feasible(choice) else None
+
+
 def ask_one(problem: Problem, solver: str) -> None:
     reason = one_resource(problem, solver)
     if reason:
@@ -269,30 +282,32 @@ class Lagrangian:
         return one_resource(problem, self.name)
 
     def __call__(self, problem: Problem, *, time_limit: float | None = None, seed: int = 0) -> Solution:
-        """Solve in a few passes over the options; deterministic, so `seed` and `time_limit` are not used."""
+        """Solve in a few passes over the options; deterministic, so `seed` is not used."""
         ask_one(problem, self.name)
         flat = problem.flat
+        least = cheapest(problem)
         lower = Rows.of(flat, *whole(flat, up=False)[:2])
         at = dual(lower)
-        if at is None:
+        if at is None or least is None:
             return Solution.none(problem, Status.INFEASIBLE, self.name)
         price = np.array([math.ldexp(at.price, lower.exponent)])
         upper = Rows.of(flat, *whole(flat, up=True)[:2])
         found = dual(upper)
-        if found is None:
-            return Solution.none(problem, Status.UNKNOWN, self.name, lower.true(at.bound))
-        choice = flat.choice(improve(upper, found.within))
+        # Float costs rounded up may leave nothing; the cheapest choice is within the budget even so.
+        choice = least if found is None else flat.choice(improve(upper, found.within, Deadline(time_limit)))
         loss, bound = problem.total_loss(choice), lower.true(at.bound)
         status = Status.OPTIMAL if loss - bound <= ROUNDING * magnitude(problem, choice) else Status.FEASIBLE
         return Solution.of(problem, choice, bound, status, self.name, iterations=at.iterations, price=price)
 
 
-def improve(rows: Rows, chosen: IntArray, moves: int = 100) -> IntArray:
+def improve(rows: Rows, chosen: IntArray, deadline: Deadline, moves: int = 100) -> IntArray:
     """Rows (G,) within the limits, made better by single changes: each time the one that saves the most loss and still
     fits.
     """
     now = chosen.copy()
     for _ in range(moves):
+        if deadline.passed:
+            break
         left = rows.limit - rows.cost[now].sum(axis=0)
         saved = rows.loss[now][rows.group] - rows.loss
         fits = ((rows.cost - rows.cost[now][rows.group]) <= left).all(axis=1)

@@ -8,7 +8,7 @@ Lagrangian one, raised by partial choices (`several.Bundle`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,10 +52,7 @@ class MILP:
         if prices.infeasible:
             return self._infeasible(problem, "proven: the Lagrangian bound is above every loss", time_limit)
         state = Bundle(rows, prices)
-        for chosen in [state.base, *prices.met[::-1][:8]]:
-            fixed = state.repair(chosen)
-            if fixed is not None:
-                state.offer(improve(rows, fixed))
+        self._start(state, [state.base, *prices.met[::-1][:8]], deadline)
         state.expand(deadline, cap=300, total=self.states, most_groups=40)
         said = ""
         if self._open(rows, state) and not deadline.passed:
@@ -63,9 +60,9 @@ class MILP:
                 rows, state.reduce() if self.reduce else np.arange(len(rows.loss)), state, deadline, self.gap
             )
             if chosen is not None and not state.offer(chosen):
-                fixed = state.repair(chosen)
+                fixed = state.repair(chosen, deadline)
                 if fixed is not None:
-                    state.offer(improve(rows, fixed))
+                    state.offer(improve(rows, fixed, deadline))
         if self._open(rows, state) and not deadline.passed:
             aim = 0.5 * self.gap * abs(rows.true(state.upper)) if state.rows is not None else 0.0
             state.expand(deadline, self.states, self.states, len(rows.sizes), math.ldexp(aim, -rows.exponent))
@@ -85,6 +82,24 @@ class MILP:
         return Solution.of(
             problem, choice, bound, status, self.name, iterations=prices.iterations, message=left, price=price
         )
+
+    @staticmethod
+    def _start(state: Bundle, starts: list[IntArray], deadline: Deadline) -> None:
+        """Offer repaired and improved starts, made from the options that add least at the prices."""
+        rows, groups = state.problem, len(state.problem.sizes)
+        most = min(20 * groups, len(state.above)) - 1
+        near = np.flatnonzero(state.above <= np.partition(state.above, most)[most])
+        part, origin = rows.part(np.unique(np.concatenate([near, *starts])))
+        small = Bundle(part, replace(state.prices, met=state.prices.met[:0]))
+        for chosen in starts:
+            fixed = None if deadline.passed else small.repair(np.searchsorted(origin, chosen), deadline)
+            if fixed is not None:
+                state.offer(origin[fixed])
+                state.offer(origin[improve(part, fixed, deadline)])
+        if state.rows is None:
+            fixed = state.repair(state.base, deadline)
+            if fixed is not None:
+                state.offer(improve(rows, fixed, deadline))
 
     def _open(self, rows: Rows, state: Bundle) -> bool:
         """Whether the gap is not reached yet."""

@@ -53,13 +53,15 @@ class Move:
         left = self.limit - self.cost[rows].sum(axis=0)
         return left if left.dtype == np.int64 else left - 1e-12 * self.unit
 
-    def repair(self, rows: IntArray) -> IntArray | None:
+    def repair(self, rows: IntArray, deadline: Deadline) -> IntArray | None:
         """Rows within the limits: each time the change that adds the least loss per unit of excess taken away."""
         rows, group = rows.copy(), self.flat.group
         for _ in range(4 * len(rows)):
             left = self.left(rows) / self.unit
             if (left >= 0).all():
                 return rows if self.fits(rows) else None
+            if deadline.passed:
+                return None
             change = (self.cost - self.cost[rows][group]) / self.unit
             cured = np.maximum(-left, 0).sum() - np.maximum(change - left, 0).sum(axis=1)
             worse = self.flat.loss - self.flat.loss[rows][group]
@@ -114,13 +116,13 @@ def descend(problem: Problem, starts: list[IntArray], sweeps: int, deadline: Dea
     near = {(p.first, p.second) for p in problem.pairwise} | {(g, g + 1) for g in range(G - 1)}
     pairs = sorted(near if G > 30 else {(g, h) for g in range(G) for h in range(g + 1, G)})
     for start in starts:
-        rows = move.repair(start)
+        rows = move.repair(start, deadline)
         if rows is None:
             continue
         for _ in range(sweeps):
             if deadline.passed:
                 break
-            moved = sum(move.single(rows, g) for g in range(G))
+            moved = sum(move.single(rows, g) for g in range(G) if not deadline.passed)
             if not moved:
                 moved = sum(move.double(rows, g, h) for g, h in pairs if not deadline.passed)
             if not moved:

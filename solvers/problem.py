@@ -76,8 +76,8 @@ class Problem:
     {group index: option index}. Raises ProblemError, saying what was got and what is needed.
     """
 
-    loss: Sequence[Array]
-    cost: Sequence[Array]
+    loss: Sequence[Any]
+    cost: Sequence[Any]
     budget: Any
     resources: Sequence[str] = ("bytes",)
     names: Sequence[str] | None = None
@@ -192,10 +192,10 @@ class Problem:
         return not self.violated(choice)
 
     def smallest(self) -> Array:
-        """The least each resource can be, (R,), whatever the others are."""
+        """The least each budget can be, (R,), whatever the others are."""
         flat = self.flat
         least = np.minimum.reduceat(flat.cost[:, : len(self.resources)], flat.start[:-1], axis=0)
-        return least.sum(axis=0) if self.integer else np.array([math.fsum(c) for c in least.T])
+        return least.sum(axis=0) if self.integer else np.array([_sum_up(c.tolist()) for c in least.T])
 
     def with_budget(self, budget: Any) -> Problem:
         """The same problem under another budget; arrays are shared."""
@@ -284,6 +284,12 @@ def _excess(column: list[Any], limit: Any) -> Any:
     if isinstance(column[0], int):
         return sum(column) - int(limit)
     return -limit if math.isinf(limit) else math.fsum([*column, -float(limit)])
+
+
+def _sum_up(column: list[float]) -> float:
+    """The smallest float that is at least Σ column."""
+    total = math.fsum(column)
+    return math.nextafter(total, math.inf) if math.fsum([*column, -total]) > 0 else total
 
 
 def _add(column: list[Any]) -> Any:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from solvers.lagrangian import EPS
+from solvers.hulls import hulls
+from solvers.lagrangian import EPS, Rows
 from solvers.milp import finite
 from solvers.pairwise import Move, descend
 from solvers.problem import Deadline, FloatArray, IntArray, Problem, ProblemError
+from solvers.several import dual_prices
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
 
@@ -41,15 +43,17 @@ def relax(problem: Problem, time_limit: float | None = None) -> Relaxed | None:
 
     flat = problem.flat
     cost, limit = finite(flat.cost, flat.limit)
-    N, G = len(flat.loss), problem.groups
+    G = problem.groups
+    kept, known = _columns(problem, time_limit)
+    N = len(kept)
     # In units of the largest loss and of the limits: solvers have absolute tolerances.
     span = max(float(np.abs(flat.loss).max()), *(float(np.abs(p.loss).max()) for p in problem.pairwise), 1e-300)
     unit = np.maximum(np.abs(limit.astype(np.float64)), np.maximum(np.abs(cost).max(axis=0), 1e-300))
     x = cp.Variable(N, nonneg=True)
-    pick = csr_matrix((np.ones(N), (flat.group, np.arange(N))), shape=(G, N))
+    pick = csr_matrix((np.ones(N), (flat.group[kept], np.arange(N))), shape=(G, N))
     one = pick @ x == 1
-    within = csr_matrix((cost / unit).T) @ x <= limit / unit
-    objective = (flat.loss / span) @ x
+    within = csr_matrix((cost[kept] / unit).T) @ x <= limit / unit
+    objective = (flat.loss[kept] / span) @ x
     links = []
     for first, second, table in _tables(problem):
         y = cp.Variable(table.shape, nonneg=True)
@@ -65,12 +69,35 @@ def relax(problem: Problem, time_limit: float | None = None) -> Relaxed | None:
         return None
     price = np.maximum(np.asarray(within.dual_value, dtype=np.float64), 0.0) * span / unit
     duals = [(span * np.asarray(a.dual_value), span * np.asarray(b.dual_value)) for a, b in links]
-    bound = max(_bound(problem, price, duals), _bound(problem, price, [(-a, -b) for a, b in duals]))
+    bound = max(known, _bound(problem, price, duals), _bound(problem, price, [(-a, -b) for a, b in duals]))
     full = np.zeros(len(flat.limit))
     held = flat.limit < (2.0**61 if flat.limit.dtype == np.int64 else np.inf)
     full[held if held.any() else slice(0, 1)] = price
     value = np.asarray(one.dual_value, dtype=np.float64) * span
-    return Relaxed(np.asarray(x.value), full, -value, bound, str(model.status))
+    share = np.zeros(len(flat.loss))
+    share[kept] = x.value
+    return Relaxed(share, full, -value, bound, str(model.status))
+
+
+def _columns(problem: Problem, time_limit: float | None) -> tuple[IntArray, float]:
+    """The options worth a variable, and a bound known without solving.
+
+    With one resource only options on the lower hulls can be in the solution. With several, those that add least at the
+    best prices are taken; the bound is computed over all options, so leaving some out can only make it less tight.
+    """
+    flat = problem.flat
+    cost, limit = finite(flat.cost, flat.limit)
+    if problem.pairwise:
+        return np.arange(len(flat.loss)), -math.inf
+    if cost.shape[1] == 1:
+        return np.sort(hulls(flat.loss, cost[:, 0], flat.start).rows), -math.inf
+    rows = Rows.of(flat, cost, limit)
+    prices = dual_prices(rows, Deadline(time_limit))
+    values = rows.loss + rows.cost @ prices.price
+    above = values - np.minimum.reduceat(values, rows.start[:-1])[rows.group]
+    most = min(20 * problem.groups, len(above)) - 1
+    near = np.flatnonzero(above <= np.partition(above, most)[most])
+    return np.unique(np.concatenate([near, *prices.met])), rows.true(prices.bound)
 
 
 def _tables(problem: Problem) -> list[tuple[slice, slice, FloatArray]]:
@@ -124,7 +151,7 @@ class Relaxation:
         deadline = Deadline(time_limit)
         if (problem.smallest() > problem.budget).any():
             return Solution.none(problem, Status.INFEASIBLE, self.name)
-        relaxed = relax(problem, None if time_limit is None else deadline.left)
+        relaxed = relax(problem, None if time_limit is None else 0.5 * deadline.left)
         # Every group's smallest loss and every pair's smallest term are a bound of their own, free of cancellation.
         least = [float(a.min()) for a in np.split(problem.flat.loss, problem.flat.start[1:-1])]
         bound = math.fsum(least + [float(p.loss.min()) for p in problem.pairwise])

@@ -97,7 +97,7 @@ class Bundle:
     """
 
     def __init__(self, problem: Rows, prices: Prices) -> None:
-        self.problem, self.price = problem, prices.price
+        self.problem, self.prices, self.price = problem, prices, prices.price
         self.dual = self.bound = prices.bound
         self.noise = prices.noise
         values = problem.loss + problem.cost @ prices.price
@@ -123,7 +123,7 @@ class Bundle:
         self.live = self.live[self.above[self.live] < self.upper - self.dual - self.noise]
         return self.live
 
-    def repair(self, chosen: IntArray, moves: int = 300) -> IntArray | None:
+    def repair(self, chosen: IntArray, deadline: Deadline, moves: int = 300) -> IntArray | None:
         """Rows within the limits, from any rows: each time the change that costs least per excess taken away."""
         rows, now = self.problem, chosen.copy()
         unit = np.maximum(np.abs(rows.limit.astype(np.float64)), 1e-300)
@@ -131,6 +131,8 @@ class Bundle:
             left = (rows.limit - rows.cost[now].sum(axis=0)) / unit
             if (left >= 0).all():
                 return now
+            if deadline.passed:
+                return None
             over = np.maximum(-left, 0.0)
             change = (rows.cost - rows.cost[now][rows.group]) / unit
             cured = over.sum() - np.maximum(change - left, 0.0).sum(axis=1)

@@ -14,7 +14,7 @@ import numpy as np
 from solvers.fields import SCHEMA
 from solvers.problem import Array, FloatArray, IntArray, Problem
 
-# "Optimal" means: no choice is better by more than float64 can tell apart when it adds losses, relative to Σ |loss|.
+# "Optimal" means: no choice is better by more than the rounding of float64 sums, relative to `magnitude`.
 ROUNDING = 1e-12
 
 
@@ -177,9 +177,10 @@ class Solution:
 
 
 def magnitude(problem: Problem, choice: Array) -> float:
-    """Σ |loss| of a choice: what the rounding of its sum is measured against."""
-    terms = math.fsum(abs(float(a[j])) for a, j in zip(problem.loss, choice, strict=True))
-    return terms + math.fsum(abs(float(p.loss[choice[p.first], choice[p.second]])) for p in problem.pairwise)
+    """Σ |loss| of a choice and of every group's smallest: what the rounding of sums is measured against."""
+    terms = [abs(float(a[j])) for a, j in zip(problem.loss, choice, strict=True)]
+    terms += [abs(float(a.min())) for a in problem.loss]
+    return math.fsum(terms + [abs(float(p.loss[choice[p.first], choice[p.second]])) for p in problem.pairwise])
 
 
 def advice(problem: Problem, smallest: Array) -> str:
