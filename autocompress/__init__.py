@@ -34,6 +34,7 @@ _HOME = {
     "profile": "profiling",
     "save": "saving",
     "unpack": "saving",
+    "verify": "verifying",
 }
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "profile",
     "save",
     "unpack",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from autocompress.storage import FormatError
     from autocompress.strategies import plan
     from autocompress.types import Budget, Option, Plan
+    from autocompress.verifying import verify
 
 
 def __getattr__(name: str) -> Any:

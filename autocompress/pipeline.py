@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from autocompress.applying import apply
-from autocompress.batches import Batch, materialise
-from autocompress.calibration import calibrate
-from autocompress.errors import TaskError
-from autocompress.files import atomic_path
+from autocompress.batches import Batch, batch_samples, feed, materialise
+from autocompress.calibration import Statistics, calibrate
+from autocompress.compressors import default_options
+from autocompress.doctor import environment, writable
+from autocompress.errors import InfeasibleError, TaskError
+from autocompress.layers import find_layers
 from autocompress.measuring import Context
-from autocompress.planning import budget_bytes
+from autocompress.planning import allocate, energy_losses, extremes, least_bytes, limit_bytes
 from autocompress.profiling import Profile, profile
+from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
 from autocompress.types import Budget, Option, Plan
 
-__all__ = ["EFFORTS", "Result", "compress", "write_result"]
+__all__ = [
+    "EFFORTS",
+    "RESULTS",
+    "Result",
+    "check_request",
+    "compress",
+    "forecast",
+    "profiled",
+    "strategy_for",
+    "write_results",
+]
 
 EFFORTS = ("fast", "normal", "max")
+RESULTS = ("report.html", "metrics.json", "plan.json", "model.acz")
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,114 +76,236 @@ def compress(
     options: list[Option | str] | None = None,
     workers: int | None = None,
     loss: Callable[[nn.Module, Batch], Any] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
+    task: str | None = None,
 ) -> Result:
     """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
     `out`.
 
-    evaluate (higher is better) only reports: it is called on the dense model and on the one read back from the file,
-    never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a portfolio.
-    store: where the profile is kept (default: out/profile), so that the next budget finds it. progress: called with
-    (stage, done, total). Raises the errors of the stages; whatever was in `out` stays until the new results are
-    complete.
+    evaluate (higher is better) only reports: it is called on a copy of the dense model and on the model read back from
+    the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
+    portfolio. store: where the profile is kept (default: out/profile), so that the next budget finds it. progress:
+    called with (stage, done, total). task: what the report calls the model. Raises the errors of the stages; whatever
+    was in `out` stays until the new results are complete.
     """
     began = time.perf_counter()
-    say = progress or (lambda stage, done, total: None)
+    wanted = check_request(budget, strategy, effort)
+    say = _Clock(progress)
+    folder = Path(out)
+    with _result_folder(folder):
+        data = materialise(batches)
+        baseline = metric = None
+        if evaluate is not None:
+            # First, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
+            with say.stage("evaluate the dense model"):
+                baseline = _score(evaluate, copy.deepcopy(model))
+        found = profiled(model, data, seed, store or folder / "profile", options, workers, say, wanted)
+        with say.stage("plan"):
+            context = Context(model, data, loss=loss, seed=seed)
+            chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
+        with say.stage("apply"):
+            small = apply(model, chosen, found, data, seed=seed)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".result-") as scratch:
+            with say.stage("save and verify"):
+                info = save(small, chosen, Path(scratch) / "model.acz")
+                restored = load(info.path, copy.deepcopy(model))
+            if evaluate is not None:
+                with say.stage("evaluate the file"):
+                    metric = _score(evaluate, restored)
+            metrics = {
+                "bytes": info.bytes,
+                "budget_bytes": info.budget_bytes,
+                "original_bytes": found.template.dense_bytes,
+                "ratio": found.template.dense_bytes / info.bytes,
+                "metric": metric,
+                "baseline_metric": baseline,
+                "predicted_loss": chosen.predicted_loss,
+                "bound": _json_number(chosen.bound),
+                "gap": _json_number(chosen.gap),
+                "strategy": chosen.strategy,
+                "measured": {name: _json_number(value) for name, value in chosen.measured.items()},
+                "seed": seed,
+                "asked": {
+                    "task": task,
+                    "budget": str(wanted),
+                    "strategy": strategy if isinstance(strategy, str) else type(strategy).__name__,
+                    "effort": effort,
+                },
+                "seconds": time.perf_counter() - began,
+                "stage_seconds": say.seconds,
+                "environment": environment(),
+            }
+            final = SaveInfo(folder / "model.acz", info.bytes, info.budget_bytes)
+            result = Result(small, chosen, found, final, metrics, folder)
+            write_results(result, Path(scratch))
+    return result
+
+
+def check_request(budget: Budget | str | int, strategy: str | Strategy = "auto", effort: str = "normal") -> Budget:
+    """The budget, once it, the strategy's name and the effort are ones. Raises BudgetError, StrategyError."""
     wanted = Budget.of(budget)
     if effort not in EFFORTS:
         raise StrategyError(f"effort is {effort!r}; it is one of {', '.join(EFFORTS)}")
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise StrategyError(f"there is no strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-    folder = Path(out)
-    check_writable(folder)
-    data = materialise(batches)
-    say("calibrate", 0, 1)
-    stats = calibrate(model, data, seed=seed)
-    say("calibrate", 1, 1)
-    found = profile(
-        model,
-        stats,
-        store=store or folder / "profile",
-        options=options,
-        workers=workers,
-        progress=lambda d, n, _: say("profile", d, n),
-    )
-    limit = budget_bytes(wanted, found)
-    say("plan", 0, 1)
-    context = Context(model, data, loss=loss, seed=seed)
-    if effort == "fast" and strategy == "auto":
-        strategy = "exact"
-    chosen = plan(found, wanted, strategy, context).replace(seed=seed)
-    say("plan", 1, 1)
-    say("apply", 0, 1)
-    small = apply(model, chosen, found, data, seed=seed)
-    say("apply", 1, 1)
-    metric = baseline = None
-    if evaluate is not None:
-        say("evaluate", 0, 2)
-        baseline = _score(evaluate, model)
-        say("evaluate", 1, 2)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".result-") as scratch:
-        info = save(small, chosen, Path(scratch) / "model.acz")
-        restored = load(info.path, copy.deepcopy(model))
-        if evaluate is not None:
-            metric = _score(evaluate, restored)
-            say("evaluate", 2, 2)
-        metrics = {
-            "bytes": info.bytes,
-            "budget_bytes": limit,
-            "original_bytes": found.template.dense_bytes,
-            "ratio": found.template.dense_bytes / info.bytes,
-            "metric": metric,
-            "baseline_metric": baseline,
-            "predicted_loss": chosen.predicted_loss,
-            "bound": _json_number(chosen.bound),
-            "gap": _json_number(chosen.gap),
-            "strategy": chosen.strategy,
-            "measured": dict(chosen.measured),
-            "seed": seed,
-            "seconds": time.perf_counter() - began,
-        }
-        result = Result(small, chosen, found, SaveInfo(folder / "model.acz", info.bytes, limit), metrics, folder)
-        write_result(result, Path(scratch))
-    return result
+    return wanted
 
 
-def write_result(result: Result, scratch: Path) -> None:
-    """Put a finished result in its place: the page and the JSON first, the file last."""
+def strategy_for(strategy: str | Strategy, effort: str) -> str | Strategy:
+    """The strategy at an effort: `auto` with "fast" is one exact solve."""
+    return "exact" if strategy == "auto" and effort == "fast" else strategy
+
+
+def profiled(
+    model: nn.Module,
+    data: list[Batch],
+    seed: int = 0,
+    store: str | Path | None = None,
+    options: list[Option | str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    budget: Budget | None = None,
+) -> Profile:
+    """Calibrate and profile; a budget that no file of this model can meet is refused before the profile is made.
+
+    Raises InfeasibleError, with the smallest size that some file has, and the errors of `calibrate` and `profile`.
+    """
+    say = progress if isinstance(progress, _Clock) else _Clock(progress)
+    layers = find_layers(model)
+    template = make_template(model, layers)
+    limit = None if budget is None else limit_bytes(budget, template)
+    with say.stage("calibrate"):
+        stats = calibrate(model, data, seed=seed)
+    if limit is not None and limit < least_bytes(template):
+        _refuse(model, stats, options, workers, limit)
+    with say.stage("profile", len(layers)) as advance:
+        return profile(
+            model, stats, store=store, options=options, workers=workers, progress=lambda done, *_: advance(done)
+        )
+
+
+def forecast(
+    model: nn.Module, data: list[Batch], budget: Budget | None, out: str | Path | None, store: str | Path | None
+) -> dict[str, Any]:
+    """What a run would do, for `--dry-run`: everything that is quick is checked, nothing is written.
+
+    Raises InfeasibleError where the budget is below what no choice changes, OutputError, and what `find_layers` raises.
+    """
+    layers = find_layers(model)
+    template = make_template(model, layers)
+    with torch.no_grad():
+        feed(model, data[0])
+    found: dict[str, Any] = {
+        "layers": len(layers),
+        "weights": sum(layer.size for layer in layers),
+        "left_alone": layers.skipped,
+        "options_per_layer": len(default_options()) + 1,
+        "calibration_samples": sum(batch_samples(b) for b in data),
+        "original_bytes": template.dense_bytes,
+    }
+    least = least_bytes(template)
+    if budget is not None:
+        limit = limit_bytes(budget, template)
+        if limit < least:
+            raise InfeasibleError(
+                f"no allocation fits in {limit:,} bytes: what no choice changes has {least:,} bytes by itself", least
+            )
+        found |= {"budget_bytes": limit}
+    found |= {"no_file_below_bytes": least}
+    for name, folder in (("results", out), ("profile", store or (Path(out) / "profile" if out else None))):
+        if folder is not None:
+            good, text = writable(Path(folder), name)
+            if not good:
+                raise OutputError(text)
+            found[name] = str(folder)
+    return found
+
+
+def _refuse(
+    model: nn.Module, stats: Statistics, options: list[Option | str] | None, workers: int | None, limit: int
+) -> None:
+    """Raise InfeasibleError for a budget below what norms and biases alone need, with the smallest size that is not."""
+    wanted = default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
+    small = profile(model, stats, options=extremes(wanted), workers=workers)
+    allocate(small, limit, energy_losses(small))
+
+
+def write_results(result: Result, scratch: Path) -> None:
+    """Put a finished result in its place: everything is written beside it first, and then renamed, the file last.
+
+    scratch: a folder in `result.out` that holds model.acz. Raises OutputError, with the results that were there as they
+    were.
+    """
     from autocompress.reporting import render_report
 
-    folder = result.out
     try:
-        with atomic_path(folder / "report.html") as path:
-            path.write_text(
-                render_report(result.plan, result.profile, result.metrics, scratch / "model.acz"), encoding="utf-8"
-            )
-        with atomic_path(folder / "plan.json") as path:
-            path.write_text(result.plan.to_json())
-        with atomic_path(folder / "metrics.json") as path:
-            path.write_text(json.dumps(result.metrics, indent=2) + "\n")
-        (scratch / "model.acz").replace(folder / "model.acz")
+        page = render_report(result.plan, result.profile, result.metrics, scratch / "model.acz")
+        texts = {
+            "report.html": page,
+            "metrics.json": json.dumps(result.metrics, indent=2, allow_nan=False) + "\n",
+            "plan.json": result.plan.to_json(),
+        }
+        for name, text in texts.items():
+            with (scratch / name).open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in RESULTS:
+            (scratch / name).replace(result.out / name)
     except OSError as error:
-        raise OutputError(f"cannot write in {folder}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write in {result.out}: {error.strerror or error}") from error
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder and prove that a file can be made in it, before hours of work. Raises OutputError."""
+@contextlib.contextmanager
+def _result_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and prove that a file can be made in it, before hours of work; leave no empty one behind.
+
+    Raises OutputError.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OutputError(f"cannot write in the output folder {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: a profile that the next run takes up
+            for path in made:
+                path.rmdir()
+        raise
+
+
+class _Clock:
+    """Tells a progress callback about stages, and keeps how long each took."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress or (lambda stage, done, total: None)
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.progress(stage, done, total)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
+        began = time.perf_counter()
+        self(name, 0, total)
+        yield lambda done: self(name, done, total)
+        self(name, total, total)
+        self.seconds[name] = time.perf_counter() - began
 
 
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
     value = evaluate(model)
     try:
-        return float(value)
+        score = float(value)
     except (TypeError, ValueError):
         raise TaskError(f"evaluate returned {type(value).__name__}; needed a number, higher is better") from None
+    if not math.isfinite(score):
+        raise TaskError(f"evaluate returned {score}; needed a finite number, higher is better")
+    return score
 
 
 def _json_number(value: float) -> float | None:

@@ -13,15 +13,33 @@ import numpy as np
 from autocompress.compressors import Measured
 from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
+from autocompress.records import Template
+from autocompress.storage.bits import least_bytes as least_payload
 from autocompress.types import Budget, Option, Plan
 from solvers import Problem, Solution, solve
 
-__all__ = ["Allocation", "allocate", "budget_bytes", "energy_losses", "make_plan", "single_options"]
+__all__ = [
+    "Allocation",
+    "allocate",
+    "budget_bytes",
+    "energy_losses",
+    "extremes",
+    "infeasible",
+    "least_bytes",
+    "limit_bytes",
+    "make_plan",
+    "single_options",
+    "size_range",
+]
 
 
 def budget_bytes(budget: Budget, profile: Profile) -> int:
     """The limit on the file in bytes. Raises BudgetError for limits that are not on the file's size."""
-    template = profile.template
+    return limit_bytes(budget, profile.template)
+
+
+def limit_bytes(budget: Budget, template: Template) -> int:
+    """The same before there is a profile."""
     other = [n for n in ("macs", "bops", "latency_ms") if getattr(budget, n) is not None]
     limit = budget.bytes(template.dense_bytes, template.parameters)
     if other or limit is None:
@@ -29,6 +47,50 @@ def budget_bytes(budget: Budget, profile: Profile) -> int:
             f"budget {str(budget)!r} limits {', '.join(other)}; this version allocates the file's size only"
         )
     return limit
+
+
+def least_bytes(template: Template) -> int:
+    """A size that no file of this model can be below, known without a profile: what no choice changes, header left out,
+    and the shortest payload that a weight of that many values can have.
+    """
+    weights = set(template.keys.values())
+    return sum(least_payload(e.numel) if e.name in weights else e.bytes for e in template.entries)
+
+
+def size_range(profile: Profile) -> tuple[int, int]:
+    """Lengths of the smallest and of the largest file that the profile's options make."""
+    ends = [
+        {name: end(layer.rows, key=lambda row: row.bytes) for name, layer in profile.layers.items()}
+        for end in (min, max)
+    ]
+    return profile.template.file_bytes(ends[0]), profile.template.file_bytes(ends[1])
+
+
+def extremes(options: Sequence[Option]) -> list[Option]:
+    """The options that no other one is as sparse and as coarse as: the smallest file is made of these."""
+
+    def at_least(a: Option, b: Option) -> bool:
+        """Whether a removes and coarsens at least as much as b, in options of one kind."""
+        coarse = (a.step or 0.0, a.lam or 0.0, -(a.bits or 32)), (b.step or 0.0, b.lam or 0.0, -(b.bits or 32))
+        return a.sparsity >= b.sparsity and all(x >= y for x, y in zip(*coarse, strict=True))
+
+    given = list(dict.fromkeys(options))
+    return [o for o in given if not any(at_least(other, o) and not at_least(o, other) for other in given)]
+
+
+def infeasible(profile: Profile, budget: int, smallest: int, what: str = "no allocation") -> InfeasibleError:
+    """The refusal of a budget, with the smallest size that is not refused, as a ratio too (rounded down, so that it
+    works), and what keeps the file large where something does.
+    """
+    ratio = profile.template.dense_bytes * 10 // smallest / 10
+    unreached = [layer for layer in profile.layers.values() if not layer.reached]
+    note = ""
+    if unreached:
+        size = sum(4 * layer.layer.size for layer in unreached)
+        note = f"; {len(unreached)} layers that calibration never reached stay dense ({size:,} bytes)"
+    return InfeasibleError(
+        f"{what} fits in {budget:,} bytes: the smallest file has {smallest:,} bytes ({ratio:.1f}x){note}", smallest
+    )
 
 
 @dataclass(frozen=True)
@@ -99,11 +161,7 @@ def allocate(
     smallest = {n: min(r, key=lambda row: row.bytes) for n, r in zip(names, rows, strict=True)}
     smallest_file = profile.template.file_bytes(smallest)
     if smallest_file > budget:
-        raise InfeasibleError(
-            f"no allocation fits in {budget:,} bytes: the smallest file that this profile can make has "
-            f"{smallest_file:,} bytes",
-            smallest_file,
-        )
+        raise infeasible(profile, budget, smallest_file)
     fixed = smallest_file - sum(row.bytes for row in smallest.values())
     best: Allocation | None = None
     # The header's length depends a little on the choice (names of options, lengths), so the room for payloads is closed

@@ -21,7 +21,7 @@ from autocompress.records import foldable_norms
 from autocompress.storage import Archive, FormatError, file_size, read, write
 from autocompress.types import Plan
 
-__all__ = ["OutputError", "SaveInfo", "load", "save", "state_dict_of", "unpack"]
+__all__ = ["OutputError", "SaveInfo", "load", "save", "state_dict_of", "unpack", "write_text"]
 
 
 class OutputError(AutocompressError):
@@ -145,12 +145,21 @@ def unpack(path: str | Path, out: str | Path) -> int:
 
     tensors: Any = load(path)
     data = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+    _write(out, data)
+    return len(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Put a text in its place, whole or not at all. Raises OutputError."""
+    _write(path, text.encode())
+
+
+def _write(path: str | Path, data: bytes) -> None:
     try:
-        with atomic_path(out) as scratch:
+        with atomic_path(path) as scratch:
             scratch.write_bytes(data)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
-    return len(data)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 __all__ += ["FormatError"]

@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "types",
     "files",
+    "doctor",
     "tasks",
     "digits",
     "batches",
@@ -35,6 +36,7 @@ ORDER = [
     "measuring",
     "strategies",
     "saving",
+    "verifying",
     "exporting",
     "training",
     "reporting",
@@ -79,7 +81,7 @@ def test_a_module_imports_only_what_stands_above_it(path: Path) -> None:
 
 def test_every_module_of_the_design_is_in_its_place() -> None:
     text = (ROOT / "DESIGN.md").read_text()
-    block = text[text.index("    errors  ") : text.index("## Rules that hold everywhere")]
+    block = text[text.index("    threads  ") : text.index("## Rules that hold everywhere")]
     assert [line.split()[0] for line in block.splitlines() if line.strip()] == ORDER
 
 

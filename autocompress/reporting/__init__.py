@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from autocompress.reporting.page import render_report
+from autocompress.reporting.rows import FilePart, LayerRow, file_parts, layer_rows
 
-__all__ = ["render_report"]
+__all__ = ["FilePart", "LayerRow", "file_parts", "layer_rows", "render_report"]

@@ -6,9 +6,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.errors import MismatchError
 from autocompress.measuring import Context
-from autocompress.planning import Allocation, allocate, budget_bytes, energy_losses, make_plan, single_options
+from autocompress.planning import (
+    Allocation,
+    allocate,
+    budget_bytes,
+    energy_losses,
+    infeasible,
+    make_plan,
+    single_options,
+)
 from autocompress.profiling import Profile
 from autocompress.types import Budget, Plan
 
@@ -38,11 +46,12 @@ class SingleOption:
         limit = budget_bytes(budget, profile)
         plans = single_options(profile, limit)
         if not plans:
-            smallest = min(profile.template.file_bytes(p) for p in single_options(profile, 1 << 62, undominated=False))
-            raise InfeasibleError(
-                f"no single option for all layers fits in {limit:,} bytes; the smallest makes {smallest:,} bytes",
-                smallest,
+            sizes = [profile.template.file_bytes(p) for p in single_options(profile, 1 << 62, undominated=False)]
+            # Where calibration reached no layer there is nothing to choose, and one allocation: everything dense.
+            smallest = min(sizes, default=None) or profile.template.file_bytes(
+                {name: layer.rows[0] for name, layer in profile.layers.items()}
             )
+            raise infeasible(profile, limit, smallest, "no single option for all layers")
         rows = plans[0]
         losses = energy_losses(profile)
         loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))

@@ -1,0 +1,374 @@
+"""The command line: thin, over the verbs. Results on stdout, progress and errors on stderr.
+
+Exit codes: 0 done; 2 the request, the task, the data or a file is wrong; 3 the budget is infeasible; 1 anything else;
+130 interrupted. Every error is one line; `--debug`, anywhere on the line, shows the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from autocompress.profiling import Profile
+    from autocompress.types import Plan
+
+__all__ = ["app", "main"]
+
+DEBUG = "--debug"
+
+
+def main() -> None:
+    """The console entry point."""
+    if DEBUG in sys.argv:  # wherever it stands
+        sys.argv[1:] = [DEBUG, *(a for a in sys.argv[1:] if a != DEBUG)]
+    app()
+
+
+class _Command(TyperCommand):
+    """A command whose errors are one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted; a profile that was begun is taken up again by the same command", 130)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:  # the boundary: whatever it is, a line and a code
+            if ctx.find_root().params.get("debug"):
+                import traceback
+
+                traceback.print_exception(error)
+            fail(*explained(error))
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """The one line and the exit code of an error."""
+    from autocompress.errors import AutocompressError
+    from autocompress.storage.errors import FormatError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, AutocompressError):
+        return text, error.exit_code
+    if isinstance(error, FormatError):
+        return text, 2
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror or text}", 2
+    return f"{type(error).__name__}: {text or 'no message'} (unexpected; {DEBUG} shows where)", 1
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say why on stderr, in one line, and end with a code."""
+    print(f"autocompress: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="autocompress",
+    help="Compress a trained network into a file that is within a budget, and prove how good the allocation is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+command = app.command
+
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="A Python file or module with model() and calibration(), or `digits`.")
+]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `autocompress compress` wrote.")]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.acz.")]
+BudgetOption = Annotated[str, typer.Option(help="Bytes (64000), a size (64kB, 64KiB), a ratio (12x), or 3.2bpw.")]
+StrategyOption = Annotated[str, typer.Option(help="uniform, greedy, lagrangian, dp, exact, kl or auto.")]
+EffortOption = Annotated[str, typer.Option(help="fast (one exact solve), normal or max.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Picks the calibration sample and what of it is held out.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; the result does not depend on it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from autocompress import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        fail("no command; `autocompress --help` lists them", 2)
+
+
+@command(cls=_Command)
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path("runs/demo"),
+    budget: BudgetOption = "10x",
+    seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The embedded default, end to end: a network that reads handwritten digits, at a tenth of its size."""
+    from autocompress.demo import run_demo
+
+    with _progress() as progress:
+        result = run_demo(out, budget, seed, workers, progress)
+    _show_result(result, as_json, "on 400 digits that nothing else ever saw", table=True)
+
+
+@command(cls=_Command)
+def compress(
+    task: TaskArgument,
+    budget: BudgetOption,
+    out: Annotated[Path, typer.Option(help="Where model.acz, plan.json, report.html, metrics.json go.")],
+    store: Annotated[Path | None, typer.Option(help="Where the profile is kept (default: OUT/profile).")] = None,
+    strategy: StrategyOption = "auto",
+    effort: EffortOption = "normal",
+    seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryOption = False,
+) -> None:
+    """Calibrate, profile, plan, apply, and write a file within the budget, with its account."""
+    from autocompress import pipeline
+    from autocompress.tasks import load_task
+
+    wanted = pipeline.check_request(budget, strategy, effort)
+    found = load_task(task)
+    model, data = found.build_model(), found.calibration_batches(seed)
+    if dry_run:
+        _show_facts(pipeline.forecast(model, data, wanted, out, store), as_json)
+        return
+    with _progress() as progress:
+        result = pipeline.compress(
+            model,
+            data,
+            wanted,
+            evaluate=found.evaluate,
+            strategy=strategy,
+            effort=effort,
+            seed=seed,
+            out=out,
+            store=store,
+            workers=workers,
+            loss=found.loss,
+            progress=progress,
+            task=task,
+        )
+    _show_result(result, as_json)
+
+
+@command(cls=_Command)
+def profile(
+    task: TaskArgument,
+    store: Annotated[Path, typer.Option(help="Where the profile is kept; a begun one is taken up again.")],
+    seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryOption = False,
+) -> None:
+    """Measure error and bytes of every option of every layer, once for all budgets and strategies."""
+    from autocompress import pipeline
+    from autocompress.planning import size_range
+    from autocompress.tasks import load_task
+
+    found = load_task(task)
+    model, data = found.build_model(), found.calibration_batches(seed)
+    if dry_run:
+        _show_facts(pipeline.forecast(model, data, None, None, store), as_json)
+        return
+    with _progress() as progress:
+        made = pipeline.profiled(model, data, seed, store, workers=workers, progress=progress)
+    low, high = size_range(made)
+    facts = {
+        "layers": len(made.layers),
+        "options": sum(len(layer.rows) for layer in made.layers.values()),
+        "smallest_bytes": low,
+        "dense_bytes": high,
+        "original_bytes": made.template.dense_bytes,
+        "left_alone": dict(made.skipped),
+        "not_reached": [name for name, layer in made.layers.items() if not layer.reached],
+        "fingerprint": made.fingerprint,
+        "store": str(store),
+    }
+    _show_facts(facts, as_json)
+
+
+@command(cls=_Command)
+def plan(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A profile store, or a folder that compress wrote.")],
+    budget: BudgetOption,
+    strategy: StrategyOption = "auto",
+    effort: EffortOption = "normal",
+    seed: SeedOption = 0,
+    task: TaskOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan there, as JSON.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose one option per layer from a profile. With --task the plan is measured on data the Hessians never saw."""
+    from autocompress import pipeline, strategies
+    from autocompress.profiling import load_profile
+
+    wanted = pipeline.check_request(budget, strategy, effort)
+    made = load_profile(folder / "profile" if (folder / "profile" / "profile.json").is_file() else folder)
+    context = None
+    if task is not None:
+        from autocompress.measuring import Context
+        from autocompress.tasks import load_task
+
+        found = load_task(task)
+        context = Context(found.build_model(), found.calibration_batches(seed), loss=found.loss, seed=seed)
+    with _progress() as progress:
+        progress("plan", 0, 1)
+        chosen = strategies.plan(made, wanted, pipeline.strategy_for(strategy, effort), context).replace(seed=seed)
+        progress("plan", 1, 1)
+    if out is not None:
+        from autocompress.saving import write_text
+
+        write_text(out, chosen.to_json())
+    if as_json:
+        print(chosen.to_json(), end="")
+    else:
+        _show_plan(chosen, made)
+        if out is not None:
+            _console().print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+@command(cls=_Command)
+def verify(folder: FolderArgument, task: TaskOption = None, as_json: JsonOption = False) -> None:
+    """Check a result: budget, checksums, options, figures. With --task: that it loads and scores the same."""
+    from autocompress.reporting.tables import facts_table
+    from autocompress.tasks import load_task
+    from autocompress.verifying import verify as verified
+
+    found = verified(folder, None if task is None else load_task(task))
+    if as_json:
+        _print_json({"good": found.good, "checks": [vars(c) for c in found.checks]})
+    else:
+        marks = {f"{'ok  ' if c.good else 'FAIL'} {c.name}": c.found for c in found.checks}
+        _console().print(facts_table(marks))
+    found.require()
+
+
+@command(cls=_Command)
+def unpack(file: FileArgument, out: Annotated[Path, typer.Option(help="The safetensors file to write.")]) -> None:
+    """Write a file's tensors dense, as safetensors that any tool reads."""
+    from autocompress.reporting.rows import amount
+    from autocompress.saving import unpack as unpacked
+
+    size = unpacked(file, out)
+    _console().print(f"{out}: {amount(size)}", highlight=False, soft_wrap=True)
+
+
+@command(cls=_Command)
+def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
+    """Show where every byte of a file goes."""
+    from autocompress.reporting.rows import file_parts
+    from autocompress.reporting.tables import file_table
+    from autocompress.storage import read
+
+    with read(file) as archive:
+        parts = file_parts(archive)
+    if as_json:
+        _print_json({"bytes": sum(part.bytes for part in parts), "parts": [part.to_json() for part in parts]})
+    else:
+        _console().print(file_table(parts))
+
+
+@command(cls=_Command)
+def report(
+    folder: FolderArgument,
+    store: Annotated[Path | None, typer.Option(help="The profile's store, where it is not DIR/profile.")] = None,
+) -> None:
+    """Make report.html again from plan.json, metrics.json, model.acz and the profile."""
+    from autocompress.profiling import load_profile
+    from autocompress.reporting import render_report
+    from autocompress.saving import write_text
+    from autocompress.verifying import read_metrics, read_plan
+
+    chosen, metrics = read_plan(folder), read_metrics(folder)
+    made = load_profile(store or folder / "profile")
+    write_text(folder / "report.html", render_report(chosen, made, metrics, folder / "model.acz"))
+    _console().print(f"{folder / 'report.html'} written", highlight=False, soft_wrap=True)
+
+
+@command(cls=_Command)
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine offers: versions, cores, caches, the data folder."""
+    from autocompress.doctor import diagnose
+    from autocompress.reporting.tables import facts_table
+
+    found = diagnose()
+    if as_json:
+        _print_json({name: {"good": good, "found": text} for name, (good, text) in found.items()})
+    else:
+        _console().print(
+            facts_table({f"{'ok  ' if good else 'FAIL'} {name}": text for name, (good, text) in found.items()})
+        )
+    if bad := [name for name, (good, _) in found.items() if not good]:
+        fail(f"{', '.join(bad)}: see above", 1)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Off a terminal nothing should be cut at 80 columns: a pipe has no width.
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+
+
+def _progress() -> Any:
+    from autocompress.reporting.progress import Stages
+
+    return Stages()
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _show_facts(facts: dict[str, Any], as_json: bool) -> None:
+    from autocompress.reporting.tables import fact_text, facts_table
+
+    if as_json:
+        _print_json(facts)
+    else:
+        _console().print(facts_table({k.replace("_", " "): fact_text(k, v) for k, v in facts.items()}))
+
+
+def _show_plan(chosen: Plan, made: Profile) -> None:
+    from autocompress.reporting.rows import layer_rows
+    from autocompress.reporting.tables import facts_table, plan_facts, plan_table
+
+    console = _console()
+    console.print(plan_table(layer_rows(chosen, made), chosen.fixed_bytes))
+    console.print(facts_table(plan_facts(chosen, made)))
+
+
+def _show_result(result: Any, as_json: bool, where: str = "", table: bool = False) -> None:
+    from autocompress.reporting.rows import layer_rows
+    from autocompress.reporting.tables import facts_table, plan_table, result_facts
+
+    if as_json:
+        _print_json(result.metrics)
+        return
+    console = _console()
+    if table:
+        console.print(plan_table(layer_rows(result.plan, result.profile), result.plan.fixed_bytes))
+    facts = result_facts(result.plan, result.metrics, where)
+    console.print(facts_table({**facts, "written": f"{result.out}/: model.acz, plan.json, metrics.json, report.html"}))
+
+
+if __name__ == "__main__":
+    main()

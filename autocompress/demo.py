@@ -1,0 +1,40 @@
+"""The embedded default, end to end: the digits task, compressed to a tenth of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from autocompress.pipeline import Result, check_request, compress
+from autocompress.tasks import load_task
+from autocompress.types import Budget
+
+__all__ = ["run_demo"]
+
+
+def run_demo(
+    out: str | Path = "runs/demo",
+    budget: Budget | str | int = "10x",
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Result:
+    """Train the digits network (once, then it is cached) and compress it into `out`."""
+    say = progress or (lambda stage, done, total: None)
+    wanted = check_request(budget)
+    task = load_task("digits")
+    say("train", 0, 1)
+    model = task.build_model()
+    say("train", 1, 1)
+    return compress(
+        model,
+        task.calibration_batches(seed),
+        wanted,
+        evaluate=task.evaluate,
+        seed=seed,
+        out=out,
+        workers=workers,
+        loss=task.loss,
+        progress=progress,
+        task="digits",
+    )
