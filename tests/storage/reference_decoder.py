@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
 
 Entropy-coded and fp16 entries, which is what `autocompress compress` writes; slow, and meant to be read.
@@ -50,7 +51,7 @@ def decode_codes(data, shape):
         return b
 
     far = [[0] * (channels * kernel) for _ in range(rows + 2)]  # two rows of zeros in front
-    channel, row_level = [0] * channels, 256
+    channel, row_level, channel_level = [0] * channels, 256, 0
     for r in range(2, rows + 2):
         row = far[r]
         for c in range(channels * kernel):
@@ -73,7 +74,7 @@ def decode_codes(data, shape):
             pull = level(min(abs(4 * (left + up) + 2 * right_up + back + over), 4095))
             place = min(k, 15), level(row_level >> 2 if flat else min(total, 4095))
             magnitude = 0
-            channel_level = level(channel[i] >> 2) if k == 0 else channel_level  # noqa: F821
+            channel_level = level(channel[i] >> 2) if k == 0 else channel_level
             if bit(0, (pull, min(ab + ao, 2)), place, level(2 * near), channel_level):
                 lf, u, rt, lt, bk = ((v > 0) - (v < 0) for v in (left, up, right_up, left_up, back))
                 drift = clamp(sum(row[c - k : c]), -4, 4)
