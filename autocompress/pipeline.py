@@ -94,12 +94,13 @@ def compress(
     folder = Path(out)
     with _result_folder(folder):
         data = materialise(batches)
+        stats = _calibrated(model, data, seed, wanted, options, workers, say)
         baseline = metric = None
         if evaluate is not None:
-            # First, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
+            # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        found = profiled(model, data, seed, store or folder / "profile", options, workers, say, wanted)
+        found = _profiled(model, stats, store or folder / "profile", options, workers, say)
         with say.stage("plan"):
             context = Context(model, data, loss=loss, seed=seed)
             chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
@@ -164,24 +165,10 @@ def profiled(
     options: list[Option | str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-    budget: Budget | None = None,
 ) -> Profile:
-    """Calibrate and profile; a budget that no file of this model can meet is refused before the profile is made.
-
-    Raises InfeasibleError, with the smallest size that some file has, and the errors of `calibrate` and `profile`.
-    """
-    say = progress if isinstance(progress, _Clock) else _Clock(progress)
-    layers = find_layers(model)
-    template = make_template(model, layers)
-    limit = None if budget is None else limit_bytes(budget, template)
-    with say.stage("calibrate"):
-        stats = calibrate(model, data, seed=seed)
-    if limit is not None and limit < least_bytes(template):
-        _refuse(model, stats, options, workers, limit)
-    with say.stage("profile", len(layers)) as advance:
-        return profile(
-            model, stats, store=store, options=options, workers=workers, progress=lambda done, *_: advance(done)
-        )
+    """Calibrate and profile. Raises the errors of both."""
+    say = _Clock(progress)
+    return _profiled(model, _calibrated(model, data, seed, None, options, workers, say), store, options, workers, say)
 
 
 def forecast(
@@ -221,13 +208,44 @@ def forecast(
     return found
 
 
-def _refuse(
-    model: nn.Module, stats: Statistics, options: list[Option | str] | None, workers: int | None, limit: int
-) -> None:
-    """Raise InfeasibleError for a budget below what norms and biases alone need, with the smallest size that is not."""
-    wanted = default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
-    small = profile(model, stats, options=extremes(wanted), workers=workers)
-    allocate(small, limit, energy_losses(small))
+def _calibrated(
+    model: nn.Module,
+    data: list[Batch],
+    seed: int,
+    budget: Budget | None,
+    options: list[Option | str] | None,
+    workers: int | None,
+    say: _Clock,
+) -> Statistics:
+    """Calibrate; refuse a budget below what norms and biases alone need, before the long work of a profile.
+
+    Raises InfeasibleError, with the smallest size that some file has.
+    """
+    template = make_template(model, find_layers(model))
+    limit = None if budget is None else limit_bytes(budget, template)
+    with say.stage("calibrate"):
+        stats = calibrate(model, data, seed=seed)
+    if limit is not None and limit < least_bytes(template):
+        given = (
+            default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
+        )
+        small = profile(model, stats, options=extremes(given), workers=workers)
+        allocate(small, limit, energy_losses(small))
+    return stats
+
+
+def _profiled(
+    model: nn.Module,
+    stats: Statistics,
+    store: str | Path | None,
+    options: list[Option | str] | None,
+    workers: int | None,
+    say: _Clock,
+) -> Profile:
+    with say.stage("profile", len(stats.layers) + len(stats.unreached)) as advance:
+        return profile(
+            model, stats, store=store, options=options, workers=workers, progress=lambda done, *_: advance(done)
+        )
 
 
 def write_results(result: Result, scratch: Path) -> None:

@@ -158,7 +158,11 @@ def allocate(
     """
     names = list(profile.layers)
     rows = [profile.layers[n].rows for n in names]
-    smallest = {n: min(r, key=lambda row: row.bytes) for n, r in zip(names, rows, strict=True)}
+    # Of equally short payloads the harshest option: the same name in many layers makes the shortest header.
+    harsh = set(extremes([row.option for r in rows for row in r]))
+    smallest = {
+        n: min(r, key=lambda row: (row.bytes, row.option not in harsh)) for n, r in zip(names, rows, strict=True)
+    }
     smallest_file = profile.template.file_bytes(smallest)
     if smallest_file > budget:
         raise infeasible(profile, budget, smallest_file)

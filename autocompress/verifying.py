@@ -78,7 +78,11 @@ def verify(folder: str | Path, task: Task | None = None) -> Verification:
 def read_plan(folder: Path) -> Plan:
     """plan.json of a folder, or the file itself. Raises MismatchError."""
     path = folder / "plan.json" if folder.is_dir() or not folder.exists() else folder
-    return Plan.from_json(_read_text(path))
+    text = _read_text(path)
+    try:
+        return Plan.from_json(text)
+    except MismatchError as error:
+        raise MismatchError(f"{path}: {error}") from error
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
