@@ -29,6 +29,7 @@ class MILP:
     gap: float = 1e-4
     states: int = 300_000
     reduce: bool = True
+    start: bool = True
     name: str = "milp"
 
     def why_not(self, problem: Problem) -> str:
@@ -52,8 +53,9 @@ class MILP:
         if prices.infeasible:
             return self._infeasible(problem, "proven: the Lagrangian bound is above every loss", time_limit)
         state = Bundle(rows, prices)
-        self._start(state, [state.base, *prices.met[::-1][:8]], deadline)
-        state.expand(deadline, cap=300, total=self.states, most_groups=40)
+        if self.start:
+            self._start(state, [state.base, *prices.met[::-1][:8]], deadline)
+            state.expand(deadline, cap=300, total=self.states, most_groups=40)
         said = ""
         if self._open(rows, state) and not deadline.passed:
             said, chosen = highs(

@@ -131,7 +131,8 @@ class Solution:
             if self.smallest_budget is None:
                 raise SolutionError("an infeasible problem needs its smallest budget")
             over = (self.smallest_budget > problem.budget).any()
-            if not over and problem.lower is None:
+            # With several limits it may be that no single budget, however large, would help.
+            if not over and problem.lower is None and len(problem.resources) == 1:
                 raise SolutionError(
                     f"status is 'infeasible', but the budget {problem.budget} covers {self.smallest_budget}"
                 )
