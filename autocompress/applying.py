@@ -20,7 +20,7 @@ from autocompress.correcting import correct_statistics
 from autocompress.errors import MismatchError
 from autocompress.layers import stored_tensors
 from autocompress.profiling import Profile
-from autocompress.records import fold_norms, records, stored_as_half
+from autocompress.records import fold_norms, records, round_half
 from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
@@ -71,6 +71,7 @@ def apply(
     entries = records(
         small,
         {profile.layers[n].layer.key: r.entry(profile.layers[n].layer.key, plan.layers[n]) for n, r in weights.items()},
+        profile.template.half,
     )
     setattr(small, _ATTRIBUTE, Encoded(tuple(entries), plan))
     return small
@@ -98,11 +99,9 @@ def with_weights(
             target.copy_(torch.from_numpy(np.ascontiguousarray(weight)).reshape(target.shape))
         fold_norms(small)
         if data is not None:
-            correct_statistics(
-                model, small, [owner for layer in profile.layers.values() for owner in layer.layer.owners], data
-            )
-        compressed = {layer.layer.key for layer in profile.layers.values()}
+            owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
+            correct_statistics(model, small, owners, data, profile.template.half)
         for key, tensor in stored_tensors(small).items():
-            if key not in compressed and stored_as_half(tensor):
-                tensor.copy_(tensor.half().to(tensor.dtype))
+            if key in profile.template.half:
+                tensor.copy_(round_half(tensor))
     return small

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ __all__ = [
     "batch_digest",
     "batch_samples",
     "describe_batch",
+    "evaluating",
     "feed",
     "first_tensor",
     "join_batches",
     "materialise",
+    "sample_digests",
     "split_batches",
 ]
 
@@ -101,11 +104,8 @@ def batch_digest(batch: Batch) -> str:
     def visit(item: Batch) -> None:
         if isinstance(item, torch.Tensor):
             digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
-            digest.update(
-                np.ascontiguousarray(item.detach().cpu().contiguous().view(torch.uint8).numpy()).tobytes()
-                if item.numel()
-                else b""
-            )
+            if item.numel():
+                digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(item, Mapping):
             for key in item:
                 digest.update(f"[{key}]".encode())
@@ -120,6 +120,29 @@ def batch_digest(batch: Batch) -> str:
 
     visit(batch)
     return digest.hexdigest()
+
+
+def sample_digests(batch: Batch) -> list[str]:
+    """One digest per sample, whichever batch it comes in, with labels or without: of its row of the first tensor."""
+    tensor = first_tensor(batch)
+    return [batch_digest(sample)[:16] for sample in (tensor if tensor.ndim else [tensor])]
+
+
+def _holds_samples(tensor: torch.Tensor, size: int) -> bool:
+    """Whether a tensor of a batch has one entry per sample; others (a mask, positions) belong to the whole batch."""
+    return bool(tensor.ndim) and tensor.shape[0] == size
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have the model in eval mode for a `with` block, and every module in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _positional_limits(model: nn.Module) -> tuple[int, float]:
@@ -148,7 +171,7 @@ def model_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], di
     n = len(batch)
     if n == 2 and most == 1:
         return (batch[0],), {}
-    if n == 2 and needed == 1 and most > 1:
+    if n == 2 and needed <= 1 and most > 1:
         raise CalibrationError(
             f"a batch is a pair, and {type(model).__name__}.forward takes one argument or more: is the second item "
             "an input or the labels? Yield the inputs alone, or a dict of arguments by name"
@@ -178,21 +201,21 @@ def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int 
     """(fit, held): a slice of the data that the Hessians never see, chosen by the seed; the same call gives the same
     split.
 
-    From five batches on, whole batches are held out; with fewer, the last samples of each. A single sample cannot be
-    split, and then nothing is held out.
+    From five batches on, or where every batch is a single sample, whole batches are held out; else the last samples of
+    each. At least one sample is left to fit on; a single one in all cannot be split, and then nothing is held out.
     """
     n = len(batches)
-    if n >= 5:
-        count = max(1, round(holdout * n))
+    if n >= 5 or (n >= 2 and all(batch_samples(b) == 1 for b in batches)):
+        count = min(max(1, round(holdout * n)), n - 1)
         held = set(np.random.default_rng(seed).permutation(n)[:count].tolist())
         return [b for i, b in enumerate(batches) if i not in held], [b for i, b in enumerate(batches) if i in held]
     fit, out = [], []
     for batch in batches:
         size = batch_samples(batch)
-        keep = size - max(1, round(holdout * size)) if size > 1 else size
-        fit.append(_map(batch, lambda t, keep=keep, size=size: t[:keep] if t.ndim and t.shape[0] == size else t))
+        keep = max(1, size - max(1, round(holdout * size)))
+        fit.append(_map(batch, lambda t, keep=keep, size=size: t[:keep] if _holds_samples(t, size) else t))
         if keep < size:
-            out.append(_map(batch, lambda t, keep=keep, size=size: t[keep:] if t.ndim and t.shape[0] == size else t))
+            out.append(_map(batch, lambda t, keep=keep, size=size: t[keep:] if _holds_samples(t, size) else t))
     return fit, out
 
 
@@ -209,10 +232,16 @@ def join_batches(batches: Sequence[Batch], samples: int) -> Batch:
         chosen.append(batch)
         total += batch_samples(batch)
 
+    sizes = [batch_samples(batch) for batch in chosen]
+
     def join(items: list[Batch]) -> Batch:
         head = items[0]
         if isinstance(head, torch.Tensor):
-            return torch.cat(items) if head.ndim else head
+            if all(_holds_samples(t, size) for t, size in zip(items, sizes, strict=True)):
+                return torch.cat(items)
+            if all(torch.equal(head, t) for t in items[1:]):
+                return head
+            raise ValueError("tensors that belong to a whole batch differ between batches")
         if isinstance(head, Mapping):
             return {key: join([item[key] for item in items]) for key in head}
         if isinstance(head, tuple | list):
@@ -224,4 +253,4 @@ def join_batches(batches: Sequence[Batch], samples: int) -> Batch:
     except (RuntimeError, KeyError, ValueError):
         joined = max(chosen, key=batch_samples)
     size = batch_samples(joined)
-    return _map(joined, lambda t: t[:samples] if t.ndim and t.shape[0] == size else t)
+    return _map(joined, lambda t: t[:samples] if _holds_samples(t, size) else t)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import weakref
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,16 @@ from scipy.linalg.blas import ssyrk
 from torch import nn
 from torch.nn import functional as F
 
-from autocompress.batches import Batch, batch_digest, batch_samples, feed, materialise, split_batches
+from autocompress.batches import (
+    Batch,
+    batch_digest,
+    batch_samples,
+    evaluating,
+    feed,
+    materialise,
+    sample_digests,
+    split_batches,
+)
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.files import atomic_path
 from autocompress.layers import Layer, find_layers, model_digest
@@ -50,7 +60,7 @@ class LayerStatistics:
 @dataclass(frozen=True)
 class Statistics:
     """Per-layer statistics of one model on one set of data; `fields` is everything that they depend on, `fingerprint`
-    its digest.
+    its digest, `seen` a digest of every sample that went into them.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -93,15 +103,15 @@ class Statistics:
             with np.load(path, allow_pickle=False) as data:
                 meta = json.loads(bytes(data["meta"]))
                 cache = {key: data[key] for key in data.files}
-        except (ValueError, KeyError, OSError, EOFError) as error:
+            layers = {
+                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead)
+                for name, (h, m, v, calls, dead) in meta["layers"].items()
+            }
+            return cls(
+                layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
+            )
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise MismatchError(f"{path} does not hold statistics: {error}") from error
-        layers = {
-            name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead)
-            for name, (h, m, v, calls, dead) in meta["layers"].items()
-        }
-        return cls(
-            layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
-        )
 
 
 def calibrate(
@@ -135,20 +145,16 @@ def calibrate(
         "calibration_version": str(CALIBRATION_VERSION),
     }
     collector = _Collector(model, list(layers))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), collector, single_threaded():
-            for batch in fit:
-                feed(model, batch)
-                collector.end_batch()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), collector, single_threaded():
+        for batch in fit:
+            feed(model, batch)
+            collector.end_batch()
     samples = sum(batch_samples(b) for b in fit)
     found = {name: acc.finish(samples, damping) for name, acc in collector.accumulators.items() if acc.calls}
     _share_equal(found)
     unreached = tuple(name for name, acc in collector.accumulators.items() if not acc.calls)
-    return Statistics(found, samples, damping, unreached, fields, tuple(batch_digest(b) for b in fit))
+    seen = tuple(digest for b in fit for digest in sample_digests(b))
+    return Statistics(found, samples, damping, unreached, fields, seen)
 
 
 def _share_equal(found: dict[str, LayerStatistics]) -> None:

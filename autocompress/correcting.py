@@ -4,74 +4,94 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from autocompress.batches import Batch, feed
+from autocompress.batches import Batch, evaluating, feed
 from autocompress.layers import CONVOLUTIONS, NORMS
+from autocompress.records import foldable_norms, round_half
 
 __all__ = ["correct_statistics"]
 
 
-def correct_statistics(dense: nn.Module, small: nn.Module, layers: Iterable[str], data: Batch) -> None:
+def correct_statistics(
+    dense: nn.Module, small: nn.Module, layers: Iterable[str], data: Batch, half: Collection[str] = ()
+) -> None:
     """Correct `small` in place, in forward order, on one batch that both models see.
 
-    Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and (μ_p,
-    σ_p) here, the scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a channel
-    with σ_p = 0 gets a = 0. Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a
-    bias: its mean output is matched. It is the identity where nothing is compressed; re-estimating batch statistics is
-    not, because the running ones come from augmented data. Modules that run more than once per forward pass are left
-    alone. Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
+    Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and
+    (μ_p, σ_p) here, the scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a
+    channel with σ_p = 0 gets a = 0, unless σ_d = 0 too: the batch says nothing of it then, and it keeps its scale.
+    Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a bias: its mean output is
+    matched. It is the identity where nothing is compressed; re-estimating batch statistics is not, because the running
+    ones come from augmented data. Modules that run more than once per forward pass, or share their parameters with
+    another module, are left alone. Tensors in `half` (by name) are rounded to binary16 as they will be stored.
+    Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
     """
-    wanted = {
-        name: dense.get_submodule(name)
-        for name in layers
-        if getattr(dense.get_submodule(name), "bias", None) is not None
-    }
+    users = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
+    wanted: dict[str, nn.Module] = {}
+    for name in layers:
+        module = dense.get_submodule(name)
+        bias = module._parameters.get("bias")
+        if bias is not None and users[id(bias)] == 1:
+            wanted[name] = module
+    own_norms = {name for name, _ in foldable_norms(dense)}
     for name, module in dense.named_modules():
-        if isinstance(module, (nn.LayerNorm, *NORMS)) and _affine(module):
+        if isinstance(module, NORMS):
+            if name in own_norms:
+                wanted[name] = module
+        elif isinstance(module, nn.LayerNorm) and _own_affine(module, users):
             wanted[name] = module
     targets = _dense_moments(dense, wanted, data)
+    names = {id(module): name for name, module in small.named_modules()}
+
+    def store(module: Any, field: str, values: torch.Tensor) -> None:
+        name = names[id(module)]
+        key = f"{name}.{field}" if name else field
+        getattr(module, field).copy_(round_half(values) if key in half else values)
+
     handles = []
-    with torch.no_grad():
-        for name, (mean, std, calls) in targets.items():
-            if calls != 1:
-                continue
-            target: Any = small.get_submodule(name)
-            if isinstance(target, NORMS):
-                original: Any = dense.get_submodule(name)
+    for name, (mean, std, calls) in targets.items():
+        if calls != 1:
+            continue
+        target: Any = small.get_submodule(name)
+        if isinstance(target, NORMS):
+            original: Any = dense.get_submodule(name)
 
-                def norm_hook(m: Any, args: Any, mean: Any = mean, std: Any = std, original: Any = original) -> None:
-                    _correct_batch_norm(m, original, args[0], mean, std)
+            def norm_hook(m: Any, args: Any, mean: Any = mean, std: Any = std, original: Any = original) -> None:
+                _correct_batch_norm(m, original, args[0], mean, std, store)
 
-                handles.append(target.register_forward_pre_hook(norm_hook))
-            elif isinstance(target, nn.LayerNorm):
+            handles.append(target.register_forward_pre_hook(norm_hook))
+        elif isinstance(target, nn.LayerNorm):
 
-                def layer_norm_hook(
-                    m: Any, args: Any, output: torch.Tensor, mean: Any = mean, std: Any = std
-                ) -> torch.Tensor:
-                    return _correct_layer_norm(m, output, mean, std)
+            def layer_norm_hook(
+                m: Any, args: Any, output: torch.Tensor, mean: Any = mean, std: Any = std
+            ) -> torch.Tensor:
+                return _correct_layer_norm(m, output, mean, std, store)
 
-                handles.append(target.register_forward_hook(layer_norm_hook))
-            else:
+            handles.append(target.register_forward_hook(layer_norm_hook))
+        else:
 
-                def bias_hook(m: Any, args: Any, output: torch.Tensor, mean: Any = mean) -> torch.Tensor:
-                    return _correct_bias(m, output, mean)
+            def bias_hook(m: Any, args: Any, output: torch.Tensor, mean: Any = mean) -> torch.Tensor:
+                return _correct_bias(m, output, mean, store)
 
-                handles.append(target.register_forward_hook(bias_hook))
-        try:
+            handles.append(target.register_forward_hook(bias_hook))
+    try:
+        with torch.no_grad():
             feed(small, data)
-        finally:
-            for handle in handles:
-                handle.remove()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _affine(module: Any) -> bool:
-    has_statistics = not isinstance(module, NORMS) or module.running_mean is not None
-    return has_statistics and module.weight is not None and module.bias is not None
+def _own_affine(norm: nn.LayerNorm, users: Mapping[int, int]) -> bool:
+    return all(
+        p is not None and users[id(p)] == 1 for p in (norm._parameters.get("weight"), norm._parameters.get("bias"))
+    )
 
 
 def _moments(x: torch.Tensor, channel: int, keep: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +124,7 @@ def _dense_moments(
 
         handles.append(module.register_forward_hook(hook))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(dense):
             feed(dense, data)
     finally:
         for handle in handles:
@@ -116,30 +136,43 @@ def _dense_moments(
 _FLAT = 1e-6
 
 
-def _correct_batch_norm(m: Any, original: Any, x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> None:
+Store = Callable[[Any, str, torch.Tensor], None]
+
+
+def _correct_batch_norm(
+    m: Any, original: Any, x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, store: Store
+) -> None:
     mu, sigma = _moments(x, 1)
     scale = original.weight.double() / (original.running_var.double() + original.eps).sqrt()
-    flat = sigma <= _FLAT * (mu.abs() + std)
-    a = torch.where(flat, 0.0, scale * std / torch.where(flat, 1.0, sigma))
-    shift = scale * (mean - original.running_mean.double()) + original.bias.double() - a * mu
-    m.weight.copy_((a * (1.0 + m.eps) ** 0.5).half())
-    m.bias.copy_(shift.half())
+    a = scale * _ratio(std, sigma, mean, mu)
+    store(m, "weight", a * (1.0 + m.eps) ** 0.5)
+    # The shift belongs to the scale as it is stored.
+    a = m.weight.double() / (m.running_var.double() + m.eps).sqrt()
+    store(m, "bias", scale * (mean - original.running_mean.double()) + original.bias.double() - a * mu)
 
 
-def _correct_layer_norm(m: Any, output: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def _correct_layer_norm(
+    m: Any, output: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, store: Store
+) -> torch.Tensor:
     mu, sigma = _output_moments(m, output)
-    flat = sigma <= _FLAT * (mu.abs() + std)
-    ratio = torch.where(flat, 1.0, std / torch.where(flat, 1.0, sigma))
-    old_bias = m.bias.double()
-    m.weight.copy_((m.weight.double() * ratio).half())
-    m.bias.copy_((mean - (mu - old_bias) * ratio).half())
-    return ((output.double() - mu) * ratio + mean).to(output.dtype)
+    weight, bias = m.weight.double(), m.bias.double()
+    store(m, "weight", weight * _ratio(std, sigma, mean, mu))
+    ratio = torch.where(weight == 0.0, 1.0, m.weight.double() / torch.where(weight == 0.0, 1.0, weight))
+    store(m, "bias", mean - (mu - bias) * ratio)
+    return ((output.double() - bias) * ratio + m.bias.double()).to(output.dtype)
 
 
-def _correct_bias(m: Any, output: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    change = mean - _output_moments(m, output)[0]
-    m.bias.copy_((m.bias.double() + change).half())
+def _ratio(std: torch.Tensor, sigma: torch.Tensor, mean: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+    """σ_d/σ_p: 0 where the compressed channel is constant, 1 where the dense one is too."""
+    constant = sigma <= _FLAT * (mu.abs() + std)
+    ratio = torch.where(constant, 0.0, std / torch.where(constant, 1.0, sigma))
+    return torch.where(constant & (std <= _FLAT * (mean.abs() + std)), 1.0, ratio)
+
+
+def _correct_bias(m: Any, output: torch.Tensor, mean: torch.Tensor, store: Store) -> torch.Tensor:
+    old = m.bias.double()
+    store(m, "bias", old + mean - _output_moments(m, output)[0])
     shape = [1] * output.ndim
     channel = output.ndim - 1 - len(m.kernel_size) if isinstance(m, CONVOLUTIONS) else output.ndim - 1
     shape[channel] = -1
-    return (output.double() + change.reshape(shape)).to(output.dtype)
+    return (output.double() + (m.bias.double() - old).reshape(shape)).to(output.dtype)

@@ -8,9 +8,11 @@ notebooks), runs BLAS on one thread, and exits as soon as its parent is gone.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -56,7 +58,8 @@ def run_tasks(
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    with contextlib.suppress(OSError):  # the rest of a task that a dead worker will never read
+                        pipe.close()
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -94,13 +97,11 @@ def _answers(
                 _send(process.stdin, (target, tasks[index]))
                 good, value = _receive(process.stdout)
             except (OSError, EOFError, ValueError):
-                done.put(
-                    (
-                        index,
-                        False,
-                        f"a worker process ended unexpectedly (exit status {process.poll()}); was it out of memory?",
-                    )
-                )
+                why = f"a worker process ended unexpectedly (exit status {process.poll()}); was it out of memory?"
+                done.put((index, False, why))
+                return
+            except Exception as error:  # what cannot be pickled; unreported, the wait would never end
+                done.put((index, False, f"{type(error).__name__}: {error}"))
                 return
             done.put((index, good, value))
 
@@ -142,6 +143,7 @@ def _work(parent: int) -> None:
     import traceback
 
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on, and it ends its workers
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not end up among the answers
     tasks = sys.stdin.buffer

@@ -51,7 +51,8 @@ class Layer:
 
     def matrix(self, weight: torch.Tensor | np.ndarray) -> np.ndarray:
         """Weight as float64 (groups, rows, columns): W[g, r, j] multiplies input j of group g."""
-        array = weight.detach().cpu().numpy() if isinstance(weight, torch.Tensor) else weight
+        # Through torch, as numpy has no bfloat16.
+        array = weight.detach().double().cpu().numpy() if isinstance(weight, torch.Tensor) else weight
         return np.ascontiguousarray(array, np.float64).reshape(self.matrix_shape)
 
 
@@ -146,12 +147,21 @@ def _other_users(model: nn.Module, owners: dict[int, list[str]]) -> dict[int, st
     return found
 
 
+def _check_storable(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise LayerError(f"the state {name!r} is a {type(value).__name__}; a file holds tensors only")
+    if value.is_complex() or value.is_quantized or value.layout != torch.strided:
+        kind = "quantised" if value.is_quantized else str(value.dtype if value.is_complex() else value.layout)
+        raise LayerError(f"the tensor {name!r} is {kind.removeprefix('torch.')}; a file holds dense real tensors only")
+
+
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of the state dict that a file must hold: tied ones once, under their first name; integer counters
     left out.
     """
     out, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
+        _check_storable(name, tensor)
         if name.endswith("num_batches_tracked") or id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -177,6 +187,7 @@ def model_digest(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        _check_storable(name, tensor)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -15,7 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from autocompress.applying import CORRECTION_SAMPLES, realise_layers, with_weights
-from autocompress.batches import Batch, batch_digest, batch_samples, feed, join_batches, materialise, split_batches
+from autocompress.batches import (
+    Batch,
+    batch_digest,
+    batch_samples,
+    evaluating,
+    feed,
+    join_batches,
+    materialise,
+    sample_digests,
+    split_batches,
+)
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import model_digest
 from autocompress.profiling import Profile
@@ -42,7 +52,7 @@ class Context:
         loss: Callable[[nn.Module, Batch], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        self.model = model.eval()
+        self.model = model
         self.loss = loss
         self.seed = seed
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
@@ -63,8 +73,11 @@ class Context:
             return
         if profile.fields["model"] != self._digest:
             raise MismatchError("field 'model': the context holds another model than the one that was profiled")
-        seen = set(profile.statistics.seen)
-        if any(batch_digest(b) in seen for b in self.held):
+        # By sample, so that other batches of the same data are refused too. What the data holds twice cannot be kept
+        # apart.
+        own = {digest for b in self.fit for digest in sample_digests(b)}
+        held = {digest for b in self.held for digest in sample_digests(b)}
+        if (held - own) & set(profile.statistics.seen):
             raise MismatchError(
                 "field 'data': the Hessians saw the slice that plans are measured on; calibrate with the context's seed"
             )
@@ -96,7 +109,7 @@ class Context:
         if not batches:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
         if part not in self._outputs:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 self._outputs[part] = [_logits(feed(self.model, b)) for b in batches]
         self.evaluations += 1
         total, count = 0.0, 0
@@ -124,7 +137,7 @@ class Context:
             known = profile.store.read_json(name)
             if known is not None:
                 return {layer: [(e, k) for e, k in points] for layer, points in known.items()}
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.model):
             reference = _logits(feed(self.model, batch))
         found: dict[str, list[tuple[float, float]]] = {}
         for layer_name, layer in profile.layers.items():

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +34,13 @@ from autocompress.errors import MismatchError, StoreError
 from autocompress.files import atomic_path
 from autocompress.layers import Layer, Layers, find_layers, model_digest
 from autocompress.records import Template, make_template
+from autocompress.storage import VERSION as FORMAT_VERSION
 from autocompress.threads import default_workers
 from autocompress.types import DENSE, Option
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 log = logging.getLogger(__name__)
 
 
@@ -183,7 +185,7 @@ class Store:
 
 def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) -> str:
     """Digest of all that a layer's profile depends on."""
-    digest = hashlib.sha256(f"{PROFILE_VERSION}|{versions}|{problem.shape}|{'|'.join(map(str, options))}".encode())
+    digest = hashlib.sha256(f"{versions}|{problem.shape}|{'|'.join(map(str, options))}".encode())
     digest.update(np.ascontiguousarray(problem.weight).tobytes())
     digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
     return digest.hexdigest()
@@ -219,7 +221,7 @@ def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarr
             return rows, order, losses, float(data["energy"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(f"{path} is damaged ({error}); remove it and run again") from error
 
 
@@ -243,12 +245,11 @@ def profile(
     if stats.fields["model"] != model_digest(model):
         raise MismatchError("field 'model': the statistics were made from other weights; calibrate this model")
     wanted = _options(options)
-    versions = json.dumps({name: c.version for name, c in sorted(COMPRESSORS.items())})
+    versions = _code_versions()
     fields = {
         **stats.fields,
         "options": hashlib.sha256("|".join(map(str, wanted)).encode()).hexdigest(),
-        "compressors": versions,
-        "profile_version": str(PROFILE_VERSION),
+        **versions,
     }
     problems = {}
     for layer in layers:
@@ -256,7 +257,7 @@ def profile(
         owner: Any = model.get_submodule(layer.name)
         weight = layer.matrix(owner.weight)
         problems[layer.name] = LayerProblem(layer.name, layer.shape, weight, None if found is None else found.hessian)
-    keys = {name: _layer_key(problem, wanted, versions) for name, problem in problems.items()}
+    keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
     template = make_template(model, layers)
     work = _Work(layers, problems, wanted, keys, default_workers() if workers is None else workers, progress)
     if store is None:
@@ -278,6 +279,15 @@ def profile(
         return Profile(work.run(place), layers.skipped, stats, fields, template, place)
 
 
+def _code_versions() -> dict[str, str]:
+    """The versions of all code that a profile's rows depend on: their errors, their bytes, and what is in the store."""
+    return {
+        "compressors": json.dumps({name: c.version for name, c in sorted(COMPRESSORS.items())}),
+        "format_version": str(FORMAT_VERSION),
+        "profile_version": str(PROFILE_VERSION),
+    }
+
+
 def _options(options: Sequence[Option | str] | None) -> list[Option]:
     given = default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
     for option in given:
@@ -293,6 +303,7 @@ def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Pat
         "options": "other options",
         "compressors": "other versions of the compressors",
         "calibration_version": "another version of the calibration",
+        "format_version": "another version of the file format",
         "profile_version": "another version of the profile",
     }
     for name in sorted(set(known) | set(wanted)):
@@ -343,14 +354,24 @@ def _layer_profile(layer: Layer, found: tuple[Any, ...]) -> LayerProfile:
 
 
 def load_profile(store: str | Path) -> Profile:
-    """The finished profile of a store. Raises StoreError where there is none or layers are missing."""
+    """The finished profile of a store.
+
+    Raises StoreError where there is none or layers are missing, MismatchError, naming the field, where other versions
+    of the code made it.
+    """
     path = Path(store)
     if not (path / "profile.json").is_file():
         raise StoreError(f"there is no profile in {path}; run `autocompress profile TASK --store {path}` first")
     place = Store(path)
     known: Any = place.read_json("profile.json")
+    try:
+        fields, entries = known["fields"], known["layers"]
+        _check_fields(fields, {**fields, **_code_versions()}, path)
+        template = Template.from_json(known["template"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path / 'profile.json'} is damaged ({error!r}); remove it and profile again") from error
     profiles = {}
-    for name, owners, shape, groups, key in known["layers"]:
+    for name, owners, shape, groups, key in entries:
         kept = _load_layer(place.layer_path(key))
         if kept is None:
             raise StoreError(
@@ -358,4 +379,4 @@ def load_profile(store: str | Path) -> Profile:
             )
         profiles[name] = _layer_profile(Layer(name, tuple(owners), tuple(shape), groups), kept)
     stats = Statistics.load(path / "statistics.npz")
-    return Profile(profiles, known["skipped"], stats, known["fields"], Template.from_json(known["template"]), place)
+    return Profile(profiles, known["skipped"], stats, fields, template, place)

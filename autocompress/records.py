@@ -5,7 +5,8 @@ plan is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,53 @@ from autocompress.compressors import Measured
 from autocompress.layers import NORMS, Layers, dense_file_bytes, stored_tensors
 from autocompress.storage import Entry, file_size, float_entry
 
-__all__ = ["Template", "fold_norms", "foldable_norms", "make_template", "records", "stored_as_half"]
+__all__ = ["Template", "fold_norms", "foldable_norms", "half_keys", "make_template", "records", "round_half"]
+
+SCALED = (nn.LayerNorm, nn.GroupNorm, *NORMS)  # modules whose weight and bias are a scale and a shift per channel
+HALF_LIMIT = 2.0**13  # largest entry of a vector in half precision, which ends at 65504: corrections need room
 
 
-def stored_as_half(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that is not a compressed weight is stored as binary16: vectors that lose less than 2⁻¹⁰ of their
-    largest entry.
+def half_keys(model: nn.Module, layers: Layers) -> frozenset[str]:
+    """Names of the tensors that are stored as binary16: scales and shifts of norms, and biases of layers.
+
+    A scale qualifies if rounding moves it by less than 2⁻¹⁰ of the largest one; a shift, or a bias, if it moves the
+    output by less than 2⁻⁷ of its spread, which is γ after a norm, and about the norm of a weight's row after a layer.
+    Anything else (tables, frequencies, constants) is the model's own affair and stays exact. Decided on the dense
+    model, so that the choice of options does not change which.
     """
-    if not tensor.is_floating_point() or tensor.ndim > 1 or tensor.numel() == 0:
-        return False
-    peak = float(tensor.abs().max())
-    half = tensor.half().to(tensor.dtype)
-    return peak <= 65504.0 and bool(((half - tensor).abs() <= 2.0**-10 * peak).all())
+    folded = copy.deepcopy(model)
+    with torch.no_grad():
+        fold_norms(folded)
+    stored = stored_tensors(folded)
+    tolerance: dict[str, float] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, SCALED) and weight is not None:
+            scale = stored.get(_join(name, "weight"))
+            if scale is not None:
+                tolerance[_join(name, "weight")] = 2.0**-10 * float(scale.double().abs().max())
+            tolerance[_join(name, "bias")] = 2.0**-7 * float(weight.detach().double().abs().max())
+    for layer in layers:
+        rows = model.get_parameter(layer.key).detach().double().flatten(1).norm(dim=1)
+        for owner in layer.owners:
+            tolerance[_join(owner, "bias")] = 2.0**-7 * float(rows.mean())
+    found = set()
+    for name in tolerance.keys() & stored.keys():
+        tensor = stored[name]
+        lost = (tensor.half().to(tensor.dtype) - tensor).double().abs()
+        if tensor.is_floating_point() and float(tensor.abs().max()) <= HALF_LIMIT:
+            if float(lost.max()) <= tolerance[name]:
+                found.add(name)
+    return frozenset(found)
+
+
+def round_half(values: torch.Tensor) -> torch.Tensor:
+    """Values as binary16 holds them; what is beyond its range becomes its largest number."""
+    return values.clamp(-65504.0, 65504.0).half()
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
 
 
 def fold_norms(model: nn.Module) -> None:
@@ -47,19 +83,21 @@ def fold_norms(model: nn.Module) -> None:
 
 
 def foldable_norms(model: nn.Module) -> list[tuple[str, Any]]:
-    """Batch norms with scale, shift and running statistics of their own, by name."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, NORMS)
-        and module.affine
-        and module.running_mean is not None
-        and module.running_var is not None
-    ]
+    """Batch norms with scale, shift and running statistics, none of them shared with another module, by name."""
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, NORMS) and m.affine and m.track_running_stats]
+    users = Counter(id(t) for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+
+    def own(norm: Any) -> bool:
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return all(t is not None and users[id(t)] == 1 for t in tensors)
+
+    return [(name, norm) for name, norm in norms if own(norm)]
 
 
-def records(small: nn.Module, compressed: Mapping[str, Entry]) -> list[Entry]:
-    """The records of every stored tensor in the order of the state dict; a folded norm's statistics are implied."""
+def records(small: nn.Module, compressed: Mapping[str, Entry], half: Collection[str]) -> list[Entry]:
+    """The records of every stored tensor in the order of the state dict, those of `half` as binary16; a folded norm's
+    statistics are implied.
+    """
     folded = {name for name, _ in foldable_norms(small)}
     entries = []
     for key, tensor in stored_tensors(small).items():
@@ -69,10 +107,11 @@ def records(small: nn.Module, compressed: Mapping[str, Entry]) -> list[Entry]:
         params = {"folded": 1} if owner in folded and field == "weight" else {}
         if key in compressed:
             entries.append(compressed[key])
-        elif stored_as_half(tensor):
+        elif key in half:
             entries.append(float_entry(key, tensor.float().cpu().numpy(), codec="fp16", params=params))
         else:
-            entries.append(float_entry(key, tensor.cpu().numpy(), codec="raw", params=params))
+            exact = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
+            entries.append(float_entry(key, exact.cpu().numpy(), codec="raw", params=params))
     return entries
 
 
@@ -88,6 +127,7 @@ class Template:
 
     entries: tuple[Entry, ...]
     keys: Mapping[str, str]
+    half: frozenset[str]
     dense_bytes: int
     parameters: int
 
@@ -105,6 +145,7 @@ class Template:
         return {
             "entries": [[e.name, list(e.shape), e.dtype, e.codec, e.bytes, dict(e.params)] for e in self.entries],
             "keys": dict(self.keys),
+            "half": sorted(self.half),
             "dense_bytes": self.dense_bytes,
             "parameters": self.parameters,
         }
@@ -115,7 +156,9 @@ class Template:
             Entry(name, tuple(shape), dtype, codec, bytes(length), params=params)
             for name, shape, dtype, codec, length, params in value["entries"]
         ]
-        return cls(tuple(entries), dict(value["keys"]), value["dense_bytes"], value["parameters"])
+        return cls(
+            tuple(entries), dict(value["keys"]), frozenset(value["half"]), value["dense_bytes"], value["parameters"]
+        )
 
 
 def _stand_in(entry: Entry, row: Measured) -> Entry:
@@ -130,13 +173,14 @@ def make_template(model: nn.Module, layers: Layers) -> Template:
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
         fold_norms(small)
+    half = half_keys(model, layers)
     keys = {layer.name: layer.key for layer in layers}
     dense = {
         layer.key: Entry(layer.key, layer.shape, "float32", "raw", bytes(4 * layer.size), params={"option": "dense"})
         for layer in layers
     }
     entries = [
-        Entry(e.name, e.shape, e.dtype, e.codec, bytes(e.bytes), e.step, e.params) for e in records(small, dense)
+        Entry(e.name, e.shape, e.dtype, e.codec, bytes(e.bytes), e.step, e.params) for e in records(small, dense, half)
     ]
     parameters = sum(t.numel() for t in stored_tensors(model).values() if t.is_floating_point())
-    return Template(tuple(entries), keys, dense_file_bytes(model), parameters)
+    return Template(tuple(entries), keys, half, dense_file_bytes(model), parameters)

@@ -1,0 +1,88 @@
+"""Small networks, data and profiles that several test files use."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import autocompress as ac
+from autocompress.calibration import calibrate
+from autocompress.profiling import Profile, profile
+
+OPTIONS = ("fp16", "w4", "rd(0.5,0.3)", "rd(0.9,0.3)s60", "rd(1.4,0.7)s85")
+
+
+def seeded(build: Any, seed: int = 0) -> nn.Module:
+    """What `build()` makes from a fixed seed, in eval mode; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+        # Norms as training leaves them: nothing is at its initial value.
+        for module in model.modules():
+            for name in ("weight", "bias", "running_mean"):
+                value = getattr(module, name, None)
+                if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) and value is not None:
+                    value.data.add_(0.3 * torch.randn_like(value))
+            if isinstance(getattr(module, "running_var", None), torch.Tensor):
+                module.running_var.mul_(0.5 + torch.rand_like(module.running_var))
+        return model.eval()
+
+
+def batches(*shape: int, count: int = 5, size: int = 12, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, *shape, generator=generator) for _ in range(count)]
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch norm, one of them grouped, a residual connection, a linear head with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 1, bias=True), nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = x + torch.relu(self.bn2(self.conv2(x)))
+        x = torch.relu(self.bn3(self.conv3(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def convnet(seed: int = 0) -> nn.Module:
+    return seeded(ConvNet, seed)
+
+
+def images(count: int = 5, size: int = 12, seed: int = 0) -> list[torch.Tensor]:
+    return batches(3, 6, 6, count=count, size=size, seed=seed)
+
+
+def profiled(
+    model: nn.Module,
+    data: list[Any],
+    options: Sequence[str] = OPTIONS,
+    store: Path | None = None,
+    workers: int = 1,
+    seed: int = 0,
+) -> Profile:
+    return profile(model, calibrate(model, data, seed=seed), store=store, options=options, workers=workers)
+
+
+@functools.cache
+def small_profile() -> tuple[nn.Module, list[torch.Tensor], Profile]:
+    """The network above, its data and its profile. Shared: tests leave all three alone."""
+    model, data = convnet(), images()
+    return model, data, profiled(model, data)
+
+
+def compressed(model: nn.Module, data: list[Any], budget: str | int, options: Sequence[str] = OPTIONS) -> Any:
+    """(applied model, plan, profile) of an exact solve."""
+    found = profiled(model, data, options)
+    plan = ac.plan(found, budget)
+    return ac.apply(model, plan, found, data), plan, found
