@@ -22,8 +22,8 @@ __all__ = [
     "Allocation",
     "allocate",
     "budget_bytes",
+    "coarsest",
     "energy_losses",
-    "extremes",
     "infeasible",
     "least_bytes",
     "limit_bytes",
@@ -31,6 +31,8 @@ __all__ = [
     "single_options",
     "size_range",
 ]
+
+NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
 
 
 def budget_bytes(budget: Budget, profile: Profile) -> int:
@@ -66,16 +68,35 @@ def size_range(profile: Profile) -> tuple[int, int]:
     return profile.template.file_bytes(ends[0]), profile.template.file_bytes(ends[1])
 
 
-def extremes(options: Sequence[Option]) -> list[Option]:
-    """The options that no other one is as sparse and as coarse as: the smallest file is made of these."""
+def coarsest(options: Sequence[Option]) -> list[Option]:
+    """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these."""
 
-    def at_least(a: Option, b: Option) -> bool:
-        """Whether a removes and coarsens at least as much as b, in options of one kind."""
-        coarse = (a.step or 0.0, a.lam or 0.0, -(a.bits or 32)), (b.step or 0.0, b.lam or 0.0, -(b.bits or 32))
-        return a.sparsity >= b.sparsity and all(x >= y for x, y in zip(*coarse, strict=True))
+    def coarser(a: Option, b: Option) -> bool:
+        of_a, of_b = ((o.step or 0.0, o.lam or 0.0, -(o.bits or 32)) for o in (a, b))
+        return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))
 
     given = list(dict.fromkeys(options))
-    return [o for o in given if not any(at_least(other, o) and not at_least(o, other) for other in given)]
+    return [o for o in given if not any(coarser(other, o) for other in given)]
+
+
+def _smallest(profile: Profile) -> tuple[dict[str, Measured], int]:
+    """The rows that make the smallest file, and its length.
+
+    Payloads count first. Where they are nearly equal, names decide, as one name in many layers makes the shortest
+    header: tried is every option, in each layer where it costs no more than `NAME_BYTES` over the shortest.
+    """
+    least = {name: min(layer.rows, key=lambda row: row.bytes) for name, layer in profile.layers.items()}
+    near = {
+        name: {row.option: row for row in layer.rows if row.bytes <= least[name].bytes + NAME_BYTES}
+        for name, layer in profile.layers.items()
+    }
+    found = [least]
+    for favourite in dict.fromkeys(option for rows in near.values() for option in rows):
+        for room in (0, NAME_BYTES):
+            rows = {n: near[n].get(favourite, least[n]) for n in least}
+            found.append({n: row if row.bytes <= least[n].bytes + room else least[n] for n, row in rows.items()})
+    sizes = [profile.template.file_bytes(rows) for rows in found]
+    return min(zip(found, sizes, strict=True), key=lambda pair: pair[1])
 
 
 def infeasible(profile: Profile, budget: int, smallest: int, what: str = "no allocation") -> InfeasibleError:
@@ -158,12 +179,10 @@ def allocate(
     """
     names = list(profile.layers)
     rows = [profile.layers[n].rows for n in names]
-    # Of equally short payloads the harshest option: the same name in many layers makes the shortest header.
-    harsh = set(extremes([row.option for r in rows for row in r]))
-    smallest = {
-        n: min(r, key=lambda row: (row.bytes, row.option not in harsh)) for n, r in zip(names, rows, strict=True)
-    }
+    smallest = {n: min(r, key=lambda row: row.bytes) for n, r in zip(names, rows, strict=True)}
     smallest_file = profile.template.file_bytes(smallest)
+    if smallest_file > budget:
+        smallest, smallest_file = _smallest(profile)
     if smallest_file > budget:
         raise infeasible(profile, budget, smallest_file)
     fixed = smallest_file - sum(row.bytes for row in smallest.values())
