@@ -115,7 +115,8 @@ def _step(shape: tuple[int, ...], step: float | np.ndarray) -> tuple[str, bytes]
     if values.ndim == 0:
         kind, raw = "tensor", values.astype("<f4")
     elif values.shape == shape[:1]:
-        kind, raw = "row", values.astype("<f2")
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            kind, raw = "row", values.astype("<f2")
     else:
         raise ValueError(f"a step is one number or one per row {shape[:1]}, got shape {values.shape}")
     if not (np.isfinite(raw).all() and (raw >= 0).all()):

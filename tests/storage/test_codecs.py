@@ -26,7 +26,9 @@ def test_integer_codecs_are_inverse_and_know_their_size(name: str, shape: tuple[
     if name == "nm":
         codes.reshape(-1)[1::2] = 0
         if nm_pattern(codes) is None:
-            pytest.skip("an odd number of codes is no N:M tensor")
+            with pytest.raises(ValueError, match="follow none of the patterns"):
+                CODECS["nm"].encode(codes)
+            return
     payload = CODECS[name].encode(codes)
     decoded = CODECS[name].decode(payload, shape, "int32")
     assert decoded.dtype == np.int32
@@ -125,3 +127,45 @@ def test_a_cut_payload_is_refused(name: str) -> None:
         CODECS[name].decode(payload[: len(payload) // 2], codes.shape, "int32")
     with pytest.raises(FormatError):
         CODECS[name].decode(payload + bytes(9), codes.shape, "int32")
+
+
+def test_a_tensor_larger_than_the_trial_knows_its_size() -> None:
+    codes = laplace((96, 96, 3, 3), 0.5) * np.arange(96)[:, None, None, None] // 48
+    payload = CODECS["entropy"].encode(codes)
+    assert CODECS["entropy"].size(codes) == len(payload)
+    np.testing.assert_array_equal(CODECS["entropy"].decode(payload, codes.shape, "int32"), codes)
+
+
+def test_entropy_coder_refuses_endless_rows() -> None:
+    with pytest.raises(ValueError, match="rows of at most 1048576 codes, got 1048577"):
+        encode_codes(np.zeros((1, 1, 2**20 + 1), np.int64))
+    with pytest.raises(FormatError, match="a row of 1048577 codes"):
+        CODECS["entropy"].decode(bytes(2000), (2**20 + 1,), "int32")
+
+
+HOSTILE = [
+    ("entropy", encode_codes(laplace((8, 64), 2.0))[:99], (8, 64), "ends before the last code"),
+    ("entropy", encode_codes(laplace((8, 64), 2.0)) + bytes(9), (8, 64), "bytes follow the last code"),
+    ("entropy", b"\x04" + bytes(9), (4,), "unknown entropy model 4; this version knows 0 to 3"),
+    ("packed", b"\x03\0\0\xff\xff", (5,), "filling bits after the last packed value are not zero"),
+    ("packed", b"\0\0\0\0\x01", (5000,), "padding that is not zero"),
+    ("packed", b"\x11\0\0" + bytes(9), (4,), "a field of 17 bits; at most 16"),
+    ("bitmask", b"\x01\0\0\x0f\x0f\x01", (4,), "1 bytes too many"),
+    ("sparse", b"\x01\x01\0\x08\x01\0\0\0\x30\x01", (4,), "an index 48 in a tensor of 4 codes"),
+    ("sparse", b"\x01\x01\0\x11\x01\0\0\0\x30\x01", (4,), "a gap width of 17 bits"),
+    ("nm", b"\x01\0\0\x09" + bytes(9), (4,), "an unknown N:M pattern 9"),
+    ("nm", b"\x01\0\0\x02\x07\0", (4,), "a subset index of 7 among 6"),
+    ("nm", b"\x01\0\0\x02\x07\0", (5,), "5 codes are not whole groups of 4"),
+    ("smallfloat", b"\0\x08\x7f\0\xff", (1,), "a value beyond float32"),
+    ("smallfloat", b"\x20\0\0\0" + bytes(9), (1,), "32 mantissa bits"),
+    ("fp16", b"\0\0\0", (2,), "4 bytes wanted, got 3"),
+    ("raw", b"\0\0\0", (2,), "8 bytes wanted, got 3"),
+]
+
+
+@pytest.mark.parametrize(("name", "payload", "shape", "words"), HOSTILE, ids=[f"{h[0]}-{h[3][:24]}" for h in HOSTILE])
+def test_a_hostile_payload_is_refused_with_the_reason(
+    name: str, payload: bytes, shape: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(FormatError, match=words):
+        CODECS[name].decode(payload, shape, "float32" if CODECS[name].kind == "floats" else "int32")

@@ -178,3 +178,21 @@ def test_raw_entries_keep_their_dtype() -> None:
         again = Archive(serialise([entry]), "memory")["x"].dequantise()
         assert again.dtype == array.dtype
         np.testing.assert_array_equal(again, array)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    codes = np.array([[2**30, 1]])
+    good = weight_entry("w", codes, 1.0)
+    cases = {
+        np.float32(3e38): "entry 'w': a weight beyond float32",
+        np.float32(np.nan): "entry 'w': a step that is negative or not finite",
+        np.float32(-1): "entry 'w': a step that is negative or not finite",
+    }
+    for step, words in cases.items():
+        bad = Entry("w", good.shape, "float32", "entropy", step.tobytes() + good.payload[4:], "tensor")
+        with pytest.raises(FormatError, match=words):
+            bad.dequantise()
+    with pytest.raises(ValueError, match="finite and not negative"):
+        weight_entry("w", codes, np.array([70000.0]))
+    with pytest.raises(ValueError, match=r"one number or one per row \(1,\), got shape \(2,\)"):
+        weight_entry("w", codes, np.array([1.0, 2.0]))
