@@ -5,7 +5,7 @@
 
 Rows carry commit, versions, processor and seeds, and are sorted. Known limitations: times are wall clock on a shared
 machine, so ratios within one run mean more than seconds; the library's cost is added up again in integers, because its
-"optimal" can be over the budget. HiGHS is stopped at 60 s per instance, and a median at that limit understates the ratio.
+"optimal" can be over the budget. HiGHS is stopped at 60 s per instance; a median at that limit understates the ratio.
 """
 
 from __future__ import annotations

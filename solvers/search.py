@@ -20,6 +20,8 @@ from solvers.registry import Solver, solve
 from solvers.solution import Solution, Status
 
 Score = Callable[[IntArray], float]
+# Levels a mutant moves at most at once: steps of one seldom leave room for another group's next level.
+STRIDE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +150,7 @@ def evolve(
 ) -> Found:
     """Evolutionary level switching: of `offspring` mutants of the best choice the best survives, if it is better.
 
-    A mutant moves min(u, v) random groups one level down and others up until nothing more fits, u and v uniform on 1 …
+    A mutant moves min(u, v) random groups up to STRIDE levels down and others up while they fit, u and v uniform on 1 …
     `switches`. Levels are a group's options that none beats in both loss and cost, by cost. Source: EvoPress, arXiv
     2410.14649, algorithm 1; there all levels cost the same, here the budgets decide what fits.
     """
@@ -200,16 +202,13 @@ def mutate(
         return None
     lowered = rng.permutation(movable)[:moves].tolist()
     for g in lowered:
-        child[g] = ladders[g][at[g] - 1]
-    raised = 0
+        child[g] = ladders[g][at[g] - int(rng.integers(1, min(STRIDE, at[g]) + 1))]
     for g in rng.permutation([g for g in at if g not in lowered]).tolist():
-        if raised >= moves:
-            break
-        for level in range(min(len(ladders[g]) - 1, at[g] + 1), at[g], -1):
+        top = min(len(ladders[g]) - 1, at[g] + int(rng.integers(1, STRIDE + 1)))
+        for level in range(top, at[g], -1):
             old = child[g]
             child[g] = ladders[g][level]
             if problem.feasible(child):
-                raised += 1
                 break
             child[g] = old
     return child if problem.feasible(child) else None

@@ -154,6 +154,7 @@ class Bundle:
         most `cap` states are kept at a time, `total` in all, over `most_groups` groups.
         """
         rows = self.problem
+        self.offer(self.base)
         live = self.reduce()
         live = live[live != self.base[rows.group[live]]]
         group = rows.group[live]

@@ -24,7 +24,7 @@ def test_readme_runs() -> None:
 
 
 def test_import_is_light_and_alone() -> None:
-    """Under 0.3 s (the best of three, for the machine may be busy), and without torch, autocompress or heavy libraries."""
+    """Under 0.3 s (the best of three, for the machine may be busy), without torch, autocompress or heavy libraries."""
     heavy = ("torch", "autocompress", "cvxpy", "optuna", "scipy", "numba", "pandas", "highspy")
     code = (
         "import time; t = time.perf_counter(); import solvers; t = time.perf_counter() - t; import sys; "

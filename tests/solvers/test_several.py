@@ -38,7 +38,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problems())
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_milp_against_trying_all(problem: Problem) -> None:
     optimum, _ = brute_force(problem)
     solution = solve(problem, "milp")
@@ -61,7 +61,7 @@ def test_partial_choices_prove_no_more_than_is_true(problem: Problem) -> None:
     for cap, total, groups in ((2, 50, 9), (1000, 10, 9), (1000, 10_000, 2), (10_000, 100_000, 9)):
         state = Bundle(rows, prices)
         complete = state.expand(Deadline(None), cap, total, groups)
-        assert rows.true(state.bound) <= optimum or (complete and optimum == math.inf)
+        assert state.bound == math.inf if optimum == math.inf and complete else rows.true(state.bound) <= optimum
         if complete and optimum < math.inf:
             assert state.rows is not None
             assert problem.total_loss(problem.flat.choice(state.rows)) == pytest.approx(optimum, abs=1e-9)
@@ -90,7 +90,7 @@ def test_dual_prices_match_the_linear_programme() -> None:
 
 
 @given(problems())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_minimax_against_trying_all(problem: Problem) -> None:
     asked = Problem(problem.loss, problem.cost, problem.budget, problem.resources, lower=problem.lower, objective="max")
     optimum, _ = brute_force(asked)
