@@ -23,9 +23,9 @@ class LayerProblem:
     """One layer: weight float64 (groups, rows, d), Hessian float64 (groups, d, d) or None where calibration saw
     nothing.
 
-    `shape` is the weight's own shape, the shape of what is stored. `order` (int32) and `losses` (float32) are the
-    pruning trace in the shape of `weight`; they are computed when first asked for, and handed in when a profile has
-    them.
+    `shape` is the weight's own shape, the shape of what is stored. `order` (int32) and `losses` (float32, in units of
+    the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first asked for,
+    and handed in when a profile has them.
     """
 
     name: str
@@ -39,7 +39,8 @@ class LayerProblem:
         """Order and losses of exact greedy pruning. Raises ValueError where there is no Hessian."""
         if self.order is None or self.losses is None:
             order, losses = obs.prune_trace(self.weight, self.known_hessian(), threads=1)
-            self.order, self.losses = order, losses.astype(np.float32)
+            # In units of the largest: a weight of 1e20 or 1e-20 has losses that float32 cannot hold.
+            self.order, self.losses = order, (losses / (losses.max(initial=0.0) or 1.0)).astype(np.float32)
         return self.order, self.losses
 
     def known_hessian(self) -> np.ndarray:

@@ -21,7 +21,7 @@ class ObcUniform:
     one.
     """
 
-    version = 1
+    version = 2
     source = "OBC, arXiv 2208.11580"
 
     def offers(self, option: Option) -> bool:
@@ -41,7 +41,7 @@ class ObcUniform:
             if sparsity > 0.0:
                 weight = obs.prune(weight, hessian, order, counts, threads=1)
             wanted = [o for o in options if o.sparsity == sparsity]
-            steps = [_storable(obs.search_scale(weight, o.bits or 8)) for o in wanted]
+            steps = [_storable(obs.search_scale(weight, o.bits or 8), weight) for o in wanted]
             cells = [
                 obs.Cell(
                     np.broadcast_to(s, counts.shape).astype(np.float32),
@@ -57,9 +57,13 @@ class ObcUniform:
         return [found[o] for o in options]
 
 
-def _storable(scale: np.ndarray) -> np.ndarray:
+def _storable(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The steps as they will be stored: half precision per row, or one float32 where that cannot hold them."""
-    half = scale.astype(np.float16)
+    zero = ~weight.any(axis=-1)
+    if not zero.all():  # a row of zeros fits any step: let it not be the one that decides
+        scale = np.where(zero, scale[~zero].min(), scale)
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
     if np.isfinite(half).all() and (half >= np.finfo(np.float16).tiny).all():
         return half
     return np.asarray(scale.max(), np.float32)
