@@ -97,7 +97,9 @@ def _answers(
                 _send(process.stdin, (target, tasks[index]))
                 good, value = _receive(process.stdout)
             except (OSError, EOFError, ValueError):
-                why = f"a worker process ended unexpectedly (exit status {process.poll()}); was it out of memory?"
+                why = (
+                    f"a worker process ended unexpectedly (exit status {_exit_status(process)}); was it out of memory?"
+                )
                 done.put((index, False, why))
                 return
             except Exception as error:  # what cannot be pickled; unreported, the wait would never end
@@ -112,6 +114,14 @@ def _answers(
         if not good:
             raise WorkerError(f"task {index} failed in a worker: {value}")
         yield index, value
+
+
+def _exit_status(process: subprocess.Popen[bytes]) -> int | None:
+    """Its exit status, once its pipe is closed; None if it goes on without one."""
+    try:
+        return process.wait(timeout=5.0)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _send(stream: BinaryIO | Any, value: Any) -> None:
