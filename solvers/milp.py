@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from solvers.branch import branch
 from solvers.lagrangian import Rows, argmin, improve
 from solvers.problem import Array, Deadline, IntArray, Problem, ProblemError
 from solvers.several import Bundle, dual_prices
@@ -22,12 +23,13 @@ from solvers.solution import ROUNDING, Solution, Status, magnitude
 class MILP:
     """Solve to a relative `gap` proven by our own bound, or say what was proven.
 
-    `states`: how many partial choices the proof may hold. `reduce=False` hands HiGHS the whole problem (for
-    comparison).
+    `states`: how many partial choices the proof may hold; `branches`: how often it may split the problem. To compare,
+    `reduce=False` hands HiGHS the whole problem, and `start=False` no choice to start from.
     """
 
     gap: float = 1e-4
     states: int = 300_000
+    branches: int = 2000
     reduce: bool = True
     start: bool = True
     name: str = "milp"
@@ -67,7 +69,9 @@ class MILP:
                     state.offer(improve(rows, fixed, deadline))
         if self._open(rows, state) and not deadline.passed:
             aim = 0.5 * self.gap * abs(rows.true(state.upper)) if state.rows is not None else 0.0
-            state.expand(deadline, self.states, self.states, len(rows.sizes), math.ldexp(aim, -rows.exponent))
+            aim = math.ldexp(aim, -rows.exponent)
+            if not state.expand(deadline, self.states, self.states, len(rows.sizes), aim):
+                branch(state, aim, deadline, self.branches)
         if state.rows is None:
             if state.bound == math.inf:
                 return self._infeasible(problem, "proven: every partial choice ends over a limit", time_limit)

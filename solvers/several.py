@@ -36,11 +36,13 @@ class Prices:
     infeasible: bool
 
 
-def dual_prices(rows: Rows, deadline: Deadline, tolerance: float = 1e-9, most: int = 400) -> Prices:
+def dual_prices(
+    rows: Rows, deadline: Deadline, tolerance: float = 1e-9, most: int = 400, after: Prices | None = None
+) -> Prices:
     """Maximise L over the prices of K resources (Kelley's cutting planes; the master has K + 1 variables).
 
     Ends where the master's value is within `tolerance` of the best bound, relatively, or at `most` cuts; every bound is
-    proven wherever it ends.
+    proven wherever it ends. `after`: prices of nearly the same rows, whose choices (in these rows) are cuts already.
     """
     from scipy.optimize import linprog
 
@@ -52,9 +54,9 @@ def dual_prices(rows: Rows, deadline: Deadline, tolerance: float = 1e-9, most: i
     ceiling = math.fsum(np.maximum.reduceat(rows.loss, rows.start[:-1]))
     box = 4.0 * max(ceiling, 1e-300)
     best, noise, price, top = -math.inf, 0.0, np.zeros(K), math.inf
-    point = np.zeros(K)
-    cuts: list[tuple[float, FloatArray]] = []
-    met: list[IntArray] = []
+    point = np.zeros(K) if after is None else after.price * unit
+    met: list[IntArray] = [] if after is None else list(after.met)
+    cuts = [(math.fsum(rows.loss[chosen]), share[chosen].sum(axis=0) - limit) for chosen in met]
     iterations = 0
     while iterations < most:
         iterations += 1
