@@ -16,7 +16,7 @@ from torch import nn
 
 from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
-from autocompress.correcting import correct_statistics
+from autocompress.correcting import Moments, correct_statistics
 from autocompress.errors import MismatchError
 from autocompress.layers import stored_tensors
 from autocompress.profiling import Profile
@@ -87,10 +87,14 @@ def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Opti
 
 
 def with_weights(
-    model: nn.Module, profile: Profile, weights: Mapping[str, np.ndarray], data: Batch | None
+    model: nn.Module,
+    profile: Profile,
+    weights: Mapping[str, np.ndarray],
+    data: Batch | None,
+    moments: Moments | None = None,
 ) -> nn.Module:
     """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will
-    be stored.
+    be stored. `moments`: the dense model's on `data`, where they are known.
     """
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -100,7 +104,7 @@ def with_weights(
         fold_norms(small)
         if data is not None:
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
-            correct_statistics(model, small, owners, data, profile.template.half)
+            correct_statistics(model, small, owners, data, profile.template.half, moments)
         for key, tensor in stored_tensors(small).items():
             if key in profile.template.half:
                 tensor.copy_(round_half(tensor))

@@ -17,6 +17,7 @@ from autocompress.errors import CalibrationError
 __all__ = [
     "batch_digest",
     "batch_samples",
+    "chunk_batch",
     "describe_batch",
     "evaluating",
     "feed",
@@ -217,6 +218,18 @@ def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int 
         if keep < size:
             out.append(_map(batch, lambda t, keep=keep, size=size: t[keep:] if _holds_samples(t, size) else t))
     return fit, out
+
+
+def chunk_batch(batch: Batch, samples: int) -> list[Batch]:
+    """A batch in pieces of at most that many samples; tensors of another leading dimension go with every piece."""
+    size = batch_samples(batch)
+    if size <= samples:
+        return [batch]
+
+    def part(start: int) -> Batch:
+        return _map(batch, lambda t: t[start : start + samples] if t.ndim and t.shape[0] == size else t)
+
+    return [part(start) for start in range(0, size, samples)]
 
 
 def join_batches(batches: Sequence[Batch], samples: int) -> Batch:

@@ -15,22 +15,16 @@ from autocompress.batches import Batch, evaluating, feed
 from autocompress.layers import CONVOLUTIONS, NORMS
 from autocompress.records import foldable_norms, round_half
 
-__all__ = ["correct_statistics"]
+__all__ = ["Moments", "correct_statistics", "dense_moments"]
+
+Moments = dict[str, tuple[torch.Tensor, torch.Tensor, int]]
 
 
-def correct_statistics(
-    dense: nn.Module, small: nn.Module, layers: Iterable[str], data: Batch, half: Collection[str] = ()
-) -> None:
-    """Correct `small` in place, in forward order, on one batch that both models see.
+def dense_moments(dense: nn.Module, layers: Iterable[str], data: Batch) -> Moments:
+    """{module: (mean, standard deviation, calls)} of every module that can be corrected, on one batch.
 
-    Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and
-    (μ_p, σ_p) here, the scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a
-    channel with σ_p = 0 gets a = 0, unless σ_d = 0 too: the batch says nothing of it then, and it keeps its scale.
-    Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a bias: its mean output is
-    matched. It is the identity where nothing is compressed; re-estimating batch statistics is not, because the running
-    ones come from augmented data. Modules that run more than once per forward pass, or share their parameters with
-    another module, are left alone. Tensors in `half` (by name) are rounded to binary16 as they will be stored.
-    Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
+    Batch norms: moments of their input per channel, float64; layer norms and compressed layers with a bias: of their
+    output.
     """
     users = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
     wanted: dict[str, nn.Module] = {}
@@ -46,7 +40,30 @@ def correct_statistics(
                 wanted[name] = module
         elif isinstance(module, nn.LayerNorm) and _own_affine(module, users):
             wanted[name] = module
-    targets = _dense_moments(dense, wanted, data)
+    return _collect_moments(dense, wanted, data)
+
+
+def correct_statistics(
+    dense: nn.Module,
+    small: nn.Module,
+    layers: Iterable[str],
+    data: Batch,
+    half: Collection[str] = (),
+    moments: Moments | None = None,
+) -> None:
+    """Correct `small` in place, in forward order, on one batch that both models see.
+
+    Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and
+    (μ_p, σ_p) here, the scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a
+    channel with σ_p = 0 gets a = 0, unless σ_d = 0 too: the batch says nothing of it then, and it keeps its scale.
+    Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a bias: its mean output is
+    matched. It is the identity where nothing is compressed; re-estimating batch statistics is not, because the running
+    ones come from augmented data. Modules that run more than once per forward pass, or share their parameters with
+    another module, are left alone. Tensors in `half` (by name) are rounded to binary16 as they will be stored.
+    `moments`: what `dense_moments` found on the same batch, so that many plans need one dense pass.
+    Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
+    """
+    targets = dense_moments(dense, layers, data) if moments is None else moments
     names = {id(module): name for name, module in small.named_modules()}
 
     def store(module: Any, field: str, values: torch.Tensor) -> None:
@@ -110,7 +127,7 @@ def _output_moments(module: nn.Module, output: torch.Tensor) -> tuple[torch.Tens
     return _moments(output, -1)
 
 
-def _dense_moments(
+def _collect_moments(
     dense: nn.Module, wanted: dict[str, nn.Module], data: Batch
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
     found: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from autocompress.errors import MismatchError
-from autocompress.measuring import Context
+from autocompress.measuring import LEVELS, Context
 from autocompress.planning import (
     Allocation,
     allocate,
@@ -70,7 +70,7 @@ class Sensitivity:
     Source: HIGGS's linearity (arXiv 2411.17525), measured with OBS errors. Raises MismatchError without a context.
     """
 
-    def __init__(self, levels: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)) -> None:
+    def __init__(self, levels: tuple[float, ...] = LEVELS) -> None:
         self.levels = levels
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
