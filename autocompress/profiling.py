@@ -264,7 +264,7 @@ def profile(
         return Profile(work.run(None), layers.skipped, stats, fields, template)
     place = Store(store)
     with place.writing():
-        known = place.read_json("profile.json")
+        known = _read_head(place)
         if known is not None:
             _check_fields(known["fields"], fields, place.path)
         else:
@@ -353,6 +353,18 @@ def _layer_profile(layer: Layer, found: tuple[Any, ...]) -> LayerProfile:
     return LayerProfile(layer, tuple(rows), energy, order, losses)
 
 
+def _read_head(store: Store) -> dict[str, Any] | None:
+    """profile.json; None where there is none. Raises StoreError where it lacks something."""
+    head = store.read_json("profile.json")
+    if head is not None and not (isinstance(head, dict) and {"fields", "skipped", "layers", "template"} <= set(head)):
+        raise _damaged_head(store)
+    return head
+
+
+def _damaged_head(store: Store) -> StoreError:
+    return StoreError(f"{store.path / 'profile.json'} is damaged; remove it and run again")
+
+
 def load_profile(store: str | Path) -> Profile:
     """The finished profile of a store.
 
@@ -363,15 +375,14 @@ def load_profile(store: str | Path) -> Profile:
     if not (path / "profile.json").is_file():
         raise StoreError(f"there is no profile in {path}; run `autocompress profile TASK --store {path}` first")
     place = Store(path)
-    known: Any = place.read_json("profile.json")
+    known: Any = _read_head(place)
+    _check_fields(known["fields"], {**known["fields"], **_code_versions()}, path)
     try:
-        fields, entries = known["fields"], known["layers"]
-        _check_fields(fields, {**fields, **_code_versions()}, path)
         template = Template.from_json(known["template"])
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path / 'profile.json'} is damaged ({error!r}); remove it and profile again") from error
+        raise _damaged_head(place) from error
     profiles = {}
-    for name, owners, shape, groups, key in entries:
+    for name, owners, shape, groups, key in known["layers"]:
         kept = _load_layer(place.layer_path(key))
         if kept is None:
             raise StoreError(
@@ -379,4 +390,4 @@ def load_profile(store: str | Path) -> Profile:
             )
         profiles[name] = _layer_profile(Layer(name, tuple(owners), tuple(shape), groups), kept)
     stats = Statistics.load(path / "statistics.npz")
-    return Profile(profiles, known["skipped"], stats, fields, template, place)
+    return Profile(profiles, known["skipped"], stats, known["fields"], template, place)
