@@ -119,7 +119,7 @@ profile(model, calibrate(model, images()), {store!r}, OPTIONS, workers={workers}
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_run_is_taken_up_where_it_was(workers: int, tmp_path: Path) -> None:
-    """A real SIGKILL, after two layers: what is finished is not computed again, and the result is that of a whole run."""
+    """A real SIGKILL, after two layers: what is finished is kept, and the result is that of a whole run."""
     store = tmp_path / "store"
     code = KILLED.format(tests=str(Path(__file__).parent), store=str(store), workers=workers)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
