@@ -16,10 +16,12 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import get_cython_function_address, intrinsic
 
-__all__ = ["POTRF", "SYRK", "layer_trace", "salient_rows"]
+__all__ = ["DPOTRF", "DPOTRI", "POTRF", "SYRK", "layer_trace", "salient_rows"]
 
 SYRK: int = get_cython_function_address("scipy.linalg.cython_blas", "ssyrk")
 POTRF: int = get_cython_function_address("scipy.linalg.cython_lapack", "spotrf")
+DPOTRF: int = get_cython_function_address("scipy.linalg.cython_lapack", "dpotrf")
+DPOTRI: int = get_cython_function_address("scipy.linalg.cython_lapack", "dpotri")
 
 # contract: fused multiply-add. reassoc: vectorised sums. The order of operations is fixed at compile time, so results
 # repeat.
@@ -162,8 +164,55 @@ def _gather(target: np.ndarray, source: np.ndarray, index: np.ndarray, m: int) -
 
 
 @njit(nogil=True, cache=True)
+def _refresh(
+    addresses: tuple[int, int, int],
+    H: np.ndarray,
+    weight: np.ndarray,
+    gone: np.ndarray,
+    column: np.ndarray,
+    m: int,
+    G: np.ndarray,
+    w: np.ndarray,
+    ints: np.ndarray,
+    chars: np.ndarray,
+) -> bool:
+    """Recompute the inverse Hessian over what is left, and its weights, from H in float64: G and w without drift.
+
+    G[:m, :m] = (H_RR)⁻¹ in its lower half, w[:m] = w_R + (H_RR)⁻¹ H_RM w_M with M = gone, R = column[:m].
+    """
+    A = np.empty((m, m))
+    b = np.zeros(m)
+    for i in range(m):
+        h = H[column[i]]
+        for j in range(i, m):
+            A[i, j] = h[column[j]]
+        for j in range(gone.shape[0]):
+            b[i] += h[gone[j]] * weight[gone[j]]
+    ints[0] = m
+    ints[1] = m
+    chars[0] = 76  # 'L' for LAPACK, the upper half of a row-major array
+    i32 = ints.ctypes.data
+    for k in range(1, 3):  # dpotrf, then dpotri
+        ints[2] = 0
+        _call_pointers(addresses[k], (chars.ctypes.data, i32, A.ctypes.data, i32 + 4, i32 + 8))
+        if ints[2] != 0:
+            return False
+    for i in range(m):
+        acc = A[i, i] * b[i]
+        for j in range(i):
+            G[i, j] = A[j, i]
+            acc += A[j, i] * b[j]
+        G[i, i] = A[i, i]
+        for j in range(i + 1, m):
+            acc += A[i, j] * b[j]
+        w[i] = weight[column[i]] + acc
+    return True
+
+
+@njit(nogil=True, cache=True)
 def _row_trace(
-    address: int,
+    addresses: tuple[int, int, int],
+    H: np.ndarray,
     inverse: np.ndarray,
     floor: np.ndarray,
     weight: np.ndarray,
@@ -173,8 +222,11 @@ def _row_trace(
 ) -> None:
     """Exact greedy OBS of one row: pivoted Cholesky of the inverse Hessian with lazy rank-`block` updates.
 
-    inverse (d, d) float32, lower half read; floor (d,) = 1/H_jj; weight (d,); order, losses (d,) are written.
+    H (d, d) float64 and its inverse in float32, lower half read; floor (d,) = 1/H_jj; weight (d,); order, losses (d,)
+    are written. Float32 updates drift with the condition of H, most at the end of a row, so the state is computed
+    afresh once a quarter of the columns is left (a few percent of the work).
     """
+    address = addresses[0]
     d = weight.shape[0]
     G = inverse.copy()
     U = np.empty((block, d), np.float32)
@@ -193,6 +245,7 @@ def _row_trace(
         score[j] = w[j] * w[j] / g[j]
     m = d
     done = 0
+    fresh = True
     while m > 0:
         k = min(block, m)
         for s in range(k):
@@ -229,12 +282,20 @@ def _row_trace(
             column[i] = column[alive[i]]
         dead[:m] = 0.0
         if m > 0:
+            if fresh and 4 * m <= d:
+                fresh = False
+                if _refresh(addresses, H, weight, order[:done], column, m, G, w, ints, chars):
+                    for j in range(m):
+                        g[j] = max(G[j, j], lowest[j])
+                        score[j] = w[j] * w[j] / g[j]
+                    continue
             _syrk_lower(address, G, U, m, k, ints, reals, chars)
 
 
 @njit(nogil=True, cache=True)
 def layer_trace(
-    address: int,
+    addresses: tuple[int, int, int],
+    H: np.ndarray,
     inverse: np.ndarray,
     floor: np.ndarray,
     weight: np.ndarray,
@@ -244,7 +305,7 @@ def layer_trace(
 ) -> None:
     """`_row_trace` for every row of weight (rows, d) over one shared inverse Hessian (d, d)."""
     for r in range(weight.shape[0]):
-        _row_trace(address, inverse, floor, weight[r], order[r], losses[r], block)
+        _row_trace(addresses, H, inverse, floor, weight[r], order[r], losses[r], block)
 
 
 @njit(nogil=True, cache=True)

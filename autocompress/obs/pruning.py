@@ -17,6 +17,7 @@ __all__ = ["layer_error", "prune", "prune_trace", "pruned_counts"]
 
 # Pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py).
 BLOCK = 64
+LAPACK = (kernels.SYRK, kernels.DPOTRF, kernels.DPOTRI)
 
 
 def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -41,8 +42,8 @@ def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndar
         inverse, floor = inverse_hessian(h).astype(np.float32), (1.0 / np.diag(h)).astype(np.float32)
         trace = np.empty((rows, d), np.float32)
 
-        def run(part: slice, w=w, inverse=inverse, floor=floor, trace=trace, g=g) -> None:
-            kernels.layer_trace(kernels.SYRK, inverse, floor, w[part], order[g, part], trace[part], BLOCK)
+        def run(part: slice, w=w, h=h, inverse=inverse, floor=floor, trace=trace, g=g) -> None:
+            kernels.layer_trace(LAPACK, h, inverse, floor, w[part], order[g, part], trace[part], BLOCK)
 
         over_rows(run, rows, threads)
         losses[g] = trace * (row_scale**2 * h_scale)
