@@ -18,6 +18,9 @@ from solvers.problem import Array, Deadline, IntArray, Problem, ProblemError
 from solvers.several import Bundle, dual_prices
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
+# Splits before HiGHS is asked: some milliseconds each.
+EARLY = 200
+
 
 @dataclass(frozen=True)
 class MILP:
@@ -58,6 +61,9 @@ class MILP:
         if self.start:
             self._start(state, [state.base, *prices.met[::-1][:8]], deadline)
             state.expand(deadline, cap=300, total=self.states, most_groups=40)
+        if self.reduce and self._open(rows, state) and not deadline.passed:
+            # Most gaps close within a few splits, before HiGHS has presolved.
+            branch(state, self._aim(rows, state), deadline, min(self.branches, EARLY))
         said = ""
         if self._open(rows, state) and not deadline.passed:
             said, chosen = highs(
@@ -68,8 +74,7 @@ class MILP:
                 if fixed is not None:
                     state.offer(improve(rows, fixed, deadline))
         if self._open(rows, state) and not deadline.passed:
-            aim = 0.5 * self.gap * abs(rows.true(state.upper)) if state.rows is not None else 0.0
-            aim = math.ldexp(aim, -rows.exponent)
+            aim = self._aim(rows, state)
             if not state.expand(deadline, self.states, self.states, len(rows.sizes), aim):
                 branch(state, aim, deadline, self.branches)
         if state.rows is None:
@@ -113,6 +118,11 @@ class MILP:
             return state.bound < math.inf
         loss, bound = rows.true(state.upper), rows.true(state.bound)
         return loss - bound > self.gap * abs(bound) and state.upper - state.bound > 4 * state.noise
+
+    def _aim(self, rows: Rows, state: Bundle) -> float:
+        """By how much, in scaled loss, a choice must be better to be worth looking for: half the gap."""
+        loss = 0.0 if state.rows is None or math.isinf(self.gap) else abs(rows.true(state.upper))
+        return math.ldexp(0.5 * self.gap * loss, -rows.exponent) if loss else 0.0
 
     def _infeasible(self, problem: Problem, why: str, time_limit: float | None) -> Solution:
         """The least of each resource that the other budgets allow; where they allow nothing, whatever they are."""
