@@ -116,8 +116,8 @@ def infeasible(profile: Profile, budget: int, smallest: int, what: str = "no all
 
 @dataclass(frozen=True)
 class Allocation:
-    """One row per layer, the solver's answer, and the file that it makes. `payload_bytes` is what the solver was
-    allowed.
+    """One row per layer, the solver's answer, and the file that it makes. `payload_bytes` is what the budget leaves
+    beside this file's header; `bound` and `gap` are over all allocations whose payloads fit into that.
     """
 
     rows: Mapping[str, Measured]
@@ -175,6 +175,9 @@ def allocate(
 ) -> Allocation:
     """Choose one row per layer with the least sum of losses such that the whole file is at most `budget` bytes.
 
+    The header's length depends a little on the choice, in a way that no solver knows. So payloads get what the leanest
+    header leaves, and then less, until the file fits: more budget never makes an exact answer worse. The bound is one
+    on all allocations whose payloads fit into what the header of this one leaves.
     Raises InfeasibleError, with the smallest budget that is not, where even the smallest options do not fit.
     """
     names = list(profile.layers)
@@ -185,41 +188,59 @@ def allocate(
         smallest, smallest_file = _smallest(profile)
     if smallest_file > budget:
         raise infeasible(profile, budget, smallest_file)
-    fixed = smallest_file - sum(row.bytes for row in smallest.values())
-    best: Allocation | None = None
-    # The header's length depends a little on the choice (names of options, lengths), so the room for payloads is closed
-    # in.
-    for _ in range(12):
-        allowed = budget - fixed
+    losses = {n: np.asarray(losses[n]) for n in names}
+
+    def answer(payload: int) -> tuple[Solution, dict[str, Measured] | None]:
         problem = Problem(
             loss=[losses[n] for n in names],
             cost=[np.array([row.bytes for row in r], np.int64) for r in rows],
-            budget=allowed,
+            budget=payload,
             resources=("bytes",),
             names=names,
             options=[[str(row.option) for row in r] for r in rows],
         )
         solution = solve(problem, solver)
         if solution.choice is None:
-            break
-        chosen = {n: r[int(i)] for n, r, i in zip(names, rows, solution.choice, strict=True)}
+            return solution, None
+        return solution, {n: r[int(i)] for n, r, i in zip(names, rows, solution.choice, strict=True)}
+
+    # Payloads are tried in steps that depend on the profile alone; what lies between an answer's own payload and its
+    # allowance has the same answer.
+    grain = max(1, profile.template.dense_bytes >> 22)
+    allowed = (budget - _leanest_header(profile)) // grain * grain
+    while True:
+        solution, chosen = answer(allowed)
+        if chosen is None:
+            loss = _total(losses, profile, smallest)
+            return Allocation(smallest, loss, -math.inf, math.inf, smallest_file, budget - _header(profile, smallest))
         size = profile.template.file_bytes(chosen)
-        found = Allocation(
-            chosen, float(solution.loss), float(solution.bound), float(solution.gap), size, allowed, solution
-        )
-        if size <= budget and (best is None or found.loss < best.loss):
-            best = found
-        actual = size - sum(row.bytes for row in chosen.values())
-        if size <= budget and actual >= fixed:
-            break
-        fixed = actual if size > budget or best is None else fixed
         if size <= budget:
             break
-    if best is None:
-        return Allocation(
-            smallest, _total(losses, profile, smallest), -math.inf, math.inf, smallest_file, budget - fixed
-        )
-    return best
+        allowed = (_payload(chosen) - 1) // grain * grain
+    room = budget - _header(profile, chosen)
+    bound = solution.bound if room <= allowed else answer(room)[0].bound
+    loss = float(solution.loss)
+    return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
+
+
+def _payload(rows: Mapping[str, Measured]) -> int:
+    return sum(row.bytes for row in rows.values())
+
+
+def _header(profile: Profile, rows: Mapping[str, Measured]) -> int:
+    return profile.template.file_bytes(rows) - _payload(rows)
+
+
+def _leanest_header(profile: Profile) -> int:
+    """A header's length where one name is in all layers: allocations with different names have longer ones."""
+    plans = [[layer.rows[i % len(layer.rows)] for layer in profile.layers.values()] for i in (0, 1, -1)]
+    return min(_header(profile, dict(zip(profile.layers, rows, strict=True))) for rows in plans)
+
+
+def _gap(loss: float, bound: float) -> float:
+    if loss <= bound:
+        return 0.0
+    return (loss - bound) / abs(bound) if math.isfinite(bound) and bound else math.inf
 
 
 def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[str, Measured]) -> float:

@@ -102,7 +102,7 @@ def test_only_missing_layers_are_computed(stored: Any) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.append({tests!r})
 from networks import OPTIONS, convnet, images
 from autocompress.calibration import calibrate
 from autocompress.profiling import profile
@@ -122,7 +122,8 @@ def test_a_killed_run_is_taken_up_where_it_was(workers: int, tmp_path: Path) -> 
     """A real SIGKILL, after two layers: what is finished is kept, and the result is that of a whole run."""
     store = tmp_path / "store"
     code = KILLED.format(tests=str(Path(__file__).parent), store=str(store), workers=workers)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
     assert process.stdout is not None
     finished = [process.stdout.readline().strip() for _ in range(2)]
     with pytest.raises(StoreError, match="being written by another process"), Store(store).writing():
