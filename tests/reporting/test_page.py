@@ -1,0 +1,154 @@
+"""The page: whole, self-contained, escaped, and of the same numbers as the files beside it."""
+
+from __future__ import annotations
+
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import autocompress as ac
+from autocompress.reporting import file_parts, layer_rows, render_report
+from autocompress.reporting.charts import nice_steps
+from autocompress.storage import read
+
+NASTY = "<script>alert('x')</script>&\""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ac.Result:
+    """A tiny compressed model, one of whose layers has a name that is markup, and one that nothing reaches."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(NASTY, nn.Linear(12, 8))
+            self.spare = nn.Linear(3, 3)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.get_submodule(NASTY)(x)))
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Net().eval()
+    batches = [torch.randn(16, 12, generator=generator) for _ in range(6)]
+    out = tmp_path_factory.mktemp("page")
+    return ac.compress(model, batches, "2x", lambda m: 0.5, out=out, workers=1, task=NASTY)
+
+
+class Reader(HTMLParser):
+    """Collects tags, texts and attributes, and holds that tags are closed in order."""
+
+    VOID = ("meta",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attributes if k in ("href", "src", "action", "data")]
+        self.ids += [v or "" for k, v in attributes if k == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def parsed(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert not reader.open
+    return reader
+
+
+def test_the_page_is_whole_and_self_contained(result: ac.Result) -> None:
+    page = (result.out / "report.html").read_text()
+    reader = parsed(page)
+    assert "script" not in reader.tags
+    assert not {"img", "link", "iframe", "object"} & set(reader.tags)
+    assert reader.links == ["#main"]
+    assert "http" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert len(reader.ids) == len(set(reader.ids))
+
+
+def test_names_are_text(result: ac.Result) -> None:
+    page = (result.out / "report.html").read_text()
+    assert "<script" not in page
+    assert any(NASTY in words for words in parsed(page).words)
+
+
+def test_the_page_holds_the_numbers_of_the_files(result: ac.Result) -> None:
+    words = " ".join(parsed((result.out / "report.html").read_text()).words)
+    plan, metrics = result.plan, result.metrics
+    for value in (
+        f"{metrics['bytes']:,}",
+        f"{metrics['budget_bytes']:,}",
+        f"{plan.measured['kl']:.3g}",
+        "no choice depends",
+    ):
+        assert value in words
+    for row in layer_rows(plan, result.profile):
+        assert row.option in words
+        assert f"{row.bytes:,}" in words
+    assert "spare: calibration never reached it" in words
+    assert result.profile.fingerprint in words
+
+
+def test_rows_add_up(result: ac.Result) -> None:
+    rows = layer_rows(result.plan, result.profile)
+    assert sum(row.bytes for row in rows) + result.plan.fixed_bytes == result.metrics["bytes"]
+    assert math.isclose(sum(row.share for row in rows), 1.0)
+    with read(result.info.path) as archive:
+        assert sum(part.bytes for part in file_parts(archive)) == archive.bytes == result.metrics["bytes"]
+
+
+def test_what_is_not_proven_or_not_measured_says_so(result: ac.Result) -> None:
+    plan = result.plan.replace(bound=-math.inf, gap=math.inf, measured={}, notes=("a <b>note</b>",))
+    metrics = {**result.metrics, "metric": None, "baseline_metric": None, "asked": {}, "environment": {}}
+    words = " ".join(parsed(render_report(plan, result.profile, metrics, result.info.path)).words)
+    for text in (
+        "no guarantee",
+        "There is no guarantee",
+        "Nothing was measured",
+        "defines no evaluate()",
+        "From Python",
+    ):
+        assert text in words
+    noted = result.plan.replace(notes=("a <b>note</b>",))
+    assert "a &lt;b&gt;note" in render_report(noted, result.profile, metrics, result.info.path)
+
+
+def test_a_page_of_a_damaged_file_is_refused(result: ac.Result, tmp_path: Path) -> None:
+    damaged = tmp_path / "model.acz"
+    damaged.write_bytes(result.info.path.read_bytes()[:-1])
+    with pytest.raises(ac.FormatError, match="announced"):
+        render_report(result.plan, result.profile, result.metrics, damaged)
+
+
+@pytest.mark.parametrize("top", [0.02, 0.5, 1.0, 3.3, 10.6, 32.0, 100.0])
+def test_steps_of_an_axis(top: float) -> None:
+    steps = nice_steps(top)
+    assert steps[0] == 0
+    assert 3 <= len(steps) <= 8
+    assert steps[-1] <= top * (1 + 1e-9)

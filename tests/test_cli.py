@@ -1,0 +1,242 @@
+"""The commands: what they print, write and return, on models of a few hundred weights; and the demo as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_tasks import EVALUATE, MODEL, RESULTS, call, contents, write_task
+
+import autocompress as ac
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good result in `out`, its task in task.py."""
+    folder = tmp_path_factory.mktemp("done")
+    outcome = call("compress", write_task(folder), "--budget", "4x", "--out", folder / "out", "--workers", 1)
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, autocompress.cli; print([m for m in ('torch', 'numpy', 'numba', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert "compress" in call("--help").out
+    assert call("--version").out.strip() == ac.__version__
+    for verb in ("demo", "compress", "profile", "plan", "verify", "unpack", "inspect", "report", "doctor"):
+        assert "Usage" in call(verb, "--help").out
+
+
+def test_usage_errors_have_code_2() -> None:
+    for arguments in ([], ["nonesuch"], ["compress"], ["compress", "x.py", "--budget", "4x"], ["verify"]):
+        assert call(*arguments).code == 2
+    assert "no command" in call("--debug").refused(2)
+
+
+def test_compress_writes_its_four_files_and_says_what_it_did(done: Path) -> None:
+    out = done / "out"
+    assert sorted(p.name for p in out.iterdir()) == sorted([*RESULTS, "profile"])
+    metrics = json.loads((out / "metrics.json").read_text())
+    plan = ac.Plan.from_json((out / "plan.json").read_text())
+    size = (out / "model.acz").stat().st_size
+    assert metrics["bytes"] == size == plan.predicted_bytes <= plan.budget_bytes == metrics["budget_bytes"]
+    assert metrics["original_bytes"] // 4 == metrics["budget_bytes"]
+    assert metrics["ratio"] >= 4
+    assert {"metric", "baseline_metric", "predicted_loss", "bound", "gap", "strategy", "seconds"} <= set(metrics)
+    assert plan.is_measured
+    assert plan.measured["kl"] <= plan.measured["single_option_kl"]
+
+
+def test_json_goes_to_stdout_and_progress_to_stderr(done: Path, tmp_path: Path) -> None:
+    outcome = call("compress", done / "task.py", "--budget", "5x", "--out", tmp_path, "--workers", 1, "--json")
+    assert json.loads(outcome.out) == json.loads((tmp_path / "metrics.json").read_text())
+    assert [line.split(":")[0] for line in outcome.err.strip().splitlines()] == [
+        "calibrate",
+        "evaluate the dense model",
+        "profile",
+        "plan",
+        "apply",
+        "save and verify",
+        "evaluate the file",
+    ]
+    human = call("compress", done / "task.py", "--budget", "5x", "--out", tmp_path, "--workers", 1).out
+    for words in ("promised", "on disk", "metric", "gap", "KL to the dense model", "written"):
+        assert words in human
+
+
+def test_a_dry_run_writes_nothing(done: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    outcome = call("compress", done / "task.py", "--budget", "4x", "--out", target, "--dry-run", "--json")
+    facts = json.loads(outcome.out)
+    assert facts["layers"] == 3
+    assert facts["no_file_below_bytes"] < facts["budget_bytes"] < facts["original_bytes"]
+    assert call("profile", done / "task.py", "--store", target, "--dry-run").code == 0
+    assert "by itself" in call("compress", done / "task.py", "--budget", "9", "--out", target, "--dry-run").refused(3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_budget_takes_the_profile_from_the_store(done: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    facts = json.loads(call("profile", done / "task.py", "--store", store, "--workers", 1, "--json").out)
+    assert facts["layers"] == 3
+    assert facts["not_reached"] == []
+    assert facts["fingerprint"] == ac.load_profile(done / "out" / "profile").fingerprint
+    before = {p: p.stat().st_mtime_ns for p in store.rglob("*.npz")}
+    for budget in ("4x", "6x"):
+        assert (
+            call("compress", done / "task.py", "--budget", budget, "--out", tmp_path / budget, "--store", store).code
+            == 0
+        )
+    assert {p: p.stat().st_mtime_ns for p in store.rglob("*.npz")} == before
+    assert not (tmp_path / "4x" / "profile").exists()
+    assert contents(tmp_path / "4x", ("model.acz", "plan.json")) == contents(done / "out", ("model.acz", "plan.json"))
+
+
+def test_the_number_of_workers_changes_nothing(done: Path, tmp_path: Path) -> None:
+    assert call("compress", done / "task.py", "--budget", "4x", "--out", tmp_path, "--workers", 2).code == 0
+    assert contents(tmp_path, ("model.acz", "plan.json")) == contents(done / "out", ("model.acz", "plan.json"))
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        "",
+        EVALUATE.replace(
+            "return", "torch.manual_seed(5)\n        torch.rand(7)\n        model.train()\n        return"
+        ),
+        EVALUATE.replace("return", "model.head.weight.data.zero_()\n        return"),
+    ],
+    ids=["removed", "draws random numbers", "changes its model"],
+)
+def test_no_choice_depends_on_evaluate(done: Path, tmp_path: Path, evaluate: str) -> None:
+    task = write_task(tmp_path, evaluate=evaluate)
+    outcome = call("compress", task, "--budget", "4x", "--out", tmp_path / "out", "--workers", 1)
+    assert outcome.code == 0, outcome.err
+    assert contents(tmp_path / "out", ("model.acz", "plan.json")) == contents(done / "out", ("model.acz", "plan.json"))
+
+
+def test_effort_fast_is_one_exact_solve(done: Path, tmp_path: Path) -> None:
+    store = done / "out" / "profile"
+    call("compress", done / "task.py", "--budget", "4x", "--out", tmp_path, "--store", store, "--effort", "fast")
+    assert json.loads((tmp_path / "metrics.json").read_text())["strategy"] in ("exact", "uniform")
+
+
+def test_plan_from_a_store(done: Path, tmp_path: Path) -> None:
+    text = call("plan", done / "out", "--budget", "4x", "--strategy", "exact", "--json").out
+    plan = ac.Plan.from_json(text)
+    assert not plan.is_measured
+    assert plan.gap < 1e-9
+    target = tmp_path / "plan.json"
+    outcome = call("plan", done / "out" / "profile", "--budget", "4x", "--strategy", "exact", "--out", target)
+    assert target.read_text() == text
+    assert "share of error" in outcome.out
+    assert "the model was not run" in outcome.out
+    measured = call("plan", done / "out", "--budget", "4x", "--task", done / "task.py", "--json").out
+    assert ac.Plan.from_json(measured) == ac.Plan.from_json((done / "out" / "plan.json").read_text())
+
+
+def test_verify_without_a_task_imports_nothing_of_anybodys(done: Path, tmp_path: Path) -> None:
+    for name in ("model.acz", "plan.json", "metrics.json"):
+        (tmp_path / name).write_bytes((done / "out" / name).read_bytes())
+    outcome = call("verify", tmp_path, "--json")
+    checks = json.loads(outcome.out)
+    assert checks["good"]
+    assert [c["name"] for c in checks["checks"]] == ["budget", "prediction", "contents", "options", "metrics"]
+    result = ac.verify(tmp_path)
+    assert result.good
+    result.require()
+
+
+def test_verify_with_a_task_loads_and_scores(done: Path) -> None:
+    outcome = call("verify", done / "out", "--task", done / "task.py")
+    assert outcome.code == 0, outcome.err
+    for words in ("ok   loading", "ok   metric", "every tensor arrives in Tiny"):
+        assert words in outcome.out
+
+
+def test_inspect_accounts_for_every_byte(done: Path) -> None:
+    path = done / "out" / "model.acz"
+    found = json.loads(call("inspect", path, "--json").out)
+    assert found["bytes"] == path.stat().st_size == sum(part["bytes"] for part in found["parts"])
+    plan = ac.Plan.from_json((done / "out" / "plan.json").read_text())
+    options = {part["name"]: part["option"] for part in found["parts"] if part["kind"] == "layer"}
+    assert options == {f"{name}.weight": str(option) for name, option in plan.layers.items()}
+    assert f"{path.stat().st_size:,}" in call("inspect", path).out
+
+
+def test_unpack_writes_what_load_gives(done: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dense.safetensors"
+    assert call("unpack", done / "out" / "model.acz", "--out", target).code == 0
+    dense, loaded = load_file(target), ac.load(done / "out" / "model.acz")
+    assert set(dense) == set(loaded)
+    assert all(torch.equal(dense[name], loaded[name]) for name in dense)
+
+
+def test_report_makes_the_same_page_again(done: Path, tmp_path: Path) -> None:
+    page = (done / "out" / "report.html").read_bytes()
+    (done / "out" / "report.html").unlink()
+    assert call("report", done / "out").code == 0
+    assert (done / "out" / "report.html").read_bytes() == page
+    assert "there is no profile" in call("report", done / "out", "--store", tmp_path).refused(2)
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = json.loads(call("doctor", "--json").out)
+    assert found["torch"] == {"good": True, "found": torch.__version__}
+    assert found["cores"]["good"]
+    monkeypatch.setenv("AUTOCOMPRESS_DATA", str(tmp_path / "nowhere"))
+    outcome = call("doctor")
+    assert "data: see above" in outcome.refused(1)
+    assert "which is not a folder" in outcome.out
+
+
+def test_a_pipe_that_closes_is_no_error(done: Path) -> None:
+    path = done / "out" / "model.acz"
+    code = "import sys; from autocompress.cli import main; sys.argv[1:] = ['inspect', sys.argv[1], '--json']; main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(
+        [sys.executable, "-c", code, path], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert "Traceback" not in found.stderr
+    assert "autocompress:" not in found.stderr
+
+
+def test_a_model_of_two_layers_with_shared_weights(tmp_path: Path) -> None:
+    tied = MODEL.replace("self.head = nn.Linear(8, 3)", "self.a = nn.Linear(8, 8); self.b = nn.Linear(8, 8)").replace(
+        "return self.head(torch.relu(self.wide(x)).mean(dim=(2, 3)))",
+        "return self.b(torch.relu(self.a(torch.relu(self.wide(x)).mean(dim=(2, 3)))))",
+    )
+    tied = tied.replace("return Tiny().eval()", "net = Tiny()\n        net.b.weight = net.a.weight\n        return net")
+    task = write_task(tmp_path, model=tied)
+    assert call("compress", task, "--budget", "4x", "--out", tmp_path / "out", "--workers", 1).code == 0
+    assert call("verify", tmp_path / "out", "--task", task).code == 0
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    """The embedded default: a tenth of the size, nearly nothing lost, proven, and verified from the file."""
+    outcome = call("demo", "--out", tmp_path / "demo")
+    assert outcome.code == 0, outcome.err
+    for words in (
+        "share of error",
+        "promised",
+        "on disk",
+        "400 digits that nothing else ever saw",
+        "proven",
+        "written",
+    ):
+        assert words in outcome.out
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["bytes"] <= metrics["budget_bytes"] == metrics["original_bytes"] // 10
+    assert metrics["metric"] > metrics["baseline_metric"] - 1.0
+    assert metrics["gap"] < 1e-3
+    assert call("verify", tmp_path / "demo", "--task", "digits").code == 0
