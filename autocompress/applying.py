@@ -63,6 +63,8 @@ def apply(
     profile.check_model(model)
     if plan.fingerprint != profile.fingerprint:
         raise MismatchError("field 'fingerprint': the plan was made from another profile")
+    if other := set(plan.layers) ^ set(profile.layers):
+        raise MismatchError(f"field 'layers': the plan and the profile differ in {', '.join(map(repr, sorted(other)))}")
     weights = realise_layers(model, profile, plan.layers)
     data = None
     if batches is not None:

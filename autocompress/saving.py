@@ -17,11 +17,12 @@ from autocompress.applying import encoded_of
 from autocompress.errors import AutocompressError, BudgetError, MismatchError
 from autocompress.files import atomic_path
 from autocompress.layers import stored_tensors
+from autocompress.packed import pack, packable
 from autocompress.records import foldable_norms
-from autocompress.storage import Archive, FormatError, file_size, read, write
+from autocompress.storage import Entry, FormatError, file_size, read, write
 from autocompress.types import Plan
 
-__all__ = ["OutputError", "SaveInfo", "load", "save", "state_dict_of", "unpack", "write_text"]
+__all__ = ["OutputError", "SaveInfo", "fill", "load", "save", "state_dict_of", "unpack", "write_text"]
 
 
 class OutputError(AutocompressError):
@@ -70,9 +71,9 @@ def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None
             raise MismatchError(
                 f"field {name!r}: the model no longer has this tensor as it was applied; apply the plan again"
             )
-        if not torch.equal(
-            tensor.cpu(), torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape).to(tensor.dtype)
-        ):
+        kept = torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape).to(tensor.dtype)
+        here = tensor.cpu()
+        if not bool(((here == kept) | ((here != here) & (kept != kept))).all()):  # NaN is as good as NaN
             raise MismatchError(
                 f"field {name!r}: its values were changed after apply; saving would lose that "
                 "(apply again, or tune before)"
@@ -84,14 +85,14 @@ def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None
             )
 
 
-def state_dict_of(archive: Archive) -> dict[str, torch.Tensor]:
-    """Every tensor of a file; the running statistics of folded norms, which it only implies, are 0 and 1.
+def state_dict_of(archive: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
+    """Every tensor of a file (an `Archive`, or its entries by name); the running statistics of folded norms, which it
+    only implies, are 0 and 1.
 
     Raises FormatError, saying where, if anything in the file is damaged.
     """
     out: dict[str, torch.Tensor] = {}
-    for name in archive.names:
-        entry = archive[name]
+    for name, entry in archive.items():
         values = entry.dequantise()
         out[name] = torch.from_numpy(np.array(values, copy=True)).reshape(entry.shape)
         if entry.params.get("folded"):
@@ -104,33 +105,72 @@ def state_dict_of(archive: Archive) -> dict[str, torch.Tensor]:
 @overload
 def load(path: str | Path, model: None = None) -> dict[str, torch.Tensor]: ...
 @overload
-def load(path: str | Path, model: nn.Module) -> nn.Module: ...
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module | dict[str, torch.Tensor]:
+def load(path: str | Path, model: nn.Module, packed: bool = False) -> nn.Module: ...
+def load(
+    path: str | Path, model: nn.Module | None = None, packed: bool = False
+) -> nn.Module | dict[str, torch.Tensor]:
     """Fill a fresh instance of the same architecture from a file and return it in eval mode; without a model, a state
     dict.
 
-    The whole file is checked and decoded before the model is touched. Raises FormatError for a damaged file,
-    MismatchError, naming what differs, for another architecture.
+    packed=True: weights stay in memory as the file holds them, and each is decoded whenever its layer runs (see
+    `packed.pack`); outputs are the same, bit for bit. The whole file is checked before the model is touched. Raises
+    FormatError for a damaged file, MismatchError, naming what differs, for another architecture.
     """
     with read(path) as archive:
+        if packed and model is not None:
+            entries = dict(archive)
+            for entry in entries.values():
+                entry.dequantise()  # one at a time: what is damaged shows before the model is touched
+            _check_shapes(model, _shapes(entries), str(path))
+            weights = {name: entry for name, entry in entries.items() if packable(entry)}
+            others = state_dict_of({name: entry for name, entry in entries.items() if name not in weights})
+            pack(model, weights)
+            return _copy_in(model, others)
         tensors = state_dict_of(archive)
     if model is None:
+        if packed:
+            raise MismatchError("packed=True needs the model whose layers decode their weights; got none")
         return tensors
-    wanted = stored_tensors(model)
-    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    shapes = [n for n in wanted if n in tensors and tuple(wanted[n].shape) != tuple(tensors[n].shape)]
-    if missing or extra or shapes:
+    return fill(model, tensors, str(path))
+
+
+def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], place: str) -> nn.Module:
+    """Put a file's tensors into a model of the same architecture, in eval mode. Raises MismatchError before it is
+    touched.
+    """
+    _check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
+    return _copy_in(model, tensors)
+
+
+def _copy_in(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    with torch.no_grad():
+        for name, tensor in stored_tensors(model).items():
+            if name in tensors:
+                tensor.copy_(tensors[name].to(tensor.device))
+    return model.eval()
+
+
+def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a file, with the implied statistics of folded norms."""
+    shapes = {}
+    for name, entry in entries.items():
+        shapes[name] = entry.shape
+        if entry.params.get("folded"):
+            owner = name.removesuffix("weight")
+            shapes |= {f"{owner}running_mean": entry.shape, f"{owner}running_var": entry.shape}
+    return shapes
+
+
+def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], place: str) -> None:
+    """Raise MismatchError, naming what differs, unless the model has exactly these tensors."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    missing, extra = sorted(set(wanted) - set(shapes)), sorted(set(shapes) - set(wanted))
+    differ = [n for n in wanted if n in shapes and wanted[n] != shapes[n]]
+    if missing or extra or differ:
         parts = [f"the file lacks {_some(missing)}"] if missing else []
         parts += [f"the model lacks {_some(extra)}"] if extra else []
-        parts += [
-            f"{n!r} is {tuple(tensors[n].shape)} in the file and {tuple(wanted[n].shape)} in the model"
-            for n in shapes[:3]
-        ]
-        raise MismatchError(f"{path} belongs to another architecture than {type(model).__name__}: " + "; ".join(parts))
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name].to(tensor.device))
-    return model.eval()
+        parts += [f"{n!r} is {shapes[n]} in the file and {wanted[n]} in the model" for n in differ[:3]]
+        raise MismatchError(f"{place} belongs to another architecture than {type(model).__name__}: " + "; ".join(parts))
 
 
 def _some(names: list[str]) -> str:

@@ -287,8 +287,8 @@ class Plan:
 
     `budget_bytes` bounds the whole file; `predicted_bytes` is its length (exact); `fixed_bytes` is the part that no
     choice changes. `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of
-    the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss - bound)/|bound|
-    (inf where nothing is proven).
+    the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
+    bound)/|bound| (inf where nothing is proven).
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile.
     """
