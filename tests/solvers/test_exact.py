@@ -118,6 +118,15 @@ def test_few_states_still_give_a_checked_answer_with_its_gap() -> None:
     assert poor.gap < 1e-2
 
 
+def test_a_loss_far_above_the_best_does_not_drown_it() -> None:
+    """Found by hypothesis: the cheapest choice holds a loss of 1e17, and the proof of 1 was lost in its rounding."""
+    problem = Problem([[0.0, 1e17, -1.0], [0.0, 0.0, 1.0]], [[0, -1, 0], [0, 0, -1]], -1)
+    solution = solve(problem)
+    assert solution.status is Status.OPTIMAL
+    assert solution.loss == 0.0
+    assert solution.bound > -1e-12
+
+
 def test_price_is_what_a_byte_saves() -> None:
     problem = curves(60, 40, 1)
     solution = solve(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from solvers import Problem, ProblemError, Status, solve
 from solvers.greedy import Uniform
-from solvers.instances import brute_force, curves, paired, several
+from solvers.instances import brute_force, curves, paired, several, surfaces, uncorrelated
 from solvers.lagrangian import Rows
 from solvers.milp import MILP
 from solvers.minimax import Minimax
@@ -38,7 +39,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problems())
-@settings(max_examples=250)
+@settings(max_examples=150)
 def test_milp_against_trying_all(problem: Problem) -> None:
     optimum, _ = brute_force(problem)
     solution = solve(problem, "milp")
@@ -49,7 +50,7 @@ def test_milp_against_trying_all(problem: Problem) -> None:
 
 
 @given(problems())
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_partial_choices_prove_no_more_than_is_true(problem: Problem) -> None:
     """Whatever is cut (states, groups), the bound stays a bound, and a complete expansion meets the optimum."""
     optimum, _ = brute_force(problem)
@@ -79,6 +80,23 @@ def test_milp_reaches_its_gap_and_names_what_was_reduced() -> None:
     assert whole.loss <= solution.loss * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("make", [curves, surfaces, uncorrelated])
+@pytest.mark.parametrize("seed", range(4))
+def test_milp_proves_no_more_than_exact(make: Callable[..., Problem], seed: int) -> None:
+    """The same budget said three times, in three units: three resources to milp, one to exact."""
+    one = make(40, 20, seed)
+    three = Problem(
+        one.loss, [a * np.array([1, 3, 7]) for a in one.cost], one.budget * np.array([1, 3, 7]), ("a", "b", "c")
+    )
+    optimum = solve(one)
+    assert optimum.status is Status.OPTIMAL
+    for gap in (1e-2, 1e-4, 1e-6):
+        solution = solve(three, MILP(gap=gap, branches=150))
+        assert solution.bound <= optimum.loss
+        assert solution.loss >= optimum.bound
+        assert solution.loss <= optimum.loss * (1 + max(gap, 1e-3))
+
+
 def test_dual_prices_match_the_linear_programme() -> None:
     problem = several(50, 30, 3, 4)
     rows = Rows.of(problem.flat)
@@ -90,7 +108,7 @@ def test_dual_prices_match_the_linear_programme() -> None:
 
 
 @given(problems())
-@settings(max_examples=80)
+@settings(max_examples=60)
 def test_minimax_against_trying_all(problem: Problem) -> None:
     asked = Problem(problem.loss, problem.cost, problem.budget, problem.resources, lower=problem.lower, objective="max")
     optimum, _ = brute_force(asked)
