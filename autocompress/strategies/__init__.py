@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from autocompress.compressors import Measured
 from autocompress.errors import AutocompressError
 from autocompress.measuring import Context
-from autocompress.planning import budget_bytes, single_options
+from autocompress.planning import budget_bytes, energy_losses, single_options
 from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
@@ -25,6 +26,12 @@ STRATEGIES: dict[str, Strategy] = {
     "kl": Sensitivity(),
     "auto": Auto(),
 }
+
+
+# Of 93 single options on the digits network, the one of least KL was a beaten one at three of eleven budgets; the exact
+# plan's KL was 4 to 27 times smaller there. Only a race that is closer than that is decided by measuring.
+RIVALS = 4.0
+NOISE = 1e-6  # summed relative errors below this are rounding, and so is their order
 
 
 class StrategyError(AutocompressError, ValueError):
@@ -60,12 +67,24 @@ def plan(
 def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context) -> Plan:
     """The plan with its measured KL, or the best single-option plan where that one's is smaller.
 
-    Single-option plans that another one beats in every layer need no measurement (`single_options`).
+    Measured are the single-option plans that no other one beats in every layer, and, as a larger error in every layer
+    now and then comes with a smaller KL, all others whose relative errors sum to at most `RIVALS` times the plan's.
     """
-    kl = found.measured.get("kl", context.measure(profile, found.layers))
-    rivals = [
-        {n: row.option for n, row in rows.items()} for rows in single_options(profile, budget_bytes(budget, profile))
+    kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers)
+    losses = energy_losses(profile)
+
+    def loss(rows: Mapping[str, Measured]) -> float:
+        return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
+
+    limit = budget_bytes(budget, profile)
+    near = RIVALS * max(loss({n: profile.layers[n].row(o) for n, o in found.layers.items()}), NOISE)
+    best_of_all = single_options(profile, limit)
+    chosen = best_of_all + [
+        rows
+        for rows in single_options(profile, limit, undominated=False)
+        if rows not in best_of_all and loss(rows) <= near
     ]
+    rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
     measured = [context.measure(profile, layers) for layers in rivals]
     best = min(range(len(rivals)), key=lambda i: (measured[i], i), default=None)
     figures = {"kl": kl, "samples": float(context.held_samples), "single_options": float(len(rivals))}
@@ -76,12 +95,12 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
         return found.replace(measured={**found.measured, **figures})
     rows = {n: profile.layers[n].row(o) for n, o in rivals[best].items()}
     size = profile.template.file_bytes(rows)
-    option = next(iter(rivals[best].values()))
+    option = next(o for n, o in rivals[best].items() if profile.layers[n].reached)
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     return found.replace(
         layers=rivals[best],
         strategy="uniform",
-        predicted_loss=float(sum(row.error / max(profile.layers[n].energy, 1e-300) for n, row in rows.items())),
+        predicted_loss=loss(rows),
         predicted_bytes=size,
         fixed_bytes=size - sum(row.bytes for row in rows.values()),
         bound=-float("inf"),

@@ -1,0 +1,215 @@
+"""Conformance: every strategy of the registry keeps the budget, repeats itself, and never loses to a single option."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import convnet, images, profiled, small_profile
+from torch import nn
+
+import autocompress as ac
+from autocompress import digits
+from autocompress.applying import encoded_of
+from autocompress.calibration import calibrate
+from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.planning import budget_bytes, make_plan, single_options
+from autocompress.profiling import Profile, profile
+from autocompress.strategies import STRATEGIES, StrategyError
+from autocompress.types import Budget, Plan
+
+BUDGETS = ["3x", "6x", "9x", "420", "5bpw"]
+
+
+def context(model: nn.Module | None = None) -> ac.Context:
+    given, data, _ = small_profile()
+    return ac.Context(model or given, data)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_plan_keeps_its_budget_and_says_how_good_it_is(strategy: str, budget: str, tmp_path: Path) -> None:
+    model, data, found = small_profile()
+    measuring = context()
+    plan = ac.plan(found, budget, strategy, measuring)
+    assert plan.budget_bytes == budget_bytes(Budget.parse(budget), found)
+    small = ac.apply(model, plan, found, data)
+    info = ac.save(small, plan, tmp_path / "model.acz")
+    assert info.bytes == plan.predicted_bytes == (tmp_path / "model.acz").stat().st_size <= plan.budget_bytes
+    assert plan.bound <= plan.predicted_loss * (1 + 1e-12)
+    assert plan.gap >= 0
+    assert plan.fingerprint == found.fingerprint
+    assert list(plan.layers) == list(found.layers)
+    # The figure in the plan is that of the model that is handed out.
+    assert plan.is_measured
+    assert plan.measured["kl"] == measuring.divergence_of(small)
+    assert plan.measured["samples"] == measuring.held_samples == 12
+    assert plan.measured["kl"] <= plan.measured["single_option_kl"]
+    # It repeats, in a context that has measured other plans, too.
+    assert ac.plan(found, budget, strategy, measuring) == plan
+    assert ac.plan(found, budget, strategy, context()) == plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert str(Path(__file__).parent) not in plan.to_json()
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "kl"])
+def test_without_a_context_a_plan_is_marked_unmeasured(strategy: str) -> None:
+    plan = ac.plan(small_profile()[2], "6x", strategy)
+    assert not plan.is_measured
+    assert plan.predicted_bytes <= plan.budget_bytes
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_too_little_room_is_refused_with_the_least_that_would_do(strategy: str) -> None:
+    found = small_profile()[2]
+    with pytest.raises(InfeasibleError) as caught:
+        ac.plan(found, 100, strategy, context())
+    enough = caught.value.smallest_bytes
+    assert ac.plan(found, enough, strategy, context()).predicted_bytes <= enough
+    with pytest.raises(InfeasibleError):
+        ac.plan(found, enough - 1, strategy, context())
+
+
+def test_every_single_option_loses_to_every_strategy_on_every_budget() -> None:
+    """Rule 1 by brute force, over all options and not only those that no other beats."""
+    found = small_profile()[2]
+    measuring = context()
+    singles = [
+        (found.template.file_bytes(rows), measuring.measure(found, {n: r.option for n, r in rows.items()}))
+        for rows in single_options(found, 1 << 40, undominated=False)
+    ]
+    assert len(singles) == len(found.layers["conv1"].rows)
+    for budget in (350, 420, 500, 700, 900, 1400, 10**6):
+        best = min((kl for size, kl in singles if size <= budget), default=float("inf"))
+        for strategy in STRATEGIES:
+            if strategy != "uniform" or best < float("inf"):
+                assert ac.plan(found, budget, strategy, measuring).measured["kl"] <= best, (strategy, budget)
+
+
+@functools.cache
+def digits_profile() -> tuple[nn.Module, list[torch.Tensor], Profile]:
+    model, data = digits.model(), digits.calibration()[:5]
+    options = ["fp16", "w4", "w8", *(f"rd({step},{lam})s35" for step in (0.566, 1.131) for lam in (0.1, 0.7))]
+    options += [f"rd({step},{lam})" for step in (0.4, 0.8) for lam in (0.1, 0.7)]
+    return model, data, profiled(model, data, options, workers=2)
+
+
+@pytest.mark.parametrize("budget", ["6x", "10x", "14x"])
+def test_no_single_option_beats_the_plan_on_the_digits_network(budget: str) -> None:
+    found = digits_profile()[2]
+    measuring = digits_context()
+    limit = budget_bytes(Budget.parse(budget), found)
+    rivals = single_options(found, limit, undominated=False)
+    assert len(rivals) > 2
+    best = min(measured_single(str(rows["conv1"].option)) for rows in rivals)
+    for strategy in ("exact", "auto", "uniform"):
+        plan = ac.plan(found, budget, strategy, measuring)
+        assert plan.measured["kl"] <= best, strategy
+
+
+@functools.cache
+def digits_context() -> ac.Context:
+    model, data, _ = digits_profile()
+    return ac.Context(model, data)
+
+
+@functools.cache
+def measured_single(option: str) -> float:
+    found = digits_profile()[2]
+    return digits_context().measure(found, {name: ac.Option.parse(option) for name in found.layers})
+
+
+def test_a_bad_strategy_is_replaced_by_the_best_single_option() -> None:
+    """A callable stands for a strategy; this one takes the smallest of everything."""
+
+    def worst(found: Profile, budget: Budget, context: Any) -> Plan:
+        from autocompress.planning import Allocation
+
+        rows = {n: min(x.rows, key=lambda row: row.bytes) for n, x in found.layers.items()}
+        return make_plan(found, budget, Allocation(rows, 9.0, 1.0, 8.0, found.template.file_bytes(rows), 0), "worst")
+
+    found = small_profile()[2]
+    plan = ac.plan(found, "4x", worst, context())
+    assert plan.strategy == "uniform"
+    assert len({str(option) for option in plan.layers.values()}) == 1
+    assert plan.measured["kl"] == plan.measured["single_option_kl"]
+    assert plan.bound == -float("inf")
+    assert f"the single option {plan.layers['conv1']}" in plan.notes[-1]
+    assert plan.notes[-1].startswith("worst measured ")
+    assert ac.plan(found, "4x", worst).strategy == "worst"
+    assert plan.predicted_bytes <= plan.budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "measured"),
+    [
+        ({"holdout": 0}, {}),
+        ({"seed": 1}, {"seed": 0}),
+        ({"holdout": 0, "resize": 60}, {}),
+        ({"holdout": 0}, {"resize": 20}),
+        ({"holdout": 0}, {"labels": True}),
+    ],
+    ids=["nothing held out", "another seed", "one batch", "other batches", "with labels"],
+)
+def test_data_that_the_hessians_saw_is_no_measure(calibrated: dict[str, Any], measured: dict[str, Any]) -> None:
+    model, data = convnet(), images()
+
+    def again(changes: dict[str, Any]) -> list[Any]:
+        size = changes.pop("resize", None)
+        out: list[Any] = list(torch.cat(data).split(size)) if size else list(data)
+        return [[x, torch.zeros(len(x))] for x in out] if changes.pop("labels", False) else out
+
+    seen, held = dict(calibrated), dict(measured)
+    seen_data, held_data = again(seen), again(held)
+    found = profile(model, calibrate(model, seen_data, **seen), options=["w4"], workers=1)
+    with pytest.raises(MismatchError, match="field 'data': the Hessians saw the slice that plans are measured on"):
+        ac.plan(found, "3x", "exact", ac.Context(model, held_data, **held))
+
+
+def test_data_that_holds_a_sample_twice_can_be_used() -> None:
+    model = convnet()
+    data = [images()[0]] * 6
+    found = profiled(model, data, ["w4"])
+    assert ac.plan(found, "3x", "exact", ac.Context(model, data)).is_measured
+
+
+def test_a_context_of_another_model_is_refused() -> None:
+    found = small_profile()[2]
+    with pytest.raises(MismatchError, match="field 'model': the context holds another model"):
+        ac.plan(found, "3x", "exact", context(convnet(seed=1)))
+
+
+def test_a_single_sample_leaves_a_plan_unmeasured() -> None:
+    model, data = convnet(), [images()[0][:1]]
+    found = profiled(model, data, ["w4"])
+    assert not ac.plan(found, "3x", "exact", ac.Context(model, data)).is_measured
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(StrategyError, match=r"there is no strategy 'best'; there are uniform, greedy, .*, auto"):
+        ac.plan(small_profile()[2], "3x", "best")
+    with pytest.raises(MismatchError, match="strategy 'kl' measures the model: give a context"):
+        ac.plan(small_profile()[2], "3x", "kl")
+
+
+def test_measured_slopes_are_kept_in_the_store(tmp_path: Path) -> None:
+    model, data, _ = small_profile()
+    found = profiled(model, data, store=tmp_path)
+    first, second = ac.Context(model, data), ac.Context(model, data)
+    assert first.sensitivities(found) == second.sensitivities(found)
+    assert first.evaluations > 0
+    assert second.evaluations == 0
+    assert ac.plan(found, "5x", "kl", second) == ac.plan(small_profile()[2], "5x", "kl", context())
+
+
+def test_the_context_builds_what_apply_makes() -> None:
+    model, data, found = small_profile()
+    plan = ac.plan(found, "5x")
+    built, applied = context().build(found, plan.layers), ac.apply(model, plan, found, data)
+    for key, tensor in applied.state_dict().items():
+        assert torch.equal(built.state_dict()[key], tensor), key
+    assert encoded_of(applied).plan == plan
