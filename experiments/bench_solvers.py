@@ -117,13 +117,19 @@ def bench_exact(seeds: range) -> list[dict[str, Any]]:
                     found.setdefault(baseline, []).append({**result, "gap": gap})
                 found.setdefault("scipy.milp", []).append(library(problem))
             out += [rows("exact", name, size, solver, results) for solver, results in found.items()]
+    return out
+
+
+def bench_large(seeds: range) -> list[dict[str, Any]]:
+    """`exact` where the library is not asked: the largest shape, and the classical hard one."""
+    out = []
     for name, make, size in (("curves", curves, (10_000, 500)), ("correlated", correlated, (224, 64))):
         results = []
         for seed in seeds:
             problem = make(*size, seed)
             assert len(problem.flat.loss)
             results.append(ours(problem, "exact", 1))
-        out.append(rows("exact", name, size, "exact", results))
+        out.append(rows("large", name, size, "exact", results))
     return out
 
 
@@ -163,7 +169,13 @@ def bench_import(seeds: range) -> list[dict[str, Any]]:
     return [rows("import", "-", (0, 0), "import solvers", results)]
 
 
-TABLES = {"exact": bench_exact, "milp": bench_milp, "frontier": bench_frontier, "import": bench_import}
+TABLES = {
+    "exact": bench_exact,
+    "large": bench_large,
+    "milp": bench_milp,
+    "frontier": bench_frontier,
+    "import": bench_import,
+}
 
 
 def provenance(seeds: range) -> dict[str, str]:

@@ -43,20 +43,22 @@ class Exact:
         """Solve; deterministic, so `seed` is not used."""
         ask_one(problem, self.name)
         deadline = Deadline(time_limit)
-        flat, least = problem.flat, cheapest(problem)
-        if least is None:
-            return Solution.none(problem, Status.INFEASIBLE, self.name)
+        flat = problem.flat
         cost, limit, same = whole(flat, up=True)
         rows = Rows.of(flat, cost, limit)
         answer = search(rows, deadline, self.max_states)
-        choices = [least] if answer is None else [flat.choice(answer.rows)]
+        choices = [] if answer is None else [flat.choice(answer.rows)]
         if not same:
+            least = cheapest(problem)
+            if least is None:
+                return Solution.none(problem, Status.INFEASIBLE, self.name)
             # Rounded up, the answer is within the budget; rounded down, it proves.
             cost, limit, _ = whole(flat, up=False)
             answer = search(Rows.of(flat, cost, limit), deadline, self.max_states)
             assert answer is not None  # the cheapest choice is within the budget, and so within its costs rounded down
-            choices += [c for c in [flat.choice(answer.rows)] if problem.feasible(c)]
-        assert answer is not None  # integer costs are exact
+            choices += [c for c in [least, flat.choice(answer.rows)] if problem.feasible(c)]
+        if answer is None:
+            return Solution.none(problem, Status.INFEASIBLE, self.name)
         choice, bound = min(choices, key=problem.total_loss), rows.true(answer.bound)
         loss = problem.total_loss(choice)
         status = Status.TIME_LIMIT if deadline.passed else Status.FEASIBLE

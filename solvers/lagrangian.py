@@ -161,16 +161,16 @@ def dual(rows: Rows) -> Dual | None:
         open_groups = np.flatnonzero(within != over)
         ends = np.sort(np.stack([cost[within], cost[over]]), axis=0)
         at = rows.group if origin is None else np.repeat(np.arange(len(start) - 1), np.diff(start))
-        keep = (cost >= ends[0][at]) & (cost <= ends[1][at]) & (within != over)[at]
+        keep = (within != over)[at]
+        keep &= (cost >= ends[0][at]) & (cost <= ends[1][at])
         if origin is None:
             done_within, done_over, origin = within.copy(), over.copy(), np.arange(len(loss))
             groups = np.arange(len(within))
         done_within[groups], done_over[groups] = origin[within], origin[over]
         groups = groups[open_groups]
         kept = np.flatnonzero(keep)
-        position = np.cumsum(keep) - 1
         loss, cost, origin = loss[kept], cost[kept], origin[kept]
-        within, over = position[within[open_groups]], position[over[open_groups]]
+        within, over = np.searchsorted(kept, within[open_groups]), np.searchsorted(kept, over[open_groups])
         start = np.concatenate([[0], np.cumsum(np.bincount(at[kept], minlength=len(start) - 1)[open_groups])])
         fixed_cost = int(rows.cost[done_within, 0].sum()) - int(cost[within].sum())
 
