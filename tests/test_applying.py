@@ -23,6 +23,10 @@ from autocompress.storage import FormatError
 class Rich(nn.Module):
     """Buffers of many types, a tied weight, a table of positions, a scale, and a constant far from its inputs' size."""
 
+    index: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
@@ -43,14 +47,14 @@ class Rich(nn.Module):
 
 def offset() -> nn.Module:
     """A regression whose output lies far from zero: half precision of the bias would be off by several spreads."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
-    model[2].bias.data.fill_(30001.0)
-    return model
+    last = nn.Linear(8, 1)
+    last.bias.data.fill_(30001.0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), last)
 
 
 def far_mean() -> nn.Module:
     """A norm whose inputs lie a thousand spreads from zero."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model: Any = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     model[0].bias.data.fill_(1000.0)
     model[1].running_mean.fill_(1000.0)
     return model

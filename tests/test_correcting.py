@@ -248,7 +248,7 @@ FOLDED = [(nn.BatchNorm1d, (7,)), (nn.BatchNorm1d, (7, 5)), (nn.BatchNorm2d, (7,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize(("kind", "shape"), FOLDED, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_a_folded_norm_computes_the_same(kind: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    model = seeded(lambda: kind(7, eps=1e-3)).to(dtype)
+    model: Any = seeded(lambda: kind(7, eps=1e-3)).to(dtype)
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = model(x)
     with torch.no_grad():

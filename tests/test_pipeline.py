@@ -1,0 +1,233 @@
+"""The whole way: the same bytes for the same seed, whatever watches, and results that are replaced only at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import OPTIONS, convnet, images
+from torch import nn
+
+import autocompress as ac
+from autocompress.errors import InfeasibleError, TaskError
+from autocompress.layers import model_digest
+from autocompress.pipeline import RESULTS
+from autocompress.saving import OutputError
+from autocompress.strategies import StrategyError
+from autocompress.tasks import load_task
+
+# The keys of metrics.json that are promised; there may be more.
+KEYS = {
+    "bytes",
+    "budget_bytes",
+    "original_bytes",
+    "ratio",
+    "metric",
+    "baseline_metric",
+    "predicted_loss",
+    "bound",
+    "gap",
+}
+KEYS |= {"strategy", "seconds"}
+ROOT = Path(__file__).parent.parent
+
+
+def run(out: Path, **changes: Any) -> Any:
+    given: dict[str, Any] = {"budget": "5x", "options": list(OPTIONS), "workers": 1, **changes}
+    return ac.compress(given.pop("model", None) or convnet(), given.pop("data", None) or images(), out=out, **given)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in RESULTS}
+
+
+def same(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in ("model.acz", "plan.json"))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "exact"])
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(strategy: str, tmp_path: Path) -> None:
+    for name, workers in [("once", 1), ("twice", 1), ("two", 2)]:
+        run(tmp_path / name, workers=workers, strategy=strategy)
+    assert same(tmp_path / "once", tmp_path / "twice")
+    assert same(tmp_path / "once", tmp_path / "two")
+    run(tmp_path / "another", seed=1, strategy=strategy)
+    assert not same(tmp_path / "once", tmp_path / "another")
+
+
+def test_a_profile_that_is_there_is_used_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    run(tmp_path / "first", store=tmp_path / "store", budget="4x")
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "layers").iterdir()}
+    run(tmp_path / "second", store=tmp_path / "store")
+    run(tmp_path / "third")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "layers").iterdir()} == files
+    assert same(tmp_path / "second", tmp_path / "third")
+    assert not (tmp_path / "second" / "profile").exists()
+    assert (tmp_path / "third" / "profile" / "profile.json").is_file()
+
+
+def test_evaluate_reports_and_decides_nothing(tmp_path: Path) -> None:
+    calls: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> float:
+        """A vandal: it moves weights, modes and the generator of whatever it is handed."""
+        calls.append(model)
+        model.train()
+        with torch.no_grad():
+            for tensor in model.parameters():
+                tensor.add_(torch.randn(()))
+        return 10.0 - len(calls)
+
+    model = convnet()
+    digest = model_digest(model)
+    with torch.random.fork_rng(devices=[]):
+        found = run(tmp_path / "with", evaluate=evaluate, model=model)
+    run(tmp_path / "without")
+    assert same(tmp_path / "with", tmp_path / "without")
+    assert model_digest(model) == digest
+    assert len(calls) == 2, "the dense model and the final one, no other"
+    assert (found.metrics["baseline_metric"], found.metrics["metric"]) == (9.0, 8.0)
+    assert json.loads((tmp_path / "without" / "metrics.json").read_text())["metric"] is None
+
+
+def test_labels_in_the_batches_change_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "inputs")
+    run(tmp_path / "pairs", data=[[x, torch.zeros(len(x))] for x in images()])
+    a, b = (tmp_path / name / "model.acz" for name in ("inputs", "pairs"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.data
+def test_evaluate_decides_nothing_on_a_real_network(data_folder: Path, tmp_path: Path) -> None:
+    """ResNet-20 with a short list of options and 128 images, through the task file as it is, and without `evaluate`."""
+    task = load_task(ROOT / "experiments" / "tasks" / "resnet20_cifar10.py")
+    batches = task.calibration_batches(0)[:1]
+    options: list[Any] = ["w3", "w4", "rd(0.8,0.3)"]
+    for name, evaluate in [("with", task.evaluate), ("without", None)]:
+        ac.compress(
+            task.build_model(),
+            batches,
+            "9x",
+            evaluate,
+            "exact",
+            out=tmp_path / name,
+            store=tmp_path / "store",
+            options=options,
+        )
+    assert same(tmp_path / "with", tmp_path / "without")
+    metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
+    assert metrics["bytes"] <= metrics["budget_bytes"] == metrics["original_bytes"] // 9
+    assert metrics["baseline_metric"] == pytest.approx(91.73, abs=0.05)
+    assert 80 < metrics["metric"] < 92.5
+
+
+def test_what_is_written_agrees_with_itself(tmp_path: Path) -> None:
+    found = run(tmp_path / "deep" / "out", evaluate=lambda model: 1)
+    out = tmp_path / "deep" / "out"
+    assert sorted(p.name for p in out.iterdir()) == sorted([*RESULTS, "profile"])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) >= KEYS
+    plan = ac.Plan.from_json((out / "plan.json").read_text())
+    assert plan == found.plan
+    size = (out / "model.acz").stat().st_size
+    assert metrics["bytes"] == plan.predicted_bytes == found.info.bytes == size <= plan.budget_bytes
+    assert metrics["budget_bytes"] == plan.budget_bytes == metrics["original_bytes"] // 5
+    assert metrics["ratio"] == metrics["original_bytes"] / size
+    assert metrics["strategy"] == plan.strategy
+    assert math.isclose(metrics["predicted_loss"], plan.predicted_loss)
+    assert found.info.path == out / "model.acz"
+    with torch.no_grad():
+        fresh = ac.load(out / "model.acz", convnet(seed=4))
+        assert torch.equal(fresh(images()[0]), found.model(images()[0]))
+    # Nothing that differs between machines or runs stands in the two files that must be the same everywhere.
+    for text in (out / "plan.json").read_text(), (out / "model.acz").read_bytes().decode("latin-1"):
+        assert str(tmp_path) not in text
+        assert not re.search(r"20\d\d-\d\d-\d\d", text)
+
+
+def _fails_late(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    calls: list[int] = []
+
+    def evaluate(model: nn.Module) -> Any:
+        calls.append(1)
+        return 1.0 if len(calls) == 1 else "text"
+
+    return {"evaluate": evaluate}
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    def render(*args: Any, **kwargs: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("autocompress.reporting.render_report", render)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "changes", "error", "words"),
+    [
+        (None, {"budget": 10}, InfeasibleError, "fits in 10 bytes"),
+        (None, {"strategy": "best"}, StrategyError, "no strategy 'best'"),
+        (None, {"effort": "little"}, StrategyError, "effort is 'little'; it is one of fast, normal, max"),
+        (_fails_late, {}, TaskError, r"evaluate returned str; needed a number"),
+        (_full_disk, {}, OutputError, "No space left on device"),
+    ],
+    ids=["infeasible", "strategy", "effort", "evaluate", "disk"],
+)
+def test_old_results_stay_until_the_new_ones_are_complete(
+    prepare: Any, changes: dict[str, Any], error: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path)
+    before = results(tmp_path)
+    more = prepare(monkeypatch) if prepare else {}
+    with pytest.raises(error, match=words):
+        run(tmp_path, **{"budget": "7x", **changes, **more})
+    assert results(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*RESULTS, "profile"]), "something half-written"
+
+
+def test_new_results_replace_old_ones_and_leave_the_rest(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = results(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    run(tmp_path, budget="7x")
+    after = results(tmp_path)
+    assert all(after[name] != before[name] for name in RESULTS)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    run(tmp_path / "fresh", budget="7x")
+    assert same(tmp_path, tmp_path / "fresh")
+
+
+def test_a_folder_that_cannot_be_one_is_named_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write in the output folder .*file"):
+        run(tmp_path / "file")
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(OutputError, match="cannot write in the output folder"):
+            run(tmp_path / "closed" / "out")
+
+
+def test_fast_is_one_exact_solve(tmp_path: Path) -> None:
+    fast, exact = run(tmp_path / "fast", effort="fast"), run(tmp_path / "exact", strategy="exact")
+    assert same(tmp_path / "fast", tmp_path / "exact")
+    assert fast.plan.strategy == exact.plan.strategy
+    assert fast.plan.is_measured
+
+
+def test_stages_are_told_in_order_and_to_their_end(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    run(tmp_path, progress=lambda *call: told.append(call))
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages[:3] == ["calibrate", "profile", "plan"]
+    for stage in stages:
+        mine = [(done, total) for name, done, total in told if name == stage]
+        assert mine[0][0] == 0
+        assert mine[-1][0] == mine[-1][1]
+        assert mine == sorted(mine)
