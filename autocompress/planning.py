@@ -200,7 +200,7 @@ def allocate(
             options=[[str(row.option) for row in r] for r in rows],
         )
         solution = solve(problem, solver)
-        if solution.choice is None:
+        if not solution.found:
             return solution, None
         return solution, {n: r[int(i)] for n, r, i in zip(names, rows, solution.choice, strict=True)}
 
