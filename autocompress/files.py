@@ -46,5 +46,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(mask)
         scratch.chmod(0o666 & ~mask)
         scratch.replace(path)
+    except OSError as error:
+        # A failing write names no file; whoever reads the message wants to know which disk is full.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         scratch.unlink(missing_ok=True)

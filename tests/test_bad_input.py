@@ -6,8 +6,10 @@ import errno
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -295,7 +297,9 @@ def test_a_disk_that_fills_up(tmp_path: Path, done: Path, monkeypatch: pytest.Mo
         assert contents(out) != kept
         call("compress", done / "task.py", "--budget", "4x", "--out", out, "--workers", 1)
         return
-    assert "No space left on device" in outcome.refused(2)
+    message = outcome.refused(2)
+    assert "No space left on device" in message
+    assert str(out) in message or str(store) in message
     assert contents(out) == kept
     assert sorted(p.name for p in out.iterdir()) == before
     assert not [p for p in store.rglob("*") if p.name.startswith(".")]
@@ -340,3 +344,23 @@ def test_an_interruption_is_one_line(done: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("autocompress.verifying._size_checks", interrupted)
     assert "interrupted" in call("verify", done / "out").refused(130)
+
+
+def test_control_c_ends_the_process_with_130(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    lines = ["import pathlib, time", f"pathlib.Path({str(started)!r}).touch()", "time.sleep(60)"]
+    slow = "def calibration():\n" + "".join(f"    {line}\n" for line in lines)
+    command = [sys.executable, "-m", "autocompress.cli", "compress", str(write_task(tmp_path, calibration=slow))]
+    running = subprocess.Popen(
+        [*command, "--budget", "4x", "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if started.exists():
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert errors.strip().startswith("autocompress: interrupted")
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
