@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,17 @@ def test_labels_in_the_batches_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_evaluate_decides_nothing_on_a_real_network(data_folder: Path, tmp_path: Path) -> None:
-    """ResNet-20 with a short list of options and 128 images, through the task file as it is, and without `evaluate`."""
+def test_evaluate_decides_nothing_on_a_real_network(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ResNet-20 with a short list of options and 128 images, with the task's own `evaluate` and without.
+
+    Evaluated are 1,000 of the test images, for time.
+    """
     task = load_task(ROOT / "experiments" / "tasks" / "resnet20_cifar10.py")
+    cifar = sys.modules["cifar"]
+    images, labels = cifar.test_images()
+    monkeypatch.setattr(cifar, "test_images", lambda: (images[:1000], labels[:1000]))
     batches = task.calibration_batches(0)[:1]
     options: list[Any] = ["w3", "w4", "rd(0.8,0.3)"]
     for name, evaluate in [("with", task.evaluate), ("without", None)]:
@@ -123,8 +132,8 @@ def test_evaluate_decides_nothing_on_a_real_network(data_folder: Path, tmp_path:
     assert same(tmp_path / "with", tmp_path / "without")
     metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
     assert metrics["bytes"] <= metrics["budget_bytes"] == metrics["original_bytes"] // 9
-    assert metrics["baseline_metric"] == pytest.approx(91.73, abs=0.05)
-    assert 80 < metrics["metric"] < 92.5
+    assert metrics["baseline_metric"] == pytest.approx(91.73, abs=2.0)
+    assert 78 < metrics["metric"] < 95
 
 
 def test_what_is_written_agrees_with_itself(tmp_path: Path) -> None:
