@@ -28,6 +28,7 @@ _HOME = {
     "apply": "applying",
     "calibrate": "calibration",
     "compress": "pipeline",
+    "export": "exporting",
     "load": "saving",
     "load_profile": "profiling",
     "plan": "strategies",
@@ -51,6 +52,7 @@ __all__ = [
     "apply",
     "calibrate",
     "compress",
+    "export",
     "load",
     "load_profile",
     "plan",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from autocompress.applying import apply
     from autocompress.calibration import Statistics, calibrate
     from autocompress.errors import AutocompressError
+    from autocompress.exporting import export
     from autocompress.measuring import Context
     from autocompress.pipeline import Result, compress
     from autocompress.profiling import Profile, load_profile, profile

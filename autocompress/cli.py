@@ -271,6 +271,53 @@ def unpack(file: FileArgument, out: Annotated[Path, typer.Option(help="The safet
 
 
 @command(cls=_Command)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that compress wrote, or a model.acz.")],
+    out: Annotated[Path, typer.Option(help="The file to write; for compressed-tensors, the folder.")],
+    format: Annotated[str, typer.Option("--format", help="onnx, compressed-tensors or safetensors.")] = "onnx",
+    task: TaskOption = None,
+    budget: Annotated[str | None, typer.Option(help="What all written files together may have.")] = None,
+    lossless_only: Annotated[
+        bool, typer.Option(help="Refuse what the format cannot hold; else map it, naming the layers.")
+    ] = True,
+    weights: Annotated[str, typer.Option(help="onnx: auto (what fits the codes), int4, int8 or dense.")] = "auto",
+    matmul_nbits: Annotated[bool, typer.Option(help="onnx: linear layers as MatMulNBits.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a result in a format that runtimes read: ONNX, compressed-tensors or safetensors."""
+    import warnings
+
+    from autocompress.exporting import ExportWarning, Onnx, exporter_named
+    from autocompress.exporting import export as exported
+    from autocompress.tasks import load_task
+
+    found = None if task is None else load_task(task)
+    exporter = exporter_named(format)
+    if isinstance(exporter, Onnx):
+        exporter = Onnx(weights=weights, matmul_nbits=matmul_nbits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExportWarning)  # said below, in our words
+        info = exported(
+            folder,
+            None if found is None else found.build_model(),
+            exporter,
+            out,
+            example=None if found is None or found.example_input is None else found.example_input(),
+            budget=budget,
+            lossless_only=lossless_only,
+        )
+    for note in info.notes:
+        print(f"autocompress: warning: {note}", file=sys.stderr)
+    facts: dict[str, Any] = {
+        "written": ", ".join(map(str, info.files)),
+        "bytes": info.bytes,
+        **{f"layers as {kind}": names for kind, names in info.by_kind().items()},
+        **info.facts,
+    }
+    _show_facts(facts, as_json)
+
+
+@command(cls=_Command)
 def inspect(file: FileArgument, as_json: JsonOption = False) -> None:
     """Show where every byte of a file goes."""
     from autocompress.reporting.rows import file_parts

@@ -106,9 +106,7 @@ def state_dict_of(archive: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
 def load(path: str | Path, model: None = None) -> dict[str, torch.Tensor]: ...
 @overload
 def load(path: str | Path, model: nn.Module, packed: bool = False) -> nn.Module: ...
-def load(
-    path: str | Path, model: nn.Module | None = None, packed: bool = False
-) -> nn.Module | dict[str, torch.Tensor]:
+def load(path: str | Path, model: nn.Module | None = None, packed: bool = False) -> nn.Module | dict[str, torch.Tensor]:
     """Fill a fresh instance of the same architecture from a file and return it in eval mode; without a model, a state
     dict.
 

@@ -35,6 +35,7 @@ ORDER = [
     "applying",
     "measuring",
     "strategies",
+    "packed",
     "saving",
     "verifying",
     "exporting",

@@ -1,0 +1,76 @@
+"""Weights that stay compressed in memory: a layer decodes its own whenever it runs, and lets it go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from autocompress.storage import Entry
+
+__all__ = ["Decode", "pack", "packable", "packed_bytes"]
+
+
+class Decode(nn.Module):
+    """A parametrisation: the payload of a file's entry in (uint8, on any device), the weight it stands for out.
+
+    The weight is float32(code) * step, as `ac.load` without packed gives it, in the dtype that the layer had.
+    """
+
+    def __init__(self, entry: Entry, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name, self.shape, self.codec, self.step = entry.name, entry.shape, entry.codec, entry.step
+        self.stored_dtype, self.dtype = entry.dtype, dtype
+
+    def forward(self, payload: torch.Tensor) -> torch.Tensor:
+        raw = payload.detach().cpu().numpy().tobytes()
+        entry = Entry(self.name, self.shape, self.stored_dtype, self.codec, raw, self.step)
+        values = torch.from_numpy(np.ascontiguousarray(entry.dequantise())).reshape(self.shape)
+        return values.to(payload.device, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.codec}, {tuple(self.shape)}"
+
+
+def packable(entry: Entry) -> bool:
+    """Whether an entry is a layer's weight that is shorter in the file than dense."""
+    return "option" in entry.params and entry.bytes < 4 * entry.numel
+
+
+def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:
+    """Replace weights, by their names in the state dict, with their payloads; modules that share one share the payload.
+
+    Such a weight cannot be trained or assigned; reading `layer.weight` decodes it anew. In a state dict it is
+    `parametrizations.weight.original`, a uint8 vector.
+    """
+    owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in weights}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known in weights:
+            place, _, field = name.rpartition(".")
+            owners[known].append((model.get_submodule(place), field))
+    for name, entry in weights.items():
+        raw = torch.frombuffer(bytearray(entry.payload), dtype=torch.uint8)
+        payload = nn.Parameter(raw, requires_grad=False)
+        for module, field in owners[name]:
+            if parametrize.is_parametrized(module, field):  # the same module under two names
+                continue
+            dense = module._parameters[field]
+            assert dense is not None
+            decode = Decode(entry, dense.dtype)
+            module._parameters[field] = (
+                payload if payload.device == dense.device else nn.Parameter(raw.to(dense.device), False)
+            )
+            # unsafe: the weight has another dtype and shape than what it is made from.
+            parametrize.register_parametrization(module, field, decode, unsafe=True)
+    return model
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes that the model's parameters and buffers take in memory, shared ones once."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
