@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from solvers.core import Best, Core
-from solvers.lagrangian import Rows, ask_one, cheapest, dual, one_resource, whole
+from solvers.lagrangian import Rows, ask_one, cheapest, dual, one_resource, shift, whole
 from solvers.problem import Deadline, IntArray, Problem
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
@@ -64,7 +64,7 @@ class Exact:
         status = Status.TIME_LIMIT if deadline.passed else Status.FEASIBLE
         if loss - bound <= ROUNDING * magnitude(problem, choice):
             status = Status.OPTIMAL
-        price = np.array([math.ldexp(answer.price, rows.exponent)])
+        price = np.array([math.ldexp(answer.price, rows.exponent + shift(flat))])
         return Solution.of(problem, choice, bound, status, self.name, iterations=answer.iterations, price=price)
 
 
@@ -87,7 +87,7 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
     One core is enough for nearly every problem. Where it grows too large, as when one group weighs more than all others
     together, its options are split and each half gets its own price: branch and bound, the least bound first.
     """
-    rows = coarse(rows)
+    rows, unit = coarse(rows)
     at = dual(rows)
     if at is None:
         return None
@@ -102,7 +102,8 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
         part, origin = rows.part(np.flatnonzero(rows.loss <= best.loss))
         answer = search(part, deadline, max_states)
         assert answer is not None  # the best choice is among the options left
-        return replace(answer, rows=origin[answer.rows], iterations=states + answer.iterations)
+        price = answer.price / unit
+        return Answer(origin[answer.rows], answer.bound, states + answer.iterations, price)
     root = core.expand(deadline, 20_000, min(100_000, max_states), most_groups=len(rows.sizes))
     states += root.states
     noise = core.noise
@@ -136,7 +137,7 @@ def search(rows: Rows, deadline: Deadline, max_states: int) -> Answer | None:
         # Problems that branching does not break up, such as sums of equal slopes, need a wider core.
         states += core.expand(deadline, max_states // 4, max_states - states, most_groups=len(rows.sizes)).states
         bound = max(bound, core.bound)
-    return Answer(best.rows, bound, states, at.price)
+    return Answer(best.rows, bound, states, at.price / unit)
 
 
 @dataclass(frozen=True, order=True)
@@ -162,9 +163,11 @@ def _halves(rows: Rows, node: _Node) -> list[IntArray]:
     return [node.live[~here | ~dear], node.live[~here | dear]]
 
 
-def coarse(rows: Rows) -> Rows:
-    """The same rows with costs in units of their greatest common divisor, and the limit rounded down to it."""
+def coarse(rows: Rows) -> tuple[Rows, int]:
+    """The same rows with costs in units of their greatest common divisor, the limit rounded down to it; and that."""
     unit = int(np.gcd.reduce(rows.cost[:1000, 0]))
     if unit > 1:
         unit = int(np.gcd.reduce(np.append(rows.cost[:, 0], unit)))
-    return rows if unit <= 1 else replace(rows, cost=rows.cost // unit, limit=rows.limit // unit)
+    if unit <= 1:
+        return rows, 1
+    return replace(rows, cost=rows.cost // unit, limit=rows.limit // unit), unit

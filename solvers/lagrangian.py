@@ -96,6 +96,14 @@ def lexmin(first: Array, second: Array, start: IntArray) -> IntArray:
     return argmin(np.where(first == least, second, worst), start)
 
 
+def shift(flat: Flat) -> int:
+    """The power of two by which `whole` multiplies costs: 0 for integers."""
+    if flat.cost.dtype == np.int64:
+        return 0
+    most = float(np.maximum.reduceat(np.abs(flat.cost[:, 0]), flat.start[:-1]).sum())
+    return 60 - int(np.frexp(most)[1])
+
+
 def whole(flat: Flat, up: bool) -> tuple[IntArray, IntArray, bool]:
     """Costs (N, 1) and limit (1,) of a one-resource problem as integers; the third says whether they are exact.
 
@@ -104,10 +112,9 @@ def whole(flat: Flat, up: bool) -> tuple[IntArray, IntArray, bool]:
     """
     if flat.cost.dtype == np.int64:
         return flat.cost, flat.limit, True
-    most = float(np.maximum.reduceat(np.abs(flat.cost[:, 0]), flat.start[:-1]).sum())
-    shift = 60 - int(np.frexp(most)[1])
-    scaled = np.ldexp(flat.cost, shift)
-    limit = np.floor(np.clip(np.ldexp(flat.limit, shift), -float(INTEGER_LIMIT), float(INTEGER_LIMIT)))
+    power = shift(flat)
+    scaled = np.ldexp(flat.cost, power)
+    limit = np.floor(np.clip(np.ldexp(flat.limit, power), -float(INTEGER_LIMIT), float(INTEGER_LIMIT)))
     rounded = np.ceil(scaled) if up else np.floor(scaled)
     return rounded.astype(np.int64), limit.astype(np.int64), bool((rounded == scaled).all())
 
@@ -290,7 +297,7 @@ class Lagrangian:
         at = dual(lower)
         if at is None or least is None:
             return Solution.none(problem, Status.INFEASIBLE, self.name)
-        price = np.array([math.ldexp(at.price, lower.exponent)])
+        price = np.array([math.ldexp(at.price, lower.exponent + shift(flat))])
         upper = Rows.of(flat, *whole(flat, up=True)[:2])
         found = dual(upper)
         # Float costs rounded up may leave nothing; the cheapest choice is within the budget even so.

@@ -9,6 +9,7 @@ Any price ≥ 0, α and β give a bound, so the bound printed is computed from t
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,10 @@ def relax(problem: Problem, time_limit: float | None = None) -> Relaxed | None:
     model = cp.Problem(cp.Minimize(objective), [one, within, *(c for pair in links for c in pair)])
     options = {} if time_limit is None else {"time_limit": max(0.01, time_limit)}
     try:
-        model.solve(solver=cp.HIGHS, **options)
+        with warnings.catch_warnings():
+            # "Solution may be inaccurate", at a time limit: nothing here rests on it being accurate.
+            warnings.simplefilter("ignore", UserWarning)
+            model.solve(solver=cp.HIGHS, **options)
     except cp.SolverError:
         return None
     if x.value is None or one.dual_value is None:

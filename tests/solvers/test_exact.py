@@ -136,6 +136,17 @@ def test_price_is_what_a_byte_saves() -> None:
     assert saved == pytest.approx(float(solution.price[0]), rel=0.25)
 
 
+@pytest.mark.parametrize("solver", ["exact", "lagrangian", "milp", "relaxation"])
+def test_price_is_per_unit_whatever_the_unit(solver: str) -> None:
+    problem = uncorrelated(40, 20, 1)
+    loss, cost, budget = problem.loss, problem.cost, int(problem.budget[0])
+    prices = [solve(Problem(loss, [k * c for c in cost], k * budget), solver).price for k in (1, 6, 0.5, 0.001)]
+    for price, k in zip(prices, (1, 6, 0.5, 0.001), strict=True):
+        assert price is not None
+        assert price.shape == (1,)
+        assert float(price[0]) * k == pytest.approx(float(prices[0][0]), rel=1e-4)  # type: ignore[index]
+
+
 @given(problems(), st.floats(0, 1e3))
 @settings(max_examples=300)
 def test_every_price_gives_a_bound(problem: Problem, price: float) -> None:
