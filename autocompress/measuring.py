@@ -63,10 +63,13 @@ class Context:
         self.seed = seed
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
         self.evaluations = 0
-        self._held = [piece for batch in self.held for piece in chunk_batch(batch, PASS_SAMPLES)]
+        self._pieces = {
+            part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
+            for part, batches in (("fit", self.fit), ("held", self.held))
+        }
         self._correction = join_batches(self.fit, CORRECTION_SAMPLES)
         self._digest = model_digest(model)
-        self._outputs: list[torch.Tensor] = []
+        self._outputs: dict[str, list[torch.Tensor]] = {}
         self._moments: dict[str, Moments] = {}
         self._weights: dict[tuple[str, str, str], np.ndarray] = {}
         self._checked: set[str] = set()
@@ -115,14 +118,15 @@ class Context:
         """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice."""
         return self.divergence_of(self.build(profile, layers))
 
-    def divergence_of(self, model: nn.Module) -> float:
-        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice."""
-        if not self._held:
+    def divergence_of(self, model: nn.Module, part: str = "held") -> float:
+        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, or on `fit`."""
+        pieces = self._pieces[part]
+        if not pieces:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
-        if not self._outputs:
-            self._outputs = self._forward(self.model, self._held)
+        if part not in self._outputs:
+            self._outputs[part] = self._forward(self.model, pieces)
         self.evaluations += 1
-        return _mean_divergence(self._outputs, self._forward(model, self._held), self._held)
+        return _mean_divergence(self._outputs[part], self._forward(model, pieces), pieces)
 
     def _forward(self, model: nn.Module, pieces: list[Batch]) -> list[torch.Tensor]:
         with torch.no_grad(), evaluating(model):

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from autocompress.batches import batch_samples
 from autocompress.measuring import Context
-from autocompress.planning import Allocation, allocate, budget_bytes, energy_losses, make_plan
+from autocompress.planning import allocate, budget_bytes, energy_losses, make_plan
 from autocompress.profiling import Profile
 from autocompress.types import Budget, Plan
 
@@ -17,31 +18,35 @@ __all__ = ["Auto"]
 
 
 class Auto:
-    """Exact solves of the relative error, of a fit of the measured KL, and of mixtures of both; the least measured KL
-    wins.
+    """Exact solves of the relative error and of mixtures with a fit of the measured KL; the least measured KL wins.
 
     A linear fit of the KL is the better objective where errors are small, the relative error where they are large
-    (engine.md section 7); the weights of the mixtures are their geometric means. Deterministic: a fixed list, no
-    clocks. Without a context it is the exact solve of the relative error.
+    (engine.md section 7); the weights of the mixtures are their geometric means. Plans are compared on all of the
+    calibration data: on the held-out fifth alone, 256 images of CIFAR-10, the choice was worse on other training
+    images than a choice on all 1,024 (the Hessians saw four fifths of them, but so did those of every rival).
+    Deterministic: a fixed list, no clocks. Without a context it is the exact solve of the relative error.
     """
 
-    def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)) -> None:
+    def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)) -> None:
         self.mixtures = mixtures
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         limit = budget_bytes(budget, profile)
         if context is None or not context.held:
             return make_plan(profile, budget, allocate(profile, limit, energy_losses(profile)), "auto(energy)")
-        best: Plan | None = None
-        tried = {}
+        held, fit = context.held_samples, sum(batch_samples(b) for b in context.fit)
+        best: tuple[float, Plan] | None = None
+        notes = []
         for label, losses in self.objectives(profile, context).items():
-            found = allocate(profile, limit, losses)
-            plan = self._measured(profile, budget, found, f"auto({label})", context)
-            tried[label] = plan.measured["kl"]
-            if best is None or plan.measured["kl"] < best.measured["kl"]:
-                best = plan
+            plan = make_plan(profile, budget, allocate(profile, limit, losses), f"auto({label})")
+            small = context.build(profile, plan.layers)
+            kl = context.divergence_of(small)
+            overall = (kl * held + context.divergence_of(small, "fit") * fit) / (held + fit)
+            notes.append(f"{label}: KL {overall:.6g} on all calibration data, {kl:.6g} on the held-out slice")
+            if best is None or overall < best[0]:
+                best = overall, plan.replace(measured={"kl": kl, "kl_all": overall})
         assert best is not None
-        return best.replace(notes=tuple(f"{label}: measured KL {kl:.6g}" for label, kl in tried.items()))
+        return best[1].replace(notes=tuple(notes))
 
     def objectives(self, profile: Profile, context: Context) -> dict[str, Mapping[str, np.ndarray]]:
         """Losses per option under each mixture: error · (1/energy)^(1-m) · slope^m."""
@@ -61,7 +66,3 @@ class Auto:
                 for n, layer in profile.layers.items()
             }
         return found
-
-    def _measured(self, profile: Profile, budget: Budget, found: Allocation, strategy: str, context: Context) -> Plan:
-        plan = make_plan(profile, budget, found, strategy)
-        return plan.replace(measured={"kl": context.measure(profile, plan.layers)})
