@@ -129,7 +129,7 @@ def test_a_weight_shared_by_different_kinds_is_left_alone() -> None:
 
 
 def test_a_weight_that_another_module_holds_is_left_alone() -> None:
-    first = nn.Linear(3, 3)
+    first: Any = nn.Linear(3, 3)
     model = nn.Sequential(first, nn.Linear(3, 3))
     model.register_parameter("alias", first.weight)
     assert find_layers(model).skipped == {"0": "its weight is also used as .alias"}
