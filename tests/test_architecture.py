@@ -44,6 +44,7 @@ ORDER = [
     "pipeline",
     "demo",
     "cli",
+    "__main__",
 ]
 
 
