@@ -222,6 +222,15 @@ def test_a_model_of_two_layers_with_shared_weights(tmp_path: Path) -> None:
     assert call("verify", tmp_path / "out", "--task", task).code == 0
 
 
+@pytest.mark.parametrize("budget", ["1GB", "0.5x"])
+def test_a_budget_that_asks_for_nothing_says_so(done: Path, tmp_path: Path, budget: str) -> None:
+    store = done / "out" / "profile"
+    outcome = call("compress", done / "task.py", "--budget", budget, "--out", tmp_path, "--store", store)
+    assert outcome.code == 0, outcome.err
+    assert "the budget has room for the network as it is" in outcome.out
+    assert call("verify", tmp_path, "--task", done / "task.py").code == 0
+
+
 def test_the_demo(tmp_path: Path) -> None:
     """The embedded default: a tenth of the size, nearly nothing lost, proven, and verified from the file."""
     outcome = call("demo", "--out", tmp_path / "demo")

@@ -6,6 +6,7 @@ No script, no network: it opens from a disk, prints, reads aloud, and follows th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,6 +20,9 @@ from autocompress.storage import read
 from autocompress.types import Plan
 
 __all__ = ["render_report"]
+
+# What `auto` notes of each plan that it measured.
+TRIAL = re.compile(r"(?P<name>.+): KL (?P<all>\S+) on all calibration data, (?P<held>\S+) on the held-out slice")
 
 
 def render_report(plan: Plan, profile: Profile, metrics: Mapping[str, Any], file: Path) -> str:
@@ -169,27 +173,32 @@ def _judged(plan: Plan, metrics: Mapping[str, Any]) -> str:
         f"<p>Measured on {samples:,} calibration samples that the Hessians never saw: how far the outputs are from the "
         "dense model's (mean KL divergence per sample, lower is better).</p>"
     )
-    values = {"this plan": measured["kl"]}
+    found: list[tuple[str, float | None, float]] = [("this plan", measured.get("kl_all"), measured["kl"])]
     if single is not None:
-        values["best single option for all layers"] = single
-    trials = {}
-    for note in plan.notes:
-        name, found, value = note.partition(": measured KL ")
-        if found:
-            trials[f"tried: {name}"] = float(value)
-    finite = [v for v in [*values.values(), *trials.values()] if math.isfinite(v)]
-    peak = max(finite, default=1.0) or 1.0
+        found.append(("best single option for all layers", None, single))
+    trials = [match for note in plan.notes if (match := TRIAL.fullmatch(note))]
+    found += [(f"tried: {m['name']}", float(m["all"]), float(m["held"])) for m in trials]
+    peak = max((held for _, _, held in found if math.isfinite(held)), default=0.0) or 1.0
     body = [
-        _row(name, [_number(f"{v:.4g}"), _cell(_bar(min(v / peak, 1.0), "b"))]) for name, v in (values | trials).items()
+        _row(
+            name,
+            [
+                _number("" if overall is None else f"{overall:.4g}"),
+                _number(f"{held:.4g}"),
+                _cell(_bar(min(held / peak, 1.0), "b")),
+            ],
+        )
+        for name, overall, held in found
     ]
     note = "Tried: exact solves of the relative errors (energy), of a fit of the measured KL (kl), and of mixtures."
-    text += _table(["plan", "#KL to the dense model", ""], body, "", "Measured plans", note if trials else "")
+    head = ["plan", "#KL, all calibration data", "#KL, held out", ""]
+    text += _table(head, body, "", "Measured plans", note if trials else "")
     if single is not None:
         text += (
             "<p>A plan is never handed out if the best fitting one with the same option for every layer measures "
             "better: then that one is.</p>"
         )
-    others = [note for note in plan.notes if ": measured KL " not in note]
+    others = [note for note in plan.notes if not TRIAL.fullmatch(note)]
     return _section("How good it is", text + "".join(f"<p>{escape(note)}</p>" for note in others))
 
 

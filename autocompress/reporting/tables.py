@@ -98,6 +98,8 @@ def result_facts(plan: Plan, metrics: Mapping[str, Any], where: str = "") -> dic
         facts["metric"] = f"{metrics['baseline_metric']:g} before, {metrics['metric']:g} after {where}".rstrip()
     facts |= {"gap": gap_text(plan.gap, plan.bound), "measured": measured_text(plan)}
     facts["strategy"] = plan.strategy + (f", {metrics['seconds']:.1f} s" if "seconds" in metrics else "")
+    if limit >= metrics["original_bytes"]:
+        facts["note"] = "the budget has room for the network as it is; compression begins below that"
     return facts
 
 

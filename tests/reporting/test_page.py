@@ -108,6 +108,7 @@ def test_the_page_holds_the_numbers_of_the_files(result: ac.Result) -> None:
         "no choice depends",
     ):
         assert value in words
+    assert "tried: energy" in words, "what auto tried is a table, whatever it writes in its notes"
     for row in layer_rows(plan, result.profile):
         assert row.option in words
         assert f"{row.bytes:,}" in words
