@@ -208,7 +208,7 @@ def profile(
 def plan(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A profile store, or a folder that compress wrote.")],
     budget: BudgetOption,
-    strategy: StrategyOption = "auto",
+    strategy: StrategyOption = "exact",
     effort: EffortOption = "normal",
     seed: SeedOption = 0,
     task: TaskOption = None,
@@ -280,14 +280,14 @@ def export(
     lossless_only: Annotated[
         bool, typer.Option(help="Refuse what the format cannot hold; else map it, naming the layers.")
     ] = True,
-    weights: Annotated[str, typer.Option(help="onnx: auto (what fits the codes), int4, int8 or dense.")] = "auto",
+    weights: Annotated[str, typer.Option(help="auto (what fits the codes), int4, int8; onnx: or dense.")] = "auto",
     matmul_nbits: Annotated[bool, typer.Option(help="onnx: linear layers as MatMulNBits.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a result in a format that runtimes read: ONNX, compressed-tensors or safetensors."""
     import warnings
 
-    from autocompress.exporting import ExportWarning, Onnx, exporter_named
+    from autocompress.exporting import CompressedTensors, ExportWarning, Onnx, exporter_named
     from autocompress.exporting import export as exported
     from autocompress.tasks import load_task
 
@@ -295,6 +295,10 @@ def export(
     exporter = exporter_named(format)
     if isinstance(exporter, Onnx):
         exporter = Onnx(weights=weights, matmul_nbits=matmul_nbits)
+    elif isinstance(exporter, CompressedTensors) and weights in ("int4", "int8"):
+        exporter = CompressedTensors(bits=int(weights[3:]))
+    elif weights != "auto" or matmul_nbits:
+        fail(f"--weights {weights} and --matmul-nbits say nothing about {exporter.name}", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExportWarning)  # said below, in our words
         info = exported(

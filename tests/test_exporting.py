@@ -253,6 +253,15 @@ def test_onnx_without_example_or_library(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
+def test_onnx_of_a_model_in_half_precision(tmp_path: Path) -> None:
+    model, data, small, plan = small_convnet()
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    half = copy.deepcopy(model).bfloat16()
+    info = ac.export(path, half, "onnx", tmp_path / "m.onnx", example=data[0])
+    close(onnx_outputs(info.path, data[0])[0], small(data[0]))
+    assert half.get_parameter("conv1.weight").dtype == torch.bfloat16
+
+
 def test_onnx_codes_that_int8_cannot_hold_stay_float32() -> None:
     codes = np.array([[-129, 5], [3, 0]], np.int32)
     weight = Weight("a.weight", ("a",), (2, 2), Option.parse("rd(0.01,0.1)"), codes, np.full((), 0.5, np.float32))
@@ -352,9 +361,18 @@ def test_transformers_loads_compressed_tensors(tmp_path: Path, build: Any, auto:
         assert torch.equal(state[name], tensor), name
     close(found.numpy(), wanted(**data[0]).logits)
 
+    # One width and one kind of step: what dequantize=True needs, which takes all layers for the first group's.
+    one = ac.export(path, model, CompressedTensors(bits=8), tmp_path / "one")
+    assert list(one.facts["groups"].values()) == ["8 bits per channel"]
+    dense = getattr(transformers, auto).from_pretrained(
+        tmp_path / "one", quantization_config=transformers.CompressedTensorsConfig(dequantize=True)
+    )
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(dense.state_dict()[name], tensor), name
+
     again = ac.export(path, model, "compressed-tensors", tmp_path / "hf")  # in the place of the first
     assert again.bytes == info.bytes
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model.acz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model.acz", "one"]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -387,6 +405,21 @@ def test_compressed_tensors_refuses_before_it_writes(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"holds 'thesis.tex'"):
         ac.export(wide, format="compressed-tensors", out=strange, lossless_only=False)
     assert [path.name for path in strange.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_leaves_the_folder_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, _ = applied(seeded(bert), tokens(), ("w4",))
+    out = tmp_path / "hf"
+    before = {file: file.read_bytes() for file in ac.export(small, format="compressed-tensors", out=out).files}
+
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ac.AutocompressError, match="No space left on device"):
+        ac.export(small, format=CompressedTensors(bits=8), out=out)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_compressed_tensors_holds_no_convolution() -> None:

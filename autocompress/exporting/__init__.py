@@ -83,8 +83,8 @@ def export(
         raise ExportError(f"{exporter.name} needs the model: its graph or configuration is not in the file")
     tensors = state_dict_of(entries)
     place = "the applied model" if isinstance(source, nn.Module) else str(source)
-    shell = None if model is None else fill(copy.deepcopy(model), tensors, place)
-    exporter.check(shell or nn.Module(), example)
+    shell = None if model is None else fill(_single(copy.deepcopy(model)), tensors, place)
+    exporter.check(_Tensors(tensors) if shell is None else shell, example)
     aliases = _aliases(shell) if shell is not None else {name: name for name in entries}
     held: dict[str, Held] = {}
     for name, entry in entries.items():
@@ -95,7 +95,7 @@ def export(
             held[name] = exporter.hold(weight_of(entry, owners), module)
     notes = _judge(exporter, held.values(), lossless_only)
     floats = {n: _values(t, entries.get(n)) for n, t in tensors.items() if n not in held}
-    limit = None if budget is None else _limit(Budget.of(budget), shell or _Tensors(tensors))
+    limit = None if budget is None else _limit(Budget.of(budget), _Tensors(tensors) if shell is None else shell)
 
     def admit(size: int) -> None:
         if limit is not None and size > limit:
@@ -103,7 +103,7 @@ def export(
                 f"the {exporter.name} export would have {size:,} bytes, the budget is {limit:,}; nothing written"
             )
 
-    request = Request(shell or nn.Module(), held, floats, aliases, example)
+    request = Request(nn.Module() if shell is None else shell, held, floats, aliases, example)
     try:
         files, facts = exporter.write(request, Path(out), admit)
         size = sum(path.stat().st_size for path in files)
@@ -135,6 +135,15 @@ def _entries(source: str | Path | nn.Module) -> dict[str, Entry]:
         )
     with read(path) as archive:
         return dict(archive)
+
+
+def _single(model: nn.Module) -> nn.Module:
+    """The model on the CPU, in float32 where it was in half precision: exports hold the file's values, not rounded."""
+    model = model.cpu()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.float()
+    return model
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

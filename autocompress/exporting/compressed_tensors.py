@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class CompressedTensors:
     Each width and kind of step is one config group that names its layers in full; float layers are in `ignore`. Codes
     and steps are the file's, so the library's weight is the file's, bit for bit, in float32 (which `dtype` in the
     configuration therefore says). It packs linear layers only, at most 8 bits wide. bits: 4 or 8 makes every packed
-    layer that wide, for runtimes that have kernels for nothing else; None takes what the codes need.
+    layer that wide, with a step per row, for runtimes that know nothing else and for transformers' dequantize=True,
+    which takes all layers for the first group's (5.23); None takes what the codes need.
     Source: compressed-tensors 0.18, `pack_quantized`.
     """
 
@@ -62,7 +64,9 @@ class CompressedTensors:
         if group is not None and weight.columns % group:
             return Held(weight, "float32", 32, "its groups do not divide a row; stored dense, with the same values")
         if needed <= width:
-            return Held(weight, "pack-quantized", self.bits or needed)
+            rows = np.array(np.broadcast_to(weight.step, weight.rows)) if self.bits and weight.step.ndim == 0 else None
+            kept = weight if rows is None else dataclasses.replace(weight, step=rows)
+            return Held(kept, "pack-quantized", self.bits or needed)
         if needed > WIDEST:
             return Held(weight, "float32", 32, "its codes need more than 8 bits; stored dense, with the same values")
         loses = f"its codes need more than {width} bits; rounded to {width} bits with a scale per row"
