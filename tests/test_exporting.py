@@ -175,6 +175,11 @@ def test_onnx_qdq_of_linear_layers_and_external_data(tmp_path: Path) -> None:
     with pytest.raises(ac.AutocompressError, match=r"would have [\d,]+ bytes, the budget is 3,000; nothing written"):
         ac.export(small, format=Onnx(external=True), out=out, example=data[0], budget=3000)
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx.01234567.data"]
+    out.mkdir()  # a folder in the place of the file: the tensors' file is written first, and must not stay
+    with pytest.raises(ac.AutocompressError, match="cannot write"):
+        ac.export(small, format=Onnx(external=True), out=out, example=data[0])
+    out.rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx.01234567.data"]
     info = ac.export(small, format=Onnx(external=True), out=out, example=data[0], budget=100_000)
     assert sorted(info.files) == sorted(tmp_path.iterdir())
     assert len(info.files) == 2

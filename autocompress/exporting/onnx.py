@@ -120,13 +120,19 @@ class Onnx:
         admit(len(data) + len(blob.data))
         # The tensors' file is named by what it holds: until the graph that wants it is in place, the old pair is whole.
         beside = out.with_name(blob.name)
+        known = beside.exists()
         with atomic_path(beside) as scratch:
             scratch.write_bytes(blob.data)
-        with atomic_path(out) as scratch:
-            scratch.write_bytes(data)
-            onnx.checker.check_model(str(scratch))
-            if size > PROTOBUF_LIMIT:
-                facts |= self._compared(str(scratch), request)
+        try:
+            with atomic_path(out) as scratch:
+                scratch.write_bytes(data)
+                onnx.checker.check_model(str(scratch))
+                if size > PROTOBUF_LIMIT:
+                    facts |= self._compared(str(scratch), request)
+        except BaseException:
+            if not known:
+                beside.unlink(missing_ok=True)
+            raise
         _forget_data(out, keep=blob.name)
         return [out, beside], facts
 
