@@ -208,7 +208,7 @@ def profile(
 def plan(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A profile store, or a folder that compress wrote.")],
     budget: BudgetOption,
-    strategy: StrategyOption = "auto",
+    strategy: StrategyOption = "exact",
     effort: EffortOption = "normal",
     seed: SeedOption = 0,
     task: TaskOption = None,

@@ -3,10 +3,10 @@
     python experiments/budgets_cifar10.py                                     # ResNet-20 at 8x ... 32x, seeds 0-2
     python experiments/budgets_cifar10.py --task resnet56_cifar10 --seeds 0
 
-Each row is one `autocompress compress` (strategy auto, effort normal, 1,024 unaugmented training images, of which a fifth is held out
-from the Hessians to measure plans on) in a process of its own; the seed draws the calibration images. Within a task and seed the
-later budgets find the profile of the first. The metric is top-1 in percent on the 10,000 test images, of the network read back
-from the file. Rows that stand in the CSV are not computed again.
+Each row is one `autocompress compress` in a process of its own: strategy auto, effort normal, 1,024 unaugmented training
+images, of which a fifth is held out from the Hessians to measure plans on; the seed draws the images. Within a task and
+seed the later budgets find the profile of the first. The metric is top-1 in percent on the 10,000 test images, of the
+network read back from the file. Rows that stand in the CSV are not computed again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,16 @@ def main() -> None:
                 continue
             out = ROOT / arguments.out / arguments.task / f"seed{seed}"
             command = [sys.executable, "-m", "autocompress", "compress", f"experiments/tasks/{arguments.task}.py"]
-            command += ["--budget", f"{ratio}x", "--seed", seed, "--out", str(out / f"{ratio}x"), "--store", str(out / "profile")]
+            command += [
+                "--budget",
+                f"{ratio}x",
+                "--seed",
+                seed,
+                "--out",
+                str(out / f"{ratio}x"),
+                "--store",
+                str(out / "profile"),
+            ]
             fresh = not (out / "profile" / "profile.json").exists()
             start = time.perf_counter()
             subprocess.run(command, cwd=ROOT, check=True)

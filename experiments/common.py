@@ -1,4 +1,4 @@
-"""What every experiment shares: where results go, what machine and versions they were measured on, rows that are kept as they come."""
+"""What every experiment shares: where results go, what they were measured on, rows that are kept as they come."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to compare figures: commit (with a plus if the tree differs from it), processor, cores, versions."""
+    """What a reader needs to compare figures: commit (a plus: the tree differs from it), processor, cores, versions."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
