@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from autocompress.storage import Entry
+from autocompress.storage import Entry, weight_entry
 
-__all__ = ["Decode", "pack", "packable", "packed_bytes"]
+__all__ = ["Decode", "fixed_width", "pack", "packable", "packed_bytes"]
 
 
 class Decode(nn.Module):
@@ -28,7 +28,12 @@ class Decode(nn.Module):
     def forward(self, payload: torch.Tensor) -> torch.Tensor:
         raw = payload.detach().cpu().numpy().tobytes()
         entry = Entry(self.name, self.shape, self.stored_dtype, self.codec, raw, self.step)
-        values = torch.from_numpy(np.ascontiguousarray(entry.dequantise())).reshape(self.shape)
+        # The product of `Entry.dequantise`, without its checks: the payload was checked when it was loaded.
+        values = torch.from_numpy(np.ascontiguousarray(entry.codes())).reshape(self.shape)
+        if self.step != "none":
+            steps = torch.from_numpy(np.array(entry.steps()))
+            steps = steps.reshape(-1, *(1,) * (len(self.shape) - 1)) if steps.ndim else steps
+            values = values.to(torch.float32).mul_(steps)
         return values.to(payload.device, self.dtype)
 
     def extra_repr(self) -> str:
@@ -38,6 +43,14 @@ class Decode(nn.Module):
 def packable(entry: Entry) -> bool:
     """Whether an entry is a layer's weight that is shorter in the file than dense."""
     return "option" in entry.params and entry.bytes < 4 * entry.numel
+
+
+def fixed_width(entry: Entry) -> Entry:
+    """The same weight with its codes in as many bits as the widest needs: longer, and ten times as fast to decode."""
+    if entry.step == "none" or entry.codec == "packed":
+        return entry
+    recoded = weight_entry(entry.name, entry.codes(), entry.steps(), codec="packed", params=entry.params)
+    return recoded if packable(recoded) else entry
 
 
 def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:

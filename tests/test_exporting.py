@@ -505,11 +505,12 @@ def test_export_on_the_command_line(tmp_path: Path) -> None:
 # packed
 
 
+@pytest.mark.parametrize("how", [True, "bits"])
 @pytest.mark.parametrize("made", [small_convnet, small_words], ids=["convolutions", "tied"])
-def test_packed_weights_give_the_same_bits(tmp_path: Path, made: Any) -> None:
+def test_packed_weights_give_the_same_bits(tmp_path: Path, made: Any, how: Any) -> None:
     model, data, small, plan = made()
     path = ac.save(small, plan, tmp_path / "model.acz").path
-    dense, packed = ac.load(path, copy.deepcopy(model)), ac.load(path, copy.deepcopy(model), packed=True)
+    dense, packed = ac.load(path, copy.deepcopy(model)), ac.load(path, copy.deepcopy(model), packed=how)
 
     def run(network: Any) -> Any:
         with torch.no_grad():
@@ -542,6 +543,8 @@ def test_packed_checks_before_it_touches(tmp_path: Path) -> None:
     path = ac.save(small, plan, tmp_path / "m.acz").path
     with pytest.raises(ac.AutocompressError, match="packed=True needs the model"):
         ac.load(path, None, packed=True)  # type: ignore[call-overload]
+    with pytest.raises(ac.AutocompressError, match="packed is 'yes'; it is False, True or 'bits'"):
+        ac.load(path, convnet(), packed="yes")  # type: ignore[call-overload]
     other = seeded(Words)
     with pytest.raises(ac.AutocompressError, match="belongs to another architecture"):
         ac.load(path, other, packed=True)
