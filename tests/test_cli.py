@@ -139,7 +139,10 @@ def test_plan_from_a_store(done: Path, tmp_path: Path) -> None:
     assert target.read_text() == text
     assert "share of error" in outcome.out
     assert "the model was not run" in outcome.out
-    measured = call("plan", done / "out", "--budget", "4x", "--task", done / "task.py", "--json").out
+    default = ac.Plan.from_json(call("plan", done / "out", "--budget", "4x", "--json").out)
+    assert default == plan
+    task = ("--strategy", "auto", "--task", done / "task.py")
+    measured = call("plan", done / "out", "--budget", "4x", *task, "--json").out
     assert ac.Plan.from_json(measured) == ac.Plan.from_json((done / "out" / "plan.json").read_text())
 
 
