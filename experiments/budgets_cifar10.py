@@ -3,7 +3,7 @@
     python experiments/budgets_cifar10.py                                     # ResNet-20 at 8x ... 32x, seeds 0-2
     python experiments/budgets_cifar10.py --task resnet56_cifar10 --seeds 0
 
-Each row is one `autocompress compress` in a process of its own: strategy auto, effort normal, 1,024 unaugmented training
+Each row is one `autocompress compress` in its own process: strategy auto, effort normal, 1,024 unaugmented training
 images, of which a fifth is held out from the Hessians to measure plans on; the seed draws the images. Within a task and
 seed the later budgets find the profile of the first. The metric is top-1 in percent on the 10,000 test images, of the
 network read back from the file. Rows that stand in the CSV are not computed again.
