@@ -352,7 +352,11 @@ def test_control_c_ends_the_process_with_130(tmp_path: Path) -> None:
     slow = "def calibration():\n" + "".join(f"    {line}\n" for line in lines)
     command = [sys.executable, "-m", "autocompress.cli", "compress", str(write_task(tmp_path, calibration=slow))]
     running = subprocess.Popen(
-        [*command, "--budget", "4x", "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+        [*command, "--budget", "4x", "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a shell ignores SIGINT, and what it starts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if started.exists():
