@@ -138,6 +138,7 @@ def test_plan_from_a_store(done: Path, tmp_path: Path) -> None:
     outcome = call("plan", done / "out" / "profile", "--budget", "4x", "--strategy", "exact", "--out", target)
     assert target.read_text() == text
     assert "share of error" in outcome.out
+    assert f"{plan.predicted_loss:.6g} predicted, {plan.bound:.6g} is the proven lower bound" in outcome.out
     assert "the model was not run" in outcome.out
     default = ac.Plan.from_json(call("plan", done / "out", "--budget", "4x", "--json").out)
     assert default == plan

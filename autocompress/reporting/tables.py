@@ -87,6 +87,11 @@ def gap_text(gap: float | None, bound: float | None) -> str:
     return f"{100 * gap:.3g} % at most above the best possible allocation, proven for these error curves"
 
 
+def bound_text(bound: float) -> str:
+    """The proven lower bound of the predicted loss."""
+    return f"{bound:.6g} is the proven lower bound" if math.isfinite(bound) else "no lower bound is known"
+
+
 def result_facts(plan: Plan, metrics: Mapping[str, Any], where: str = "") -> dict[str, str]:
     """The account of a result in a few lines: bytes, metric, gap, what was measured. where: on what the metric is."""
     size, limit = metrics["bytes"], metrics["budget_bytes"]
@@ -109,6 +114,7 @@ def plan_facts(plan: Plan, profile: Profile) -> dict[str, str]:
     return {
         "budget": f"{amount(plan.budget_bytes)}, from the budget {plan.budget}",
         "file": f"{amount(size)}, {ratio_text(profile.template.dense_bytes / size)} less than dense",
+        "loss": f"{plan.predicted_loss:.6g} predicted, {bound_text(plan.bound)}",
         "gap": gap_text(plan.gap, plan.bound),
         "measured": measured_text(plan),
         "strategy": plan.strategy,
