@@ -115,7 +115,7 @@ def _moments(x: torch.Tensor, channel: int, keep: int = 1) -> tuple[torch.Tensor
     """Mean and standard deviation over all but `keep` dimensions from `channel` on, float64."""
     last = channel % x.ndim
     axes = [i for i in range(x.ndim) if not last <= i < last + keep]
-    var, mean = torch.var_mean(x.detach().float(), axes, correction=0)  # one pass; float64 took three times as long
+    var, mean = torch.var_mean(x.detach().float(), axes, correction=0)  # one pass over x
     return mean.double(), var.double().sqrt()
 
 

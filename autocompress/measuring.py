@@ -37,8 +37,8 @@ __all__ = ["LEVELS", "Context", "divergence"]
 
 CACHE_BYTES = 1 << 30
 SENSITIVITY_VERSION = 2
-# Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, which halves
-# the time of ResNet-20 on two cores against passes of 256 (and bounds the memory).
+# Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, and a bound
+# on the memory.
 PASS_SAMPLES = 64
 LEVELS = (0.01, 0.05, 0.2)
 

@@ -15,7 +15,8 @@ from autocompress.threads import default_workers, single_threaded
 
 __all__ = ["layer_error", "prune", "prune_trace", "pruned_counts"]
 
-# Pivots per trailing update; 64 was the fastest of 16, 32, 64, 128 from d = 144 to 2304 (experiments/bench_obs.py).
+# Pivots per trailing update: long enough for the product to run near the speed of BLAS, short enough for the pivot rows
+# of a block to stay in cache while the next pivots are brought up to date with them.
 BLOCK = 64
 LAPACK = (kernels.SYRK, kernels.DPOTRF, kernels.DPOTRI)
 
@@ -123,7 +124,7 @@ def scaled_hessian(hessian: np.ndarray) -> tuple[np.ndarray, float]:
 
 def inverse_hessian(hessian: np.ndarray) -> np.ndarray:
     """Inverse of a symmetric positive definite matrix through its Cholesky factor, float64, both halves filled."""
-    # Threads of LAPACK that wait for each other on busy cores took 0.2 s instead of 0.2 ms at d = 144.
+    # On busy cores, threads of LAPACK spend far longer waiting for each other than a matrix of this size takes.
     with single_threaded():
         factor, info = lapack.dpotrf(hessian, lower=1)
         if info == 0:
