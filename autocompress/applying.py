@@ -18,9 +18,8 @@ from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
 from autocompress.correcting import Moments, correct_statistics
 from autocompress.errors import MismatchError
-from autocompress.layers import stored_tensors
 from autocompress.profiling import Profile
-from autocompress.records import fold_norms, records, round_half
+from autocompress.records import VectorStore, fold_norms, records
 from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
@@ -65,6 +64,7 @@ def apply(
         raise MismatchError("field 'fingerprint': the plan was made from another profile")
     if other := set(plan.layers) ^ set(profile.layers):
         raise MismatchError(f"field 'layers': the plan and the profile differ in {', '.join(map(repr, sorted(other)))}")
+    profile = profile.with_vectors(plan.vector_bits)
     weights = realise_layers(model, profile, plan.layers)
     data = None
     if batches is not None:
@@ -74,6 +74,7 @@ def apply(
         small,
         {profile.layers[n].layer.key: r.entry(profile.layers[n].layer.key, plan.layers[n]) for n, r in weights.items()},
         profile.template.half,
+        profile.template.bits,
     )
     setattr(small, _ATTRIBUTE, Encoded(tuple(entries), plan))
     return small
@@ -104,10 +105,9 @@ def with_weights(
             target: Any = small.get_submodule(name).weight
             target.copy_(torch.from_numpy(np.ascontiguousarray(weight)).reshape(target.shape))
         fold_norms(small)
+        store = VectorStore(profile.template)
         if data is not None:
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
-            correct_statistics(model, small, owners, data, profile.template.half, moments)
-        for key, tensor in stored_tensors(small).items():
-            if key in profile.template.half:
-                tensor.copy_(round_half(tensor))
+            correct_statistics(model, small, owners, data, store, moments)
+        store.store_rest(small)
     return small

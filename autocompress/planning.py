@@ -13,7 +13,7 @@ import numpy as np
 from autocompress.compressors import Measured
 from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
-from autocompress.records import Template
+from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
 from autocompress.types import Budget, Option, Plan
 from solvers import Problem, Solution, solve
@@ -30,6 +30,7 @@ __all__ = [
     "make_plan",
     "single_options",
     "size_range",
+    "within",
 ]
 
 NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
@@ -51,12 +52,26 @@ def limit_bytes(budget: Budget, template: Template) -> int:
     return limit
 
 
+def within(profile: Profile, budget: int) -> Profile:
+    """The profile with norms and biases stored as a file of `budget` bytes has them.
+
+    `vector_bits` says how; where the smallest file would not fit with so many, they get fewer, down to six.
+    """
+    bits = vector_bits(budget, profile.template.parameters)
+    found = profile.with_vectors(bits)
+    while bits > LEAST_BITS and size_range(found)[0] > budget:
+        bits = min(bits - 1, 13)
+        found = profile.with_vectors(bits)
+    return found
+
+
 def least_bytes(template: Template) -> int:
     """A size that no file of this model can be below, known without a profile: what no choice changes, header left out,
     and the shortest payload that a weight of that many values can have.
     """
     weights = set(template.keys.values())
-    return sum(least_payload(e.numel) if e.name in weights else e.bytes for e in template.entries)
+    entries = template.at(LEAST_BITS).entries
+    return sum(least_payload(e.numel) if e.name in weights else e.bytes for e in entries)
 
 
 def size_range(profile: Profile) -> tuple[int, int]:
@@ -151,6 +166,7 @@ def make_plan(profile: Profile, budget: Budget, found: Allocation, strategy: str
         bound=found.bound,
         gap=found.gap,
         fingerprint=profile.fingerprint,
+        vector_bits=profile.template.bits,
     )
 
 

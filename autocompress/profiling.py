@@ -11,6 +11,7 @@ Every file is written beside its place and renamed into it, so a file that is th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -40,7 +41,7 @@ from autocompress.types import DENSE, Option
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 log = logging.getLogger(__name__)
 
 
@@ -95,6 +96,15 @@ class Profile:
                 if array is not None:
                     digest.update(array.tobytes())
         return digest.hexdigest()
+
+    def with_vectors(self, bits: int) -> Profile:
+        """The profile with that many bits per value of norms and biases (16: half precision); its rows are the same."""
+        if bits == self.template.bits:
+            return self
+        found = dataclasses.replace(self, template=self.template.at(bits))
+        if "fingerprint" in self.__dict__:  # which the template is no part of
+            found.__dict__["fingerprint"] = self.fingerprint
+        return found
 
     @property
     def table(self) -> pd.DataFrame:

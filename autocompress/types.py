@@ -278,7 +278,7 @@ def _whole(value: float, text: object) -> int:
     return math.floor(value)
 
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class Plan:
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
-    `fingerprint` names the profile.
+    `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """
 
     layers: Mapping[str, Option]
@@ -304,6 +304,7 @@ class Plan:
     gap: float
     fingerprint: str
     seed: int = 0
+    vector_bits: int = 16
     measured: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -340,7 +341,7 @@ class Plan:
             body["budget"] = Budget.parse(body["budget"])
             body["measured"] = {k: float(v) for k, v in body["measured"].items()}
             body["notes"] = tuple(body["notes"])
-            for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed"):
+            for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed", "vector_bits"):
                 if type(body.get(name)) is not int:
                     raise MismatchError(f"this is not a plan: {name} is {body.get(name)!r}, needed a whole number")
             return cls(**body)

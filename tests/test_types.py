@@ -262,7 +262,7 @@ PLAN = Plan(
 
 def test_plan_json_is_strict_json_without_infinities() -> None:
     body = json.loads(PLAN.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert body["schema"] == 1
+    assert body["schema"] == 2
     assert body["layers"] == {"conv1": "dense", "linear": "w4"}
     assert (body["bound"], body["gap"]) == ("-inf", "inf")
 
@@ -276,10 +276,10 @@ def test_a_plan_without_measurements_says_so() -> None:
     ("text", "words"),
     [
         ("", "this is not a plan"),
-        ("[]", "plan schema is 'list', this version reads 1"),
-        ("{}", "plan schema is None, this version reads 1"),
-        ('{"schema": 2}', "plan schema is 2, this version reads 1"),
-        ('{"schema": 1}', "this is not a plan"),
+        ("[]", "plan schema is 'list', this version reads 2"),
+        ("{}", "plan schema is None, this version reads 2"),
+        ('{"schema": 1}', "plan schema is 1, this version reads 2"),
+        ('{"schema": 2}', "this is not a plan"),
         (PLAN.to_json().replace('"seed"', '"sead"'), "this is not a plan"),
         (PLAN.to_json().replace('"w4"', '"w44"'), "this is not a plan: option 'w44': 44 bits"),
         (PLAN.to_json().replace('"12x"', '"12 parsecs"'), "this is not a plan: '12 parsecs' is not a budget"),

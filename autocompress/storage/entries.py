@@ -12,8 +12,9 @@ from autocompress.storage.bits import MAX_EXPANSION, Value
 from autocompress.storage.codecs import codec_named
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import DTYPES, round_small
+from autocompress.storage.integers import encode_packed, packed_length
 
-__all__ = ["Entry", "float_entry", "step_bytes", "weight_entry", "weight_size"]
+__all__ = ["Entry", "float_entry", "grid_codes", "grid_entry", "grid_size", "step_bytes", "weight_entry", "weight_size"]
 
 _CHUNK = 1 << 16  # codes dequantised at once
 STEPS = ("none", "tensor", "row")  # position = number in a file
@@ -150,6 +151,39 @@ def weight_size(codes: np.ndarray, step: float | np.ndarray, codec: str = "entro
     """Count the bytes of `weight_entry(...)` exactly, without encoding."""
     codes = np.asarray(codes)
     return step_bytes(codes.shape, _step(codes.shape, step)[0]) + codec_named(codec).size(codes)
+
+
+def grid_codes(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32]:
+    """Codes int32 and step of the uniform grid of 2**bits levels from the least to the greatest value.
+
+    value = float32(code) * step, off by half a step at most; where the values lie so close together that a code would
+    need more than 16 bits, the step is as fine as those allow.
+    """
+    wide = np.asarray(values, np.float64)
+    low, high = float(wide.min(initial=np.inf)), float(wide.max(initial=-np.inf))
+    peak = max(abs(low), abs(high)) if wide.size else 0.0
+    step = np.float32(max((high - low) / (2**bits - 1), peak / 32000.0) if peak > 0.0 else 1.0)
+    if not step > 0.0:  # values below the least float32
+        return np.zeros(wide.shape, np.int32), np.float32(1.0)
+    first = round(low / float(step)) if wide.size else 0
+    return np.clip(np.rint(wide / float(step)), first, first + 2**bits - 1).astype(np.int32), step
+
+
+def grid_entry(
+    name: str, codes: np.ndarray, step: float | np.floating, bits: int, *, params: Mapping[str, Value] | None = None
+) -> Entry:
+    """Make the entry of values on a uniform grid, in fields of `bits` bits: `grid_size` bytes, whatever the values."""
+    _, raw = _step(codes.shape, float(step))
+    entry = Entry(
+        name, codes.shape, "float32", "packed", raw + encode_packed(codes, bits), "tensor", dict(params or {})
+    )
+    entry.check()
+    return entry
+
+
+def grid_size(count: int, bits: int) -> int:
+    """Count the bytes of `grid_entry` for `count` values."""
+    return step_bytes((), "tensor") + packed_length(count, bits)
 
 
 def float_entry(
