@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,9 +45,9 @@ def half_keys(model: nn.Module, layers: Layers) -> frozenset[str]:
                 tolerance[_join(name, "weight")] = 2.0**-10 * float(scale.double().abs().max())
             tolerance[_join(name, "bias")] = 2.0**-7 * float(weight.detach().double().abs().max())
     for layer in layers:
-        rows = model.get_parameter(layer.key).detach().double().flatten(1).norm(dim=1)
+        rows = np.sqrt((layer.matrix(model.get_parameter(layer.key)) ** 2).sum(axis=-1))
         for owner in layer.owners:
-            tolerance[_join(owner, "bias")] = 2.0**-7 * float(rows.mean())
+            tolerance[_join(owner, layer.parameter.replace("weight", "bias"))] = 2.0**-7 * float(rows.mean())
     found = set()
     for name in tolerance.keys() & stored.keys():
         tensor = stored[name]
@@ -164,7 +165,13 @@ class Template:
 def _stand_in(entry: Entry, row: Measured) -> Entry:
     """An entry of the length that `row` will have; its bytes are zeros."""
     return Entry(
-        entry.name, entry.shape, entry.dtype, row.codec, bytes(row.bytes), row.step, {"option": str(row.option)}
+        entry.name,
+        entry.shape,
+        entry.dtype,
+        row.codec,
+        bytes(row.bytes),
+        row.step,
+        {**entry.params, "option": str(row.option)},
     )
 
 
@@ -176,7 +183,14 @@ def make_template(model: nn.Module, layers: Layers) -> Template:
     half = half_keys(model, layers)
     keys = {layer.name: layer.key for layer in layers}
     dense = {
-        layer.key: Entry(layer.key, layer.shape, "float32", "raw", bytes(4 * layer.size), params={"option": "dense"})
+        layer.key: Entry(
+            layer.key,
+            layer.stored_shape,
+            "float32",
+            "raw",
+            bytes(4 * layer.size),
+            params={"option": "dense", **layer.params},
+        )
         for layer in layers
     }
     entries = [
