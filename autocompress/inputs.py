@@ -1,4 +1,4 @@
-"""What the weights inside a module multiply, where that is not the module's own input: attention, recurrence, tables."""
+"""What the weights inside a module multiply, where that is not its own input: attention, recurrence, tables."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def lookups(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     table is Σ over bags of |Σ_t a_t ΔW_t|², of which the products of different tokens are left out.
     """
     given = _bound(module, args, kwargs)
-    rows = module.weight.shape[0]  # type: ignore[union-attr]
+    m: Any = module
+    rows = int(m.num_embeddings)
     tokens = given["input"].detach()
     if isinstance(module, nn.Embedding):
         return torch.bincount(tokens.reshape(-1).cpu(), minlength=rows).double()
-    m: Any = module
     if tokens.ndim == 2:
         bags = torch.arange(len(tokens)).repeat_interleave(tokens.shape[1])
     else:

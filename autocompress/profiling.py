@@ -239,9 +239,9 @@ def profile(
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
     options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that
-    calibration never reached has those that need no data (`dense`, `fp16`, `w8`), with errors of 0. store: a folder that is resumed if it was made for the same model, data,
-    options and code versions; None keeps everything in memory. workers: processes (default: one per core); the result
-    does not depend on it. progress: called with (layers done, layers in all, layer name). Raises MismatchError, naming
+    calibration never reached has those that need no data (`dense`, `fp16`, `w8`), with errors of 0. store: a folder
+    that is resumed if it was made for the same model, data, options and code versions; None keeps everything in memory.
+    workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done, layers in all, layer name). Raises MismatchError, naming
     the field, for a store or statistics of something else; OptionError for an unknown option.
     """
     layers = find_layers(model)
@@ -279,9 +279,7 @@ def profile(
             head = {
                 "fields": fields,
                 "skipped": layers.skipped,
-                "layers": [
-                    [x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, keys[x.name]] for x in layers
-                ],
+                "layers": [[x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, keys[x.name]] for x in layers],
                 "template": template.to_json(),
             }
             place.write_json("profile.json", head)

@@ -22,7 +22,7 @@ from autocompress.records import foldable_norms
 from autocompress.storage import Entry, FormatError, file_size, read, write
 from autocompress.types import Plan
 
-__all__ = ["OutputError", "SaveInfo", "fill", "load", "save", "state_dict_of", "unpack", "write_text"]
+__all__ = ["OutputError", "SaveInfo", "fill", "load", "save", "state_dict_of", "swap_groups", "unpack", "write_text"]
 
 
 class OutputError(AutocompressError):
@@ -88,11 +88,11 @@ def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None
 def _values(entry: Entry) -> np.ndarray:
     """A tensor of a file as the model has it: a weight that is stored rows first has its own layout again."""
     values = entry.dequantise().reshape(entry.shape)
-    groups = _swapped(entry)
+    groups = swap_groups(entry)
     return swap(values, groups) if groups else values
 
 
-def _swapped(entry: Entry) -> int:
+def swap_groups(entry: Entry) -> int:
     """The groups within which the first two dimensions are exchanged, 0 where they are not. Raises FormatError."""
     groups = entry.params.get("swapped", 0)
     if not isinstance(groups, int) or groups < 0:
@@ -177,7 +177,7 @@ def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a file, with the implied statistics of folded norms."""
     shapes = {}
     for name, entry in entries.items():
-        groups = _swapped(entry)
+        groups = swap_groups(entry)
         shapes[name] = swapped_shape(entry.shape, groups) if groups else entry.shape
         if entry.params.get("folded"):
             owner = name.removesuffix("weight")

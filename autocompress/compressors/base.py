@@ -17,7 +17,9 @@ from autocompress.types import Option
 
 __all__ = ["Compressor", "LayerProblem", "Measured", "Realised"]
 
-CODES_HELD = 1 << 26  # codes of all options that are made at once (256 MiB): a large table has 10^7 for each of hundreds
+CODES_HELD = (
+    1 << 26
+)  # codes of the options that are made at once (256 MiB): a large table has 10^7 for each of hundreds
 
 
 @dataclass
@@ -26,9 +28,9 @@ class LayerProblem:
     nothing.
 
     `row_weights` (rows,): what each row of a table weighs beside its Hessian, which is (0, d, d) where there is none
-    (see `LayerStatistics`). `shape` is the shape of what is stored, rows first. `order` (int32) and `losses` (float32, in units of
-    the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first asked for,
-    and handed in when a profile has them.
+    (see `LayerStatistics`). `shape` is the shape of what is stored, rows first. `order` (int32) and `losses` (float32,
+    in units of the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first
+    asked for, and handed in when a profile has them.
     """
 
     name: str

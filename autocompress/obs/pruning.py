@@ -30,10 +30,10 @@ def prune_trace(W: np.ndarray, H: np.ndarray | RowHessian, threads: int = 0) -> 
     sum of the first n losses of a row is its exact error ½ (ŵ-w) H (ŵ-w)ᵀ after n steps.
 
     W (rows, d); H (d, d) symmetric positive definite (no damping is added here). With leading groups: W (g, rows, d), H
-    (g, d, d); or H a `RowHessian`. Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt to that many (0: one
-    per core); the result does not depend on it. Raises ValueError on shapes that do not match, values that are not
-    finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted Cholesky factorisation
-    of H⁻¹ with lazy updates.
+    (g, d, d); or H a `RowHessian`. Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt
+    to that many (0: one per core); the result does not depend on it. Raises ValueError on shapes that do not match,
+    values that are not finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted
+    Cholesky factorisation of H⁻¹ with lazy updates.
     """
     weight, hessian = as_groups(W, H)
     if isinstance(hessian, RowHessian):

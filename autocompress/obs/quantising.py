@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def salient_cells(
     counts = np.asarray(counts, np.int64).reshape(groups, rows)
     n = len(cells)
     if isinstance(hessian, RowHessian):
-        found = weighted.cells(weight, hessian, order, counts, cells, lambda *one: salient_cells(*one, threads=threads))
+        found = weighted.cells(weight, hessian, order, counts, cells, partial(salient_cells, threads=threads))
         return found[0].reshape(n, *np.shape(W)), found[1].reshape(np.shape(W))
     table = max((c.bits.size for c in cells if c.bits is not None), default=1)
     bits = np.zeros((n, table), np.float32)

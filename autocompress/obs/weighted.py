@@ -89,10 +89,9 @@ def cells(
     refits = np.zeros(weight.shape)
     if H.shared is not None:
         for rows, hessian in H.parts():
-            some = [
-                Cell(c.step[:, rows], c.low[:, rows], c.high[:, rows], c.price, c.bits, c.offset) for c in given
-            ]
-            codes[:, :, rows], refits[:, rows] = core(weight[:, rows], hessian[None], order[:, rows], counts[:, rows], some)
+            some = [Cell(c.step[:, rows], c.low[:, rows], c.high[:, rows], c.price, c.bits, c.offset) for c in given]
+            parts = weight[:, rows], hessian[None], order[:, rows], counts[:, rows]
+            codes[:, :, rows], refits[:, rows] = core(*parts, some)
         return codes, refits
     np.put_along_axis(
         refits[0],
@@ -174,7 +173,7 @@ def _search_square(weight: np.ndarray, half: int, shrinks: int) -> np.ndarray:
             continue
         for j in range(weight.shape[1]):
             line[j] = weight[r, j] / top
-        least = np.inf
+        least = np.float32(np.inf)
         for i in range(shrinks):
             scale = np.float32(2.0 * (1.0 - i / 100.0) / (2 * half - 1))
             error = np.float32(0.0)
