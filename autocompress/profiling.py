@@ -241,8 +241,9 @@ def profile(
     options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that
     calibration never reached has those that need no data (`dense`, `fp16`, `w8`), with errors of 0. store: a folder
     that is resumed if it was made for the same model, data, options and code versions; None keeps everything in memory.
-    workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done, layers in all, layer name). Raises MismatchError, naming
-    the field, for a store or statistics of something else; OptionError for an unknown option.
+    workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done,
+    layers in all, layer name). Raises MismatchError, naming the field, for a store or statistics of something else;
+    OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
