@@ -8,7 +8,6 @@ import copy
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +64,7 @@ def apply(
     if other := set(plan.layers) ^ set(profile.layers):
         raise MismatchError(f"field 'layers': the plan and the profile differ in {', '.join(map(repr, sorted(other)))}")
     profile = profile.with_vectors(plan.vector_bits)
+    layers = {name: found.layer for name, found in profile.layers.items()}
     weights = realise_layers(model, profile, plan.layers)
     data = None
     if batches is not None:
@@ -72,7 +72,7 @@ def apply(
     small = with_weights(model, profile, {n: r.weight() for n, r in weights.items()}, data)
     entries = records(
         small,
-        {profile.layers[n].layer.key: r.entry(profile.layers[n].layer.key, plan.layers[n]) for n, r in weights.items()},
+        {layers[n].key: r.entry(layers[n].key, plan.layers[n], layers[n].params) for n, r in weights.items()},
         profile.template.half,
         profile.template.bits,
     )
@@ -82,7 +82,10 @@ def apply(
 
 def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Option]) -> dict[str, Realised]:
     """Every layer's compressed weight, on as many threads as there are cores; the bits do not depend on how many."""
-    tasks = [(profile.problem(name, model.get_submodule(name).weight), option) for name, option in layers.items()]
+    tasks = [
+        (profile.problem(name, model.get_parameter(profile.layers[name].layer.key)), option)
+        for name, option in layers.items()
+    ]
     tasks.sort(key=lambda t: (-t[0].weight.size, t[0].name))
     with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
         found = dict(zip([t[0].name for t in tasks], pool.map(lambda t: realise(*t), tasks), strict=True))
@@ -102,8 +105,8 @@ def with_weights(
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
         for name, weight in weights.items():
-            target: Any = small.get_submodule(name).weight
-            target.copy_(torch.from_numpy(np.ascontiguousarray(weight)).reshape(target.shape))
+            layer = profile.layers[name].layer
+            small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(weight)))
         fold_norms(small)
         store = VectorStore(profile.template)
         if data is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from autocompress.batches import Batch, evaluating, feed
-from autocompress.layers import CONVOLUTIONS, NORMS
+from autocompress.layers import CONVOLUTIONS, NORMS, TRANSPOSED
 from autocompress.records import foldable_norms
 
 __all__ = ["Moments", "correct_statistics", "dense_moments"]
@@ -121,7 +121,7 @@ def _moments(x: torch.Tensor, channel: int, keep: int = 1) -> tuple[torch.Tensor
 
 
 def _output_moments(module: nn.Module, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return _moments(output, output.ndim - 1 - len(module.kernel_size))
     if isinstance(module, nn.LayerNorm):
         return _moments(output, -len(module.normalized_shape), len(module.normalized_shape))
@@ -191,6 +191,6 @@ def _correct_bias(m: Any, output: torch.Tensor, mean: torch.Tensor, store: Store
     old = m.bias.double()
     store(m, "bias", old + mean - _output_moments(m, output)[0])
     shape = [1] * output.ndim
-    channel = output.ndim - 1 - len(m.kernel_size) if isinstance(m, CONVOLUTIONS) else output.ndim - 1
+    channel = output.ndim - 1 - len(m.kernel_size) if isinstance(m, (*CONVOLUTIONS, *TRANSPOSED)) else output.ndim - 1
     shape[channel] = -1
     return (output.double() + (m.bias.double() - old).reshape(shape)).to(output.dtype)

@@ -122,8 +122,11 @@ def infeasible(profile: Profile, budget: int, smallest: int, what: str = "no all
     unreached = [layer for layer in profile.layers.values() if not layer.reached]
     note = ""
     if unreached:
-        size = sum(4 * layer.layer.size for layer in unreached)
-        note = f"; {len(unreached)} layers that calibration never reached stay dense ({size:,} bytes)"
+        size = sum(min(row.bytes for row in layer.rows) for layer in unreached)
+        note = (
+            f"; {len(unreached)} layers that calibration never reached have only options that need no data "
+            f"(at least {size:,} bytes)"
+        )
     return InfeasibleError(
         f"{what} fits in {budget:,} bytes: the smallest file has {smallest:,} bytes ({ratio:.1f}x){note}", smallest
     )
@@ -266,15 +269,19 @@ def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[s
 def single_options(profile: Profile, budget: int, undominated: bool = True) -> list[dict[str, Measured]]:
     """Every single-option plan that fits and that no other one beats in every layer, smallest predicted loss first.
 
-    A single-option plan gives every layer the same option; layers that calibration never reached stay as they are.
+    A single-option plan gives every layer the same option; layers that calibration never reached have their
+    smallest where they lack it.
     """
-    reached = [layer for layer in profile.layers.values() if layer.reached]
+    reached = [layer for layer in profile.layers.values() if layer.reached] or list(profile.layers.values())
     tables = [{row.option: row for row in layer.rows} for layer in reached]
-    shared = [o for o in tables[0] if all(o in t for t in tables)] if tables else []
-    rest = {name: layer.rows[0] for name, layer in profile.layers.items() if not layer.reached}
+    shared = [o for o in tables[0] if all(o in t for t in tables)]
+    rest = [layer for layer in profile.layers.values() if layer not in reached]
     plans: list[dict[str, Measured]] = []
     for option in shared:
-        plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)} | rest
+        plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)}
+        for layer in rest:
+            known = {row.option: row for row in layer.rows}
+            plan[layer.layer.name] = known.get(option) or min(layer.rows, key=lambda row: row.bytes)
         if sum(row.bytes for row in plan.values()) <= budget and profile.template.file_bytes(plan) <= budget:
             plans.append({name: plan[name] for name in profile.layers})
     errors = np.array(

@@ -59,7 +59,7 @@ class LayerProfile:
 
     @property
     def reached(self) -> bool:
-        """Whether calibration reached the layer; where it did not, the only option is to leave it dense."""
+        """Whether calibration reached the layer; where it did not, its options are those that need no data."""
         return self.order is not None
 
     def row(self, option: Option) -> Measured:
@@ -138,11 +138,12 @@ class Profile:
         stats = self.statistics.layers.get(name)
         return LayerProblem(
             name,
-            found.layer.shape,
+            found.layer.stored_shape,
             found.layer.matrix(weight),
             None if stats is None else stats.hessian,
             found.order,
             found.losses,
+            None if stats is None else stats.row_weights,
         )
 
 
@@ -198,6 +199,8 @@ def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) 
     digest = hashlib.sha256(f"{versions}|{problem.shape}|{'|'.join(map(str, options))}".encode())
     digest.update(np.ascontiguousarray(problem.weight).tobytes())
     digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
+    if problem.row_weights is not None:
+        digest.update(np.ascontiguousarray(problem.row_weights).tobytes())
     return digest.hexdigest()
 
 
@@ -246,10 +249,11 @@ def profile(
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
     options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that
-    calibration never reached stays dense. store: a folder that is resumed if it was made for the same model, data,
-    options and code versions; None keeps everything in memory. workers: processes (default: one per core); the result
-    does not depend on it. progress: called with (layers done, layers in all, layer name). Raises MismatchError, naming
-    the field, for a store or statistics of something else; OptionError for an unknown option.
+    calibration never reached has those that need no data (`dense`, `fp16`, `w8`), with errors of 0. store: a folder
+    that is resumed if it was made for the same model, data, options and code versions; None keeps everything in memory.
+    workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done,
+    layers in all, layer name). Raises MismatchError, naming the field, for a store or statistics of something else;
+    OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
@@ -264,9 +268,13 @@ def profile(
     problems = {}
     for layer in layers:
         found = stats.layers.get(layer.name)
-        owner: Any = model.get_submodule(layer.name)
-        weight = layer.matrix(owner.weight)
-        problems[layer.name] = LayerProblem(layer.name, layer.shape, weight, None if found is None else found.hessian)
+        problems[layer.name] = LayerProblem(
+            layer.name,
+            layer.stored_shape,
+            layer.matrix(model.get_parameter(layer.key)),
+            None if found is None else found.hessian,
+            row_weights=None if found is None else found.row_weights,
+        )
     keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
     template = make_template(model, layers)
     work = _Work(layers, problems, wanted, keys, default_workers() if workers is None else workers, progress)
@@ -282,7 +290,7 @@ def profile(
             head = {
                 "fields": fields,
                 "skipped": layers.skipped,
-                "layers": [[x.name, x.owners, x.shape, x.groups, keys[x.name]] for x in layers],
+                "layers": [[x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, keys[x.name]] for x in layers],
                 "template": template.to_json(),
             }
             place.write_json("profile.json", head)
@@ -345,7 +353,7 @@ class _Work:
         todo = [problem for name, problem in self.problems.items() if name not in done]
         # Large layers first: the last task to finish should be a small one.
         todo.sort(key=lambda p: (-p.weight.size * p.weight.shape[-1] ** 2, p.name))
-        tasks = [(p, self.options if p.hessian is not None else [DENSE]) for p in todo]
+        tasks = [(p, self.options) for p in todo]
         started = time.perf_counter()
         for index, result in run_tasks(profile_layer, tasks, self.workers):
             name = todo[index].name
@@ -392,12 +400,13 @@ def load_profile(store: str | Path) -> Profile:
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged_head(place) from error
     profiles = {}
-    for name, owners, shape, groups, key in known["layers"]:
+    for name, owners, shape, groups, parameter, swapped, key in known["layers"]:
         kept = _load_layer(place.layer_path(key))
         if kept is None:
             raise StoreError(
                 f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again"
             )
-        profiles[name] = _layer_profile(Layer(name, tuple(owners), tuple(shape), groups), kept)
+        layer = Layer(name, tuple(owners), tuple(shape), groups, parameter, swapped)
+        profiles[name] = _layer_profile(layer, kept)
     stats = Statistics.load(path / "statistics.npz")
     return Profile(profiles, known["skipped"], stats, known["fields"], template, place)

@@ -73,9 +73,9 @@ def vector_keys(model: nn.Module, layers: Layers) -> tuple[frozenset[str], froze
                 spread[_join(name, "weight")] = float(scale.double().abs().max()), 2.0**-10
             spread[_join(name, "bias")] = float(weight.detach().double().abs().max()), 2.0**-7
     for layer in layers:
-        rows = model.get_parameter(layer.key).detach().double().flatten(1).norm(dim=1)
+        rows = np.sqrt((layer.matrix(model.get_parameter(layer.key)) ** 2).sum(axis=-1))
         for owner in layer.owners:
-            spread[_join(owner, "bias")] = float(rows.mean()), 2.0**-7
+            spread[_join(owner, layer.parameter.replace("weight", "bias"))] = float(rows.mean()), 2.0**-7
     half, grid = set(), set()
     for name in spread.keys() & stored.keys():
         tensor, (unit, share) = stored[name], spread[name]
@@ -245,7 +245,13 @@ class Template:
 def _stand_in(entry: Entry, row: Measured) -> Entry:
     """An entry of the length that `row` will have; its bytes are zeros."""
     return Entry(
-        entry.name, entry.shape, entry.dtype, row.codec, bytes(row.bytes), row.step, {"option": str(row.option)}
+        entry.name,
+        entry.shape,
+        entry.dtype,
+        row.codec,
+        bytes(row.bytes),
+        row.step,
+        {**entry.params, "option": str(row.option)},
     )
 
 
@@ -257,7 +263,14 @@ def make_template(model: nn.Module, layers: Layers) -> Template:
     half, grid = vector_keys(model, layers)
     keys = {layer.name: layer.key for layer in layers}
     dense = {
-        layer.key: Entry(layer.key, layer.shape, "float32", "raw", bytes(4 * layer.size), params={"option": "dense"})
+        layer.key: Entry(
+            layer.key,
+            layer.stored_shape,
+            "float32",
+            "raw",
+            bytes(4 * layer.size),
+            params={"option": "dense", **layer.params},
+        )
         for layer in layers
     }
     entries = [

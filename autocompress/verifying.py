@@ -139,7 +139,8 @@ def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
             if "option" in entry.params:  # any other tensor, a mask say, may well hold infinities
                 if not np.isfinite(tensor).all():
                     return [Check("contents", False, f"{name} holds weights that are NaN or infinite")]
-                options[name.rpartition(".")[0]] = str(entry.params["option"])
+                owner, _, field = name.rpartition(".")
+                options[owner if field == "weight" else name] = str(entry.params["option"])
     except FormatError as error:
         return [Check("contents", False, str(error))]
     wanted = {name: str(option) for name, option in plan.layers.items()}

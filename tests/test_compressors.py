@@ -245,8 +245,8 @@ def test_relative_errors_do_not_depend_on_the_scale(scale: float) -> None:
 def test_a_layer_that_calibration_never_reached_has_only_what_needs_no_data() -> None:
     p = problem()
     p.hessian = None
-    rows, order, losses, energy = profile_layer(p, [DENSE, Option(half=True), Option(bits=4)])
-    assert [row.option for row in rows] == [DENSE, Option(half=True)]
+    rows, order, losses, energy = profile_layer(p, [DENSE, Option(half=True), Option(bits=8), Option(bits=4)])
+    assert [row.option for row in rows] == [DENSE, Option(half=True), Option(bits=8)]
     assert (order, losses, energy) == (None, None, 0.0)
     with pytest.raises(ValueError, match="calibration never reached this layer"):
         realise(p, Option(bits=4))

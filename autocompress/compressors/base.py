@@ -5,9 +5,9 @@ here.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,15 +17,20 @@ from autocompress.types import Option
 
 __all__ = ["Compressor", "LayerProblem", "Measured", "Realised"]
 
+CODES_HELD = (
+    1 << 26
+)  # codes of the options that are made at once (256 MiB): a large table has 10^7 for each of hundreds
+
 
 @dataclass
 class LayerProblem:
     """One layer: weight float64 (groups, rows, d), Hessian float64 (groups, d, d) or None where calibration saw
     nothing.
 
-    `shape` is the weight's own shape, the shape of what is stored. `order` (int32) and `losses` (float32, in units of
-    the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first asked for,
-    and handed in when a profile has them.
+    `row_weights` (rows,): what each row of a table weighs beside its Hessian, which is (0, d, d) where there is none
+    (see `LayerStatistics`). `shape` is the shape of what is stored, rows first. `order` (int32) and `losses` (float32,
+    in units of the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first
+    asked for, and handed in when a profile has them.
     """
 
     name: str
@@ -34,6 +39,8 @@ class LayerProblem:
     hessian: np.ndarray | None
     order: np.ndarray | None = None
     losses: np.ndarray | None = None
+    row_weights: np.ndarray | None = None
+    known_counts: dict[float, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
         """Order and losses of exact greedy pruning. Raises ValueError where there is no Hessian."""
@@ -43,14 +50,19 @@ class LayerProblem:
             self.order, self.losses = order, (losses / (losses.max(initial=0.0) or 1.0)).astype(np.float32)
         return self.order, self.losses
 
-    def known_hessian(self) -> np.ndarray:
+    def known_hessian(self) -> np.ndarray | obs.RowHessian:
+        """What the functions of `obs` take. Raises ValueError where there is none."""
         if self.hessian is None:
             raise ValueError("calibration never reached this layer, so it has no Hessian")
-        return self.hessian
+        if self.row_weights is None:
+            return self.hessian
+        return obs.RowHessian(self.row_weights, self.hessian[0] if len(self.hessian) else None)
 
     def counts(self, percent: float) -> np.ndarray:
         """Weights that each row loses at a sparsity in percent, int64 (groups, rows)."""
-        return obs.pruned_counts(self.trace()[1], percent / 100.0)
+        if percent not in self.known_counts:
+            self.known_counts[percent] = obs.pruned_counts(self.trace()[1], percent / 100.0)
+        return self.known_counts[percent]
 
     def error(self, weight: np.ndarray) -> float:
         """½ tr(ΔW H ΔWᵀ) of a weight of the layer's size."""
@@ -95,9 +107,9 @@ class Realised:
             step = step.reshape(-1, *(1,) * (len(self.shape) - 1))
         return self.codes.reshape(self.shape).astype(np.float32) * step
 
-    def entry(self, key: str, option: Option) -> Entry:
-        """The record for the file."""
-        params = {"option": str(option)}
+    def entry(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> Entry:
+        """The record for the file; `layout` is what it says beside the option (see `Layer.params`)."""
+        params: dict[str, Any] = {"option": str(option), **(layout or {})}
         if self.codes is None:
             assert self.values is not None
             return float_entry(key, self.values.reshape(self.shape).astype(np.float32), codec=self.codec, params=params)
@@ -148,6 +160,10 @@ class Compressor(Protocol):
 
 def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Option]) -> list[Measured]:
     """Error and bytes of every option that the layer can have."""
+    at_once = max(1, CODES_HELD // max(problem.weight.size, 1))
+    if len(options) > at_once:
+        parts = [options[i : i + at_once] for i in range(0, len(options), at_once)]
+        return [row for part in parts for row in measure(compressor, problem, part)]
     start = time.perf_counter()
     found = compressor.realise_all(problem, options)
     each = (time.perf_counter() - start) / max(len(options), 1)

@@ -18,10 +18,10 @@ class ObcUniform:
 
     Grid -2^(b-1) ... 2^(b-1) - 1 times a half-precision step per row, found by OBC's shrink search on the refitted
     weights. Source: OBC, arXiv 2208.11580 (pruning, grid search); the order is engine.md section 3's, not OBQ's greedy
-    one.
+    one. A layer without a Hessian has 8 bits, rounded to the nearest.
     """
 
-    version = 2
+    version = 3
     source = "OBC, arXiv 2208.11580"
 
     def offers(self, option: Option) -> bool:
@@ -29,9 +29,12 @@ class ObcUniform:
         return bits is not None and 2 <= bits <= 8 and option == Option(sparsity=option.sparsity, bits=bits)
 
     def needs_data(self, option: Option) -> bool:
-        return True
+        # With 8 bits a weight moves by some thousandths of its row's largest: harmless wherever it is used.
+        return option != Option(bits=8)
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
+        if problem.hessian is None and not any(self.needs_data(o) for o in options):
+            return [_nearest(problem) for _ in options]
         hessian = problem.known_hessian()
         order, _ = problem.trace()
         found: dict[Option, Realised] = {}
@@ -41,7 +44,9 @@ class ObcUniform:
             if sparsity > 0.0:
                 weight = obs.prune(weight, hessian, order, counts, threads=1)
             wanted = [o for o in options if o.sparsity == sparsity]
-            steps = [_storable(obs.search_scale(weight, o.bits or 8), weight) for o in wanted]
+            alone = isinstance(hessian, obs.RowHessian) and hessian.shared is None
+            search = obs.search_square if alone else obs.search_scale
+            steps = [_storable(search(weight, o.bits or 8), weight) for o in wanted]
             cells = [
                 obs.Cell(
                     np.broadcast_to(s, counts.shape).astype(np.float32),
@@ -55,6 +60,14 @@ class ObcUniform:
                 step = s.reshape(-1) if s.ndim else float(s)
                 found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=step)
         return [found[o] for o in options]
+
+
+def _nearest(problem: LayerProblem) -> Realised:
+    """8 bits per weight, each rounded to the nearest."""
+    steps = _storable(obs.search_square(problem.weight, 8), problem.weight)
+    codes = np.rint(problem.weight / (steps.astype(np.float64)[..., None] if steps.ndim else float(steps)))
+    codes = np.clip(codes, -128, 127).astype(np.int32).reshape(problem.shape)
+    return Realised(problem.shape, "entropy", codes=codes, step=steps.reshape(-1) if steps.ndim else float(steps))
 
 
 def _storable(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:

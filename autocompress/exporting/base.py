@@ -15,6 +15,8 @@ import numpy as np
 from torch import nn
 
 from autocompress.errors import AutocompressError
+from autocompress.layers import swap
+from autocompress.saving import swap_groups
 from autocompress.storage import Entry
 from autocompress.types import Option
 
@@ -88,17 +90,25 @@ class Weight:
 
 
 def weight_of(entry: Entry, owners: Sequence[str]) -> Weight:
-    """The weight of a file's record. Raises FormatError if it is damaged."""
+    """The weight of a file's record, in the model's layout. Raises FormatError if it is damaged.
+
+    Steps per row of a weight that is stored rows first belong to its second dimension then: it becomes its values.
+    """
     option = Option.parse(str(entry.params["option"]))
-    if entry.step != "none":
-        codes = entry.codes().reshape(entry.shape)
-        return Weight(entry.name, tuple(owners), entry.shape, option, codes, entry.steps())
-    values = entry.dequantise().reshape(entry.shape)
+    groups = swap_groups(entry)
+
+    def placed(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(swap(array, groups)) if groups else array
+
+    if entry.step != "none" and not (groups and entry.step == "row"):
+        codes = placed(entry.codes().reshape(entry.shape))
+        return Weight(entry.name, tuple(owners), codes.shape, option, codes, entry.steps())
+    values = placed(entry.dequantise().reshape(entry.shape))
     half = entry.codec == "fp16"
     return Weight(
         entry.name,
         tuple(owners),
-        entry.shape,
+        values.shape,
         option,
         values=values.astype(np.float16 if half else np.float32),
     )

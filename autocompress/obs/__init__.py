@@ -1,7 +1,8 @@
 """The Optimal Brain Surgeon engine: numpy arrays in, numpy arrays out; it knows no networks.
 
 One layer: weight W (rows, d), Hessian H = 2 X Xᵀ / N + damping (d, d); rows are independent and share H. The error of a
-compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups: W (g, rows, d) with H (g, d, d).
+compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups, W (g, rows, d) with H (g, d, d); and a
+`RowHessian`, where rows weigh differently.
 """
 
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
@@ -13,9 +14,11 @@ from autocompress.obs.quantising import (
     salient_cells,
     search_scale,
 )
+from autocompress.obs.weighted import RowHessian, search_square
 
 __all__ = [
     "Cell",
+    "RowHessian",
     "layer_error",
     "prune",
     "prune_trace",
@@ -25,4 +28,5 @@ __all__ = [
     "rd_quantise",
     "salient_cells",
     "search_scale",
+    "search_square",
 ]

@@ -100,7 +100,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     if measured[best] >= kl:
         return found.replace(measured={**found.measured, **figures})
     single = {n: profile.layers[n].row(o) for n, o in rivals[best].items()}
-    option = next(o for n, o in rivals[best].items() if profile.layers[n].reached)
+    options = rivals[best]
+    option = next((o for n, o in options.items() if profile.layers[n].reached), next(iter(options.values())))
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
     narrowed = _no_worse_than(profile, single)
