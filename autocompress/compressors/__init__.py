@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
+from autocompress.compressors.fp8 import Fp8
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
+from autocompress.compressors.pruned import Pruned
 from autocompress.compressors.rd import RateDistortion, default_grid
 from autocompress.errors import OptionError
 from autocompress.threads import single_threaded
@@ -24,7 +26,13 @@ __all__ = [
     "realise",
 ]
 
-COMPRESSORS: dict[str, Compressor] = {"plain": Plain(), "obc": ObcUniform(), "rd": RateDistortion()}
+COMPRESSORS: dict[str, Compressor] = {
+    "plain": Plain(),
+    "pruned": Pruned(),
+    "obc": ObcUniform(),
+    "fp8": Fp8(),
+    "rd": RateDistortion(),
+}
 
 
 def compressor_of(option: Option) -> tuple[str, Compressor]:

@@ -4,6 +4,8 @@ One layer: weight W (rows, d), Hessian H = 2 X Xᵀ / N + damping (d, d); rows a
 compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups: W (g, rows, d) with H (g, d, d).
 """
 
+from autocompress.obs.grids import column_runs, quantise_levels, search_grid
+from autocompress.obs.patterns import Units, input_blocks, nm_mask, order_of_mask, row_losses, unit_mask, unit_trace
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
 from autocompress.obs.quantising import (
     Cell,
@@ -16,13 +18,23 @@ from autocompress.obs.quantising import (
 
 __all__ = [
     "Cell",
+    "Units",
+    "column_runs",
+    "input_blocks",
     "layer_error",
+    "nm_mask",
+    "order_of_mask",
     "prune",
     "prune_trace",
     "pruned_counts",
+    "quantise_levels",
     "quantise_salient",
     "rate_distortion_cells",
     "rd_quantise",
+    "row_losses",
     "salient_cells",
+    "search_grid",
     "search_scale",
+    "unit_mask",
+    "unit_trace",
 ]
