@@ -155,7 +155,7 @@ class Option:
             step=number("step"),
             lam=number("lam"),
             half=got["float"] == "16",
-            block_rows=integer("block_rows") if got["block_rows"] else 1,
+            block_rows=int(got["block_rows"] or "1"),
             out=number("out"),
             per_tensor=got["tensor"] is not None,
             asymmetric=got["asymmetric"] is not None,

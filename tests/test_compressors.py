@@ -194,7 +194,9 @@ def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Opt
             assert p.error(found.weight()) <= 1.05 * p.energy + FLOOR * p.energy, case
 
 
-QUANTISED = [pytest.param(*param.values, id=param.id) for param in OFFERED if param.values[1].bits or param.values[1].fp8]
+QUANTISED = [
+    pytest.param(*param.values, id=param.id) for param in OFFERED if param.values[1].bits or param.values[1].fp8
+]
 
 
 def steps_of(found: Realised) -> np.ndarray:

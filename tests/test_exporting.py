@@ -197,7 +197,9 @@ def test_onnx_blocked_steps(tmp_path: Path, bits: int, nbits: bool) -> None:
     def grouped(key: str, shape: tuple[int, ...], groups: int) -> Weight:
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int32)
         step = rng.random((shape[0], groups)).astype(np.float32)
-        return Weight(key, (key.removesuffix(".weight"),), shape, Option(bits=bits, group=16), codes, step)
+        group = codes[0].size // groups
+        owners = (key.removesuffix(".weight"),)
+        return Weight(key, owners, shape, Option(bits=bits, group=group), codes, step, group=group)
 
     class Blocked(nn.Module):
         def __init__(self) -> None:

@@ -168,7 +168,7 @@ class Measured:
     """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find
     it.
 
-    `codec` and `step` (none, tensor, row, group32) say how it would be stored, which the file's header has to spell out.
+    `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
     """
 
     option: Option

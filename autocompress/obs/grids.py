@@ -26,7 +26,7 @@ def column_runs(weight: np.ndarray, size: int) -> np.ndarray:
 def search_grid(
     weight: np.ndarray, bits: int, asymmetric: bool = False, minmax: bool = False, exponent: float = 2.4
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and lowest code of the uniform grid scale · {low, ..., low + 2^bits - 1} of every vector, its zero included.
+    """Scale and lowest code of the uniform grid scale · {low, ..., low + 2^bits - 1} of every vector, 0 in it.
 
     Symmetric: low = -2^(bits-1), `search_scale`. Asymmetric: the range [min(w, 0), max(w, 0)] and 80 shrinks of it to
     1 - i/100, the one with the least Σ |w - ŵ|^exponent, and low = -round(-min / scale). One bit, symmetric: the grid

@@ -41,9 +41,7 @@ def input_blocks(d: int, positions: int, size: int) -> np.ndarray:
     return np.where(channel[:, None, :] < channels, columns, -1).reshape(-1, size)
 
 
-def unit_trace(
-    W: np.ndarray, H: np.ndarray, columns: np.ndarray, rows: int = 1, threads: int = 0
-) -> Units:
+def unit_trace(W: np.ndarray, H: np.ndarray, columns: np.ndarray, rows: int = 1, threads: int = 0) -> Units:
     """Prune units greedily to the end: B = argmin Σ_r w_rB ([H⁻¹]_BB)⁻¹ w_rBᵀ over the rows r of a band, then the
     optimal update of the rest.
 
@@ -81,7 +79,7 @@ def unit_mask(units: Units, shape: tuple[int, ...], sparsity: float) -> np.ndarr
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity is {sparsity}, needed a fraction between 0 and 1")
-    groups, bands, count = units.order.shape
+    groups, bands, _ = units.order.shape
     rows, d = shape[-2], shape[-1]
     height = np.minimum(units.rows, rows - units.rows * np.arange(bands))
     width = (units.columns >= 0).sum(axis=1)
@@ -112,10 +110,9 @@ def order_of_mask(order: np.ndarray, gone: np.ndarray) -> tuple[np.ndarray, np.n
 def _trace(
     W: np.ndarray, H: np.ndarray, columns: np.ndarray, rows: int, run_of: np.ndarray, quota: np.ndarray, threads: int
 ) -> Units:
-    """Order and losses of every band; a unit goes only while its run has quota left, and the rest keep a loss of inf.
-    """
+    """Order and losses of every band; a unit goes only while its run has quota left, the rest keep a loss of inf."""
     weight, hessian = as_groups(W, H)
-    groups, height, d = weight.shape
+    groups, height, _ = weight.shape
     bands, count = -(-height // rows), len(columns)
     total = int(quota.sum())
     order = np.full((groups, bands, count), -1, np.int32)

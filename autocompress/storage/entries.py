@@ -180,9 +180,7 @@ def weight_entry(
     return entry
 
 
-def weight_size(
-    codes: np.ndarray, step: float | np.ndarray, codec: str = "entropy", group: int | None = None
-) -> int:
+def weight_size(codes: np.ndarray, step: float | np.ndarray, codec: str = "entropy", group: int | None = None) -> int:
     """Count the bytes of `weight_entry(...)` exactly, without encoding."""
     codes = np.asarray(codes)
     return step_bytes(codes.shape, _step(codes.shape, step, group)[0]) + codec_named(codec).size(codes)
