@@ -195,7 +195,10 @@ def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Opt
 
 
 QUANTISED = [
-    pytest.param(*param.values, id=param.id) for param in OFFERED if param.values[1].bits or param.values[1].fp8
+    pytest.param(name, option, id=f"{name}-{option}")
+    for name, compressor in COMPRESSORS.items()
+    for option in OPTIONS
+    if compressor.offers(option) and (option.bits or option.fp8)
 ]
 
 
