@@ -15,10 +15,12 @@ import pytest
 from autocompress import obs
 from autocompress.compressors import (
     COMPRESSORS,
+    FAMILIES,
     LayerProblem,
     Realised,
     compressor_of,
     default_options,
+    named_options,
     profile_layer,
     realise,
 )
@@ -407,3 +409,24 @@ def test_dense_is_exact_and_half_is_refused_where_it_overflows() -> None:
     np.testing.assert_array_equal(realise(p, DENSE).weight(), p.weight.reshape(p.shape))
     with pytest.raises(OptionError, match="layer 'layer' cannot have option 'fp16'"):
         realise(p, Option(half=True))
+
+
+def test_families_are_lists_of_options_that_compressors_offer() -> None:
+    everything = named_options(["all"])
+    for name in FAMILIES:
+        found = named_options([name])
+        assert found
+        assert set(found) <= set(everything)
+        with pytest.raises(OptionError):  # no name means two things
+            Option.parse(name)
+    assert named_options(["default"]) == default_options()
+    assert [str(o) for o in named_options(["w4, rd(0.5,0.1)s60 2:4", Option(bits=4), "w8"])] == [
+        "w4", "rd(0.5,0.1)s60", "2:4", "w8",
+    ]  # fmt: skip
+    for text, words in {
+        "rank8": "no compressor",
+        "w44": "44 bits, needed 1 to 8; families of",
+        "": "is not an",
+    }.items():
+        with pytest.raises(OptionError, match=words):
+            named_options([text])

@@ -67,7 +67,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "nm": lambda: _named(*(f"{p}{v}" for p in ("1:4", "2:4", "4:8") for v in ("", "fp16", "w8", "w4"))),
     "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "channels": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
-    "fp8": lambda: _named("fp8", "s50fp8", "2:4fp8"),
+    "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
     "all": lambda: list(dict.fromkeys(o for name, make in FAMILIES.items() if name != "all" for o in make())),
 }
 

@@ -144,7 +144,8 @@ def _band_trace(
     """Greedy OBS of one band in float64: a block-pivoted Cholesky factorisation of the inverse Hessian, left-looking.
 
     inverse (d, d) is never updated: row j of the current one is inverse[j] - Σ_q U[q, j] U[q], with one row of U for
-    each column that is gone. weight (rows, d) is the band's; `blocks` holds [H⁻¹]_BB of every unit as it is now.
+    each column that is gone. weight (rows, d) is the band's; `blocks` holds [H⁻¹]_BB of every unit as it is now. `live`
+    are the columns that may still go; the rest leaves U and w whenever a quarter of them is finished.
     """
     rows, d = weight.shape
     units, width = columns.shape
@@ -157,19 +158,24 @@ def _band_trace(
         for i in range(size[b]):
             for j in range(size[b]):
                 blocks[b, i, j] = inverse[columns[b, i], columns[b, j]]
+    columns = columns.copy()  # from here on places in `live`
+    live = np.arange(d)
     U = np.empty((d, d))
     alive = np.ones(units, np.bool_)
     L = np.empty((width, width))
     best_L = np.empty((width, width))
     y = np.empty(width)
     t = np.empty((rows, width))
+    past = np.empty((width, d))
     done = 0
     for step in range(total):
-        best, at = np.inf, -1
+        best, at, left = np.inf, -1, 0
         for b in range(units):
             if not alive[b] or quota[run_of[b]] == 0:
+                alive[b] = False
                 continue
             n = size[b]
+            left += n
             _cholesky(blocks[b], n, L)
             score = 0.0
             for r in range(rows):
@@ -184,24 +190,39 @@ def _band_trace(
                 best_L[:n, :n] = L[:n, :n]
         order[step] = at
         losses[step] = 0.5 * best
+        if 4 * left <= 3 * live.size:
+            keep = np.zeros(live.size, np.bool_)
+            for b in range(units):
+                if alive[b]:
+                    keep[columns[b, : size[b]]] = True
+            place, index = np.cumsum(keep) - 1, np.flatnonzero(keep)
+            for b in range(units):
+                for i in range(size[b]):
+                    columns[b, i] = place[columns[b, i]] if alive[b] else 0
+            live, w = live[index], w[:, index]
+            older = U
+            U = np.empty((d, live.size))
+            for q in range(done):
+                U[q] = older[q][index]
         alive[at] = False
         quota[run_of[at]] -= 1
-        n = size[at]
-        for i in range(n):  # rows of the pivot block, orthonormalised: U_B = L⁻¹ [H⁻¹]_B
-            u = U[done + i]
-            c = columns[at, i]
-            u[:] = inverse[c]
-            if done:
-                u -= np.dot(U[:done, c].copy(), U[:done])
+        n, m = size[at], live.size
+        pivot = U[done : done + n]  # becomes U_B = L⁻¹ [H⁻¹]_B
         for i in range(n):
-            u = U[done + i]
+            pivot[i] = inverse[live[columns[at, i]]][live]
+            for q in range(done):
+                past[i, q] = U[q, columns[at, i]]
+        if done:
+            pivot -= np.dot(past[:n, :done].copy(), U[:done])
+        for i in range(n):
+            u = pivot[i]
             for q in range(i):
                 a = best_L[i, q]
-                v = U[done + q]
-                for j in range(d):
+                v = pivot[q]
+                for j in range(m):
                     u[j] -= a * v[j]
             inv = 1.0 / best_L[i, i]
-            for j in range(d):
+            for j in range(m):
                 u[j] *= inv
         for r in range(rows):
             for i in range(n):
@@ -211,8 +232,8 @@ def _band_trace(
                 t[r, i] = acc / best_L[i, i]
             for i in range(n):
                 a = t[r, i]
-                u = U[done + i]
-                for j in range(d):
+                u = pivot[i]
+                for j in range(m):
                     w[r, j] -= a * u[j]
         for b in range(units):
             if alive[b]:
