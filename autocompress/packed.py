@@ -34,7 +34,11 @@ class Decode(nn.Module):
         values = torch.from_numpy(np.ascontiguousarray(entry.codes())).reshape(self.shape)
         if self.step != "none":
             steps = torch.from_numpy(np.array(entry.steps()))
-            steps = steps.reshape(-1, *(1,) * (len(self.shape) - 1)) if steps.ndim else steps
+            if entry.group is not None:
+                columns = values[0].numel()
+                steps = steps.repeat_interleave(entry.group, 1)[:, :columns].reshape(self.shape)
+            elif steps.ndim:
+                steps = steps.reshape(-1, *(1,) * (len(self.shape) - 1))
             values = values.to(torch.float32).mul_(steps)
         if self.swapped:
             values = torch.from_numpy(np.ascontiguousarray(swap(values.numpy(), self.swapped)))
@@ -54,9 +58,11 @@ def packable(entry: Entry, model: nn.Module) -> bool:
 
 def fixed_width(entry: Entry) -> Entry:
     """The same weight with its codes in as many bits as the widest needs: longer, and ten times as fast to decode."""
-    if entry.step == "none" or entry.codec == "packed":
+    if entry.step == "none" or entry.codec in ("packed", "fp8"):
         return entry
-    recoded = weight_entry(entry.name, entry.codes(), entry.steps(), codec="packed", params=entry.params)
+    recoded = weight_entry(
+        entry.name, entry.codes(), entry.steps(), codec="packed", group=entry.group, params=entry.params
+    )
     return recoded if recoded.bytes < 4 * recoded.numel else entry
 
 

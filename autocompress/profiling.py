@@ -29,7 +29,7 @@ import pandas as pd
 from torch import nn
 
 from autocompress.calibration import Statistics
-from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, compressor_of, default_options, profile_layer
+from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
 from autocompress.engines import run_tasks
 from autocompress.errors import MismatchError, StoreError
 from autocompress.files import atomic_path
@@ -248,9 +248,10 @@ def profile(
 ) -> Profile:
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
-    options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that
-    calibration never reached has those that need no data (`dense`, `fp16`, `w8`), with errors of 0. store: a folder
-    that is resumed if it was made for the same model, data, options and code versions; None keeps everything in memory.
+    options: what every layer may become, by name or by the name of a family (`compressors.FAMILIES`; by default,
+    "default"); `dense` is always among them. A layer that calibration never reached has those that need no data
+    (`dense`, `fp16`, `w8`), with errors of 0. store: a folder that is resumed if it was made for the same model, data,
+    options and code versions; None keeps everything in memory.
     workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done,
     layers in all, layer name). Raises MismatchError, naming the field, for a store or statistics of something else;
     OptionError for an unknown option.
@@ -307,10 +308,7 @@ def _code_versions() -> dict[str, str]:
 
 
 def _options(options: Sequence[Option | str] | None) -> list[Option]:
-    given = default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
-    for option in given:
-        compressor_of(option)
-    return list(dict.fromkeys([DENSE, *given]))
+    return list(dict.fromkeys([DENSE, *named_options(["default"] if options is None else options)]))
 
 
 def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Path) -> None:

@@ -198,7 +198,9 @@ def test_onnx_blocked_steps(tmp_path: Path, bits: int, nbits: bool) -> None:
     def grouped(key: str, shape: tuple[int, ...], groups: int) -> Weight:
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int32)
         step = rng.random((shape[0], groups)).astype(np.float32)
-        return Weight(key, (key.removesuffix(".weight"),), shape, Option(bits=bits, group=16), codes, step)
+        group = codes[0].size // groups
+        owners = (key.removesuffix(".weight"),)
+        return Weight(key, owners, shape, Option(bits=bits, group=group), codes, step, group=group)
 
     class Blocked(nn.Module):
         def __init__(self) -> None:
@@ -711,3 +713,44 @@ def test_packed_checks_before_it_touches(tmp_path: Path) -> None:
 
 def test_every_exporter_has_its_name() -> None:
     assert all(exporter.name == name for name, exporter in EXPORTERS.items())
+
+
+PATTERNS = (
+    ("s75", "2:4fp16", "blk2x4@50", "out25"),
+    ("ch50fp16", "blk4@50w4g8", "1:4w3a", "w4g5"),
+    ("fp8", "w1", "s50fp8", "w1g3"),
+    ("w8a", "w4tam", "w3g7am", "w4a"),
+    ("rd(0.5,0.3)2:4", "rd(0.5,0.3)ch25", "w2g3m", "w8a"),
+)
+
+
+@functools.cache
+def patterned(options: tuple[str, ...]) -> tuple[nn.Module, list[torch.Tensor], nn.Module, Plan]:
+    model, data = convnet(), batches(3, 6, 6)
+    with torch.no_grad():
+        model.get_parameter("bn1.weight")[::2] *= -1
+    return model, data, *applied(model, data, options)
+
+
+@pytest.mark.parametrize("options", PATTERNS, ids=" ".join)
+def test_every_pattern_goes_through_file_memory_and_runtime(tmp_path: Path, options: tuple[str, ...]) -> None:
+    model, data, small, plan = patterned(options)
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    profile = profiled(model, data, options)
+    assert path.stat().st_size == profile.template.file_bytes(
+        {name: profile.layers[name].row(option) for name, option in plan.layers.items()}
+    )
+    for packed in (False, True, "bits"):
+        loaded: Any = ac.load(path, copy.deepcopy(model), packed=packed)
+        assert torch.equal(loaded(data[0]), small(data[0])), packed
+    for name, layer in profile.layers.items():
+        weight = small.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        delta = weight.detach().double().numpy() - model.get_submodule(name).weight.detach().double().numpy()
+        hessian = profile.statistics.layers[name].hessian
+        delta = delta.reshape(hessian.shape[0], -1, hessian.shape[1])
+        error = 0.5 * np.einsum("grd,gde,gre->", delta, hessian, delta)
+        assert layer.row(plan.layers[name]).error == pytest.approx(error, rel=1e-4, abs=1e-7 * layer.energy)
+    info = ac.export(path, copy.deepcopy(model), "onnx", tmp_path / "m.onnx", example=data[0][:1])
+    close(onnx_outputs(info.path, data[0])[0], small(data[0]))
+    ac.export(path, None, "safetensors", tmp_path / "m.safetensors")

@@ -48,9 +48,9 @@ class ExportWarning(UserWarning):
 class Weight:
     """A layer's weight as the file holds it: integer codes times step, or values.
 
-    codes: int32 in the weight's shape, or None; step: float32 (), (rows,), or (rows, groups) where each group of
-    columns // groups consecutive columns has its own (columns run over everything but the first axis); values: float32
-    or float16, where there are no codes. owners: every module that uses it.
+    codes: int32 in the weight's shape, or None; step: float32 (), (rows,), or (rows, groups) where each run of `group`
+    consecutive columns has its own (columns run over everything but the first axis); values: float32 or float16, where
+    there are no codes. owners: every module that uses it.
     """
 
     key: str
@@ -60,6 +60,7 @@ class Weight:
     codes: np.ndarray | None = None
     step: np.ndarray = field(default_factory=lambda: np.ones((), np.float32))
     values: np.ndarray | None = None
+    group: int | None = None
 
     @property
     def name(self) -> str:
@@ -72,11 +73,6 @@ class Weight:
     @property
     def columns(self) -> int:
         return int(np.prod(self.shape[1:]))
-
-    @property
-    def group(self) -> int | None:
-        """Columns that share a step, None where a whole row does."""
-        return -(-self.columns // self.step.shape[1]) if self.step.ndim == 2 else None
 
     def dense(self) -> np.ndarray:
         """The weight that a reader of the file gets, float32: float32(code) * step, rounded once."""
@@ -100,11 +96,12 @@ def weight_of(entry: Entry, owners: Sequence[str]) -> Weight:
     def placed(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(swap(array, groups)) if groups else array
 
-    if entry.step != "none" and not (groups and entry.step == "row"):
+    scaled = entry.step != "none" and entry.codec != "fp8"
+    if scaled and not (groups and entry.steps().ndim):
         codes = placed(entry.codes().reshape(entry.shape))
-        return Weight(entry.name, tuple(owners), codes.shape, option, codes, entry.steps())
+        return Weight(entry.name, tuple(owners), codes.shape, option, codes, entry.steps(), group=entry.group)
     values = placed(entry.dequantise().reshape(entry.shape))
-    half = entry.codec == "fp16"
+    half = entry.codec == "fp16" or option.half
     return Weight(
         entry.name,
         tuple(owners),

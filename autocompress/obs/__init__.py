@@ -5,6 +5,8 @@ compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups, W (g
 `RowHessian`, where rows weigh differently.
 """
 
+from autocompress.obs.grids import column_runs, quantise_levels, search_grid
+from autocompress.obs.patterns import Units, input_blocks, nm_mask, order_of_mask, row_losses, unit_mask, unit_trace
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
 from autocompress.obs.quantising import (
     Cell,
@@ -19,14 +21,24 @@ from autocompress.obs.weighted import RowHessian, search_square
 __all__ = [
     "Cell",
     "RowHessian",
+    "Units",
+    "column_runs",
+    "input_blocks",
     "layer_error",
+    "nm_mask",
+    "order_of_mask",
     "prune",
     "prune_trace",
     "pruned_counts",
+    "quantise_levels",
     "quantise_salient",
     "rate_distortion_cells",
     "rd_quantise",
+    "row_losses",
     "salient_cells",
+    "search_grid",
     "search_scale",
     "search_square",
+    "unit_mask",
+    "unit_trace",
 ]

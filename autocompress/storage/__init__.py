@@ -16,11 +16,12 @@ from autocompress.storage.entries import (
 )
 from autocompress.storage.entropy import MAX_CODE, coded_size, decode_codes, encode_codes, order0_bits
 from autocompress.storage.errors import FormatError
-from autocompress.storage.floats import round_small
+from autocompress.storage.floats import E4M3, round_small
 from autocompress.storage.integers import nm_pattern
 
 __all__ = [
     "CODECS",
+    "E4M3",
     "MAX_CODE",
     "VERSION",
     "Archive",
