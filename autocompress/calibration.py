@@ -9,7 +9,7 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from autocompress.threads import default_workers, single_threaded
 
 __all__ = ["LayerStatistics", "Statistics", "calibrate"]
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32)
 PANEL = 256  # rows of a panel of the symmetric product on a GPU, whose libraries offer no half product of two
 
@@ -47,7 +47,7 @@ class LayerStatistics:
 
     hessian: 2 X Xᵀ / N + damping · mean(diag) · I, float64 (groups, d, d), N samples (batch entries, not positions).
     mean, var: moments of each output channel over samples and positions, float64 (out,). dead: inputs that were always
-    zero.
+    zero. positions: how often each weight was multiplied, in all samples together (see `costs.macs`).
     """
 
     hessian: np.ndarray
@@ -55,6 +55,7 @@ class LayerStatistics:
     mean: np.ndarray
     var: np.ndarray
     dead: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Statistics:
             at = stored.setdefault(id(s.hessian), f"h{i}")
             arrays.setdefault(at, s.hessian)
             arrays[f"m{i}"], arrays[f"v{i}"] = s.mean, s.var
-            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead]
+            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead, s.positions]
         meta = {
             "layers": names,
             "samples": self.samples,
@@ -104,8 +105,8 @@ class Statistics:
                 meta = json.loads(bytes(data["meta"]))
                 cache = {key: data[key] for key in data.files}
             layers = {
-                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead)
-                for name, (h, m, v, calls, dead) in meta["layers"].items()
+                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead, positions)
+                for name, (h, m, v, calls, dead, positions) in meta["layers"].items()
             }
             return cls(
                 layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
@@ -164,7 +165,7 @@ def _share_equal(found: dict[str, LayerStatistics]) -> None:
         key = hashlib.sha256(s.hessian.tobytes()).digest()
         array = known.setdefault(key, s.hessian)
         if array is not s.hessian:
-            found[name] = LayerStatistics(array, s.calls, s.mean, s.var, s.dead)
+            found[name] = replace(s, hessian=array)
 
 
 class _Accumulator:
@@ -190,7 +191,7 @@ class _Accumulator:
             h[np.diag_indices_from(h)] += damping * level if level > 0.0 else 1.0
         mean = self.sum / max(self.positions, 1)
         var = np.maximum(self.squares / max(self.positions, 1) - mean**2, 0.0)
-        return LayerStatistics(hessian, self.calls, mean, var, dead)
+        return LayerStatistics(hessian, self.calls, mean, var, dead, self.positions)
 
 
 class _Collector:

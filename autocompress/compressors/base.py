@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from autocompress import obs
+from autocompress.costs import FLOAT_BITS, code_bits
 from autocompress.storage import Entry, float_entry, weight_entry, weight_size
 from autocompress.types import Option
 
@@ -84,6 +85,13 @@ class Realised:
             return "none"
         return "row" if np.ndim(self.step) else "tensor"
 
+    @property
+    def width(self) -> int:
+        """Bits of a weight when it is multiplied: what holds every code, 16 or 32 for floats."""
+        if self.codes is None:
+            return 16 if self.codec == "fp16" else FLOAT_BITS
+        return code_bits(self.codes)
+
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape."""
         if self.codes is None:
@@ -116,7 +124,8 @@ class Measured:
     """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find
     it.
 
-    `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out.
+    `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out. `width`:
+    the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see `costs.bops`).
     """
 
     option: Option
@@ -125,6 +134,8 @@ class Measured:
     codec: str
     step: str
     seconds: float = field(compare=False)
+    width: int
+    nonzero: int
 
 
 class Compressor(Protocol):
@@ -156,9 +167,11 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         if realised is None:
             continue
         start = time.perf_counter()
-        error = 0.0 if problem.hessian is None else problem.error(realised.weight())
-        size = realised.bytes()
+        weight = realised.weight()
+        error = 0.0 if problem.hessian is None else problem.error(weight)
+        size, nonzero = realised.bytes(), int(np.count_nonzero(weight))
+        seconds = each + time.perf_counter() - start
         rows.append(
-            Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start)
+            Measured(option, error, size, realised.codec, realised.step_kind, seconds, realised.width, nonzero)
         )
     return rows
