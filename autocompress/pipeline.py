@@ -193,11 +193,11 @@ def forecast(
     least = least_bytes(template)
     if budget is not None:
         limit = limit_bytes(budget, template)
-        if limit < least:
+        if limit is not None and limit < least:
             raise InfeasibleError(
                 f"no allocation fits in {limit:,} bytes: what no choice changes has {least:,} bytes by itself", least
             )
-        found |= {"budget_bytes": limit}
+        found |= {"budget_bytes": limit} if limit is not None else {}
     found |= {"no_file_below_bytes": least}
     for name, folder in (("results", out), ("profile", store or (Path(out) / "profile" if out else None))):
         if folder is not None:

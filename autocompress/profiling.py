@@ -105,8 +105,8 @@ class Profile:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per (layer, option): error, relative error, bytes, bits per weight, MACs, BOPs, seconds; extra_ms where
-        the profile has a table of times.
+        """One row per (layer, option): error, relative error, bytes, bits per weight, MACs, BOPs, seconds; where the
+        profile has a table of times, extra_ms.
         """
         records = [
             {

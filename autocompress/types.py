@@ -17,7 +17,7 @@ from typing import Any
 
 from autocompress.errors import BudgetError, MismatchError, OptionError
 
-__all__ = ["DENSE", "Budget", "Option", "Plan", "option_sort_key"]
+__all__ = ["DENSE", "RUNNING_COSTS", "Budget", "Option", "Plan", "exact", "option_sort_key"]
 
 
 def _number(value: float) -> str:
@@ -274,13 +274,13 @@ class Budget:
         if self.size is not None:
             limits.append(int(self.size))
         if self.ratio is not None:
-            limits.append(math.floor(dense_bytes / _exact(self.ratio)))
+            limits.append(math.floor(dense_bytes / exact(self.ratio)))
         if self.bits_per_weight is not None:
-            limits.append(math.floor(_exact(self.bits_per_weight) * parameters / 8))
+            limits.append(math.floor(exact(self.bits_per_weight) * parameters / 8))
         return min(limits) if limits else None
 
 
-def _exact(value: float) -> Fraction:
+def exact(value: float) -> Fraction:
     """The number as it was written, 2.3 and not 2.29999..., so that rounding down never loses a byte to the float."""
     return Fraction(repr(float(value)))
 

@@ -39,6 +39,7 @@ ORDER = [
     "saving",
     "verifying",
     "exporting",
+    "timing",
     "training",
     "reporting",
     "pipeline",

@@ -124,8 +124,9 @@ class Measured:
     """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find
     it.
 
-    `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out. `width`:
-    the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see `costs.bops`).
+    `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out.
+    `width`: the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see
+    `costs.bops`).
     """
 
     option: Option
@@ -171,7 +172,5 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         error = 0.0 if problem.hessian is None else problem.error(weight)
         size, nonzero = realised.bytes(), int(np.count_nonzero(weight))
         seconds = each + time.perf_counter() - start
-        rows.append(
-            Measured(option, error, size, realised.codec, realised.step_kind, seconds, realised.width, nonzero)
-        )
+        rows.append(Measured(option, error, size, realised.codec, realised.step_kind, seconds, realised.width, nonzero))
     return rows
