@@ -25,6 +25,7 @@ __all__ = [
     "allocate",
     "budget_bytes",
     "coarsest",
+    "cost_facts",
     "dense_cost",
     "energy_losses",
     "infeasible",
@@ -128,6 +129,19 @@ def running_cost(profile: Profile, name: str, layers: Mapping[str, Option]) -> f
     """What a choice of options takes of a running cost, in the budget's unit, rounded up."""
     cost = _total_of(profile, name)(layers)
     return cost / NANOSECONDS if name == "latency_ms" else cost
+
+
+def cost_facts(profile: Profile, budget: Budget, layers: Mapping[str, Option]) -> dict[str, dict[str, float | None]]:
+    """By running cost: what a choice of options takes (`predicted`), what the dense model takes, and the limit, if any;
+    milliseconds only where the profile has a table of them.
+    """
+    found = {}
+    for name in RUNNING_COSTS:
+        if name != "latency_ms" or profile.latency is not None:
+            dense = dense_cost(profile, name)
+            taken = running_cost(profile, name, layers)
+            found[name] = {"predicted": taken, "dense": dense, "limit": budget.limit(name, dense)}
+    return found
 
 
 def _total_of(profile: Profile, name: str) -> Callable[[Mapping[str, Option]], int]:

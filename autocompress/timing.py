@@ -38,7 +38,18 @@ from autocompress.layers import find_layers, stored_tensors
 from autocompress.profiling import Profile
 from autocompress.types import DENSE, Option
 
-__all__ = ["Runtime", "Timer", "forms_of", "measured_ms", "require_runtime", "timed"]
+__all__ = [
+    "DENSE_FORM",
+    "Runtime",
+    "Timer",
+    "all_forms",
+    "form_name",
+    "forms_of",
+    "in_turns",
+    "measured_ms",
+    "require_runtime",
+    "timed",
+]
 
 TIMING_VERSION = 1
 DENSE_FORM = "float32"
@@ -207,12 +218,12 @@ class Timer:
                     wanted.setdefault((self.sites[name], form), {})[name] = held
         todo = [cell for cell in wanted if list(cell) not in [entry[:2] for entry in known["cells"]]]
         if known["dense_ms"] is None:
-            known["dense_ms"] = _in_turns([self.dense], self.runtime)[0]
+            known["dense_ms"] = in_turns([self.dense], self.runtime)[0]
             _write(path, self.key, self.runtime, known)
         for done, cell in enumerate(todo):
             if progress is not None:
                 progress(done, len(todo))
-            base, other = _in_turns([self.dense, self.runner(wanted[cell])], self.runtime)
+            base, other = in_turns([self.dense, self.runner(wanted[cell])], self.runtime)
             known["dense_ms"] = min(known["dense_ms"], base)
             # A ratio: where others slow the machine down, they slow both down.
             known["cells"].append([*cell, (other / base - 1.0) / len(wanted[cell])])
@@ -225,6 +236,13 @@ def one_sample(model: nn.Module, batch: Batch) -> Any:
     """What the model takes of the first sample of a batch, labels left out: positional arguments, or named ones."""
     args, kwargs = model_arguments(model, chunk_batch(batch, 1)[0])
     return kwargs or args
+
+
+def all_forms(timer: Timer) -> dict[str, dict[str, Held]]:
+    """Every layer in every form that the exporter gives the options of a default profile."""
+    widths = ((4, "row"), (8, "row"), (4, "tensor"), (8, "tensor"), (16, "none"))
+    made = {name: [timer.held(name, width, step) for width, step in widths] for name in timer.layers}
+    return {name: {form_name(held): held for held in found} for name, found in made.items()}
 
 
 def forms_of(timer: Timer, profile: Profile) -> dict[str, dict[Option, tuple[str, Held]]]:
@@ -285,7 +303,7 @@ def measured_ms(small: nn.Module, example: Batch, runtime: Runtime | None = None
     with tempfile.TemporaryDirectory() as scratch:
         info = export(small, None, chosen.exporter, Path(scratch) / "model.onnx", example=one)
         run = _runner(str(info.path), feeds, chosen.threads)
-        return _in_turns([run], chosen)[0]
+        return in_turns([run], chosen)[0]
 
 
 def _runner(model: bytes | str, feeds: list[np.ndarray], threads: int) -> Callable[[], Any]:
@@ -299,7 +317,7 @@ def _runner(model: bytes | str, feeds: list[np.ndarray], threads: int) -> Callab
     return lambda: session.run(None, given)
 
 
-def _in_turns(runs: list[Callable[[], Any]], runtime: Runtime) -> tuple[float, ...]:
+def in_turns(runs: list[Callable[[], Any]], runtime: Runtime) -> tuple[float, ...]:
     """Milliseconds of each model: the least over its turns of the median run of a turn."""
     found: list[list[float]] = [[] for _ in runs]
     for _ in range(runtime.turns):
