@@ -28,11 +28,13 @@ __all__ = [
     "cost_facts",
     "dense_cost",
     "energy_losses",
+    "fixed_cost",
     "infeasible",
     "least_bytes",
     "limit_bytes",
     "limits_of",
     "make_plan",
+    "row_costs",
     "running_cost",
     "single_options",
     "size_range",
@@ -296,6 +298,16 @@ def allocate(
     Raises InfeasibleError, with the smallest budget that is not, where even the smallest options do not fit.
     """
     limits = Limits.of(budget)
+    found = _allocate(profile, limits, losses, solver)
+    if found is None:
+        raise _infeasible_together(profile, limits)
+    return found
+
+
+def _allocate(
+    profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray], solver: str = "exact"
+) -> Allocation | None:
+    """The same; None where limits that can be met one by one cannot be met at once, or running costs not at all."""
     names = list(profile.layers)
     rows = [profile.layers[n].rows for n in names]
     smallest = {n: min(r, key=lambda row: row.bytes) for n, r in zip(names, rows, strict=True)}
@@ -334,7 +346,7 @@ def allocate(
         solution, chosen = answer(allowed)
         if chosen is None:
             if running:
-                raise _infeasible_together(profile, limits)
+                return None
             loss = _total(losses, profile, smallest)
             room = limits.bytes - _header(profile, smallest)
             return Allocation(smallest, loss, -math.inf, math.inf, smallest_file, room)
@@ -350,38 +362,34 @@ def allocate(
 
 def _infeasible_together(profile: Profile, limits: Limits) -> InfeasibleError:
     """The refusal of limits that no choice keeps at once. It names the running costs that are too tight by themselves,
-    or else each limit, and for each the least that can be met, the other limits as they are.
+    and the least that they can be; or else each limit that would do if it alone gave way, and how far.
     """
-    least = {name: _least(profile, name, Limits(size_range(profile)[1])) for name in limits.running}
-    tight = [name for name, value in least.items() if value > limits.running[name]]
-    found: dict[str, float] = {}
-    for name in tight or ["bytes", *limits.running]:
-        try:
-            found[name] = _least(profile, name, limits)
-        except InfeasibleError:  # the others are too tight without it
-            found |= {name: least[name]} if name in least else {}
-    texts = [f"{found[n]:,} bytes" if n == "bytes" else _amount(n, found[n]) for n in found]
-    which = " and ".join(_amount(n, limits.running[n]) for n in tight) if tight else str(limits)
+    free = Limits(size_range(profile)[1])
+    alone = {name: value for name in limits.running if (value := _least(profile, name, free)) is not None}
+    together = {n: value for n in ("bytes", *limits.running) if (value := _least(profile, n, limits)) is not None}
+    tight = [name for name, value in alone.items() if value > limits.running[name]]
+    smallest = int(together.get("bytes", size_range(profile)[0]))
     if tight:
-        advice = f"the least possible is {' and '.join(texts)}"
-        if "macs" in tight:
-            advice += " (zeros count as MACs; limit BOPs for a cost that leaves them out)"
-    else:
-        advice = f"with the other limits as they are, {' or '.join(texts)} would do"
-    smallest = int(found.get("bytes", size_range(profile)[0]))
-    return InfeasibleError(f"no allocation is within {which}: {advice}", smallest)
+        which = " and ".join(_amount(n, limits.running[n]) for n in tight)
+        texts = [_amount(n, together.get(n, alone[n])) for n in tight]
+        note = " (zeros count as MACs; limit BOPs for a cost that leaves them out)" if "macs" in tight else ""
+        return InfeasibleError(
+            f"no allocation is within {which}: the least possible is {' and '.join(texts)}{note}", smallest
+        )
+    ways = [f"{int(value):,} bytes" if n == "bytes" else _amount(n, value) for n, value in together.items()]
+    advice = f"with the other limits as they are, {' or '.join(ways)} would do" if ways else "more than one has to give"
+    return InfeasibleError(f"no allocation is within {limits}: {advice}", smallest)
 
 
-def _least(profile: Profile, name: str, limits: Limits) -> float:
-    """The least of one cost, in the budget's unit, that some choice within the other limits has.
-
-    Raises InfeasibleError where they have none.
-    """
+def _least(profile: Profile, name: str, limits: Limits) -> float | None:
+    """The least of one cost, in the budget's unit, that some choice within the other limits has; None for no choice."""
     if name == "bytes":
         losses = {n: np.array([float(row.bytes) for row in x.rows]) for n, x in profile.layers.items()}
-        return allocate(profile, Limits(size_range(profile)[1], limits.running), losses).file_bytes
+        found = _allocate(profile, Limits(size_range(profile)[1], limits.running), losses)
+        return None if found is None else found.file_bytes
     losses = {n: cost.astype(np.float64) for n, cost in row_costs(profile, name).items()}
-    return running_cost(profile, name, allocate(profile, limits.without(name), losses).options)
+    found = _allocate(profile, limits.without(name), losses)
+    return None if found is None else running_cost(profile, name, found.options)
 
 
 def _payload(rows: Mapping[str, Measured]) -> int:
