@@ -40,6 +40,7 @@ ORDER = [
     "saving",
     "verifying",
     "exporting",
+    "timing",
     "training",
     "reporting",
     "pipeline",

@@ -38,7 +38,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("0x", "budget is '0x'; needed a positive"),
         ("", "'' is not a budget"),
         ("4x,4x", "gives ratio twice"),
-        ("macs=1000000", "limits macs; this version allocates the file's size only"),
+        ("4x,macs=ten", "budget macs is 'ten'; needed a positive number, or a percentage"),
     ],
 )
 @pytest.mark.parametrize("verb", ["compress", "plan"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from autocompress.profiling import Profile
 from autocompress.reporting.charts import allocation_chart, bytes_bar, error_curve
-from autocompress.reporting.rows import FilePart, LayerRow, amount, file_parts, layer_rows, ratio_text
+from autocompress.reporting.rows import FilePart, LayerRow, amount, cost_rows, file_parts, layer_rows, ratio_text
 from autocompress.reporting.style import CSS
 from autocompress.storage import read
 from autocompress.types import Plan
@@ -93,6 +93,7 @@ def _asked(plan: Plan, metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> 
         "Delivered": f"{amount(metrics['bytes'])}, exactly as long as predicted, read back and verified after writing",
         "Original": f"{amount(metrics['original_bytes'])} as fp32 in safetensors",
         "Metric": f"{metric}; no choice depends on it",
+        **cost_rows(metrics.get("costs", {})),
         "Strategy": f"{plan.strategy}"
         + (f" (asked: {asked['strategy']}, effort {asked['effort']})" if "strategy" in asked else ""),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from autocompress.profiling import Profile
 from autocompress.storage import Archive, step_bytes
 from autocompress.types import Plan
 
-__all__ = ["FilePart", "LayerRow", "amount", "file_parts", "layer_rows", "ratio_text"]
+__all__ = ["FilePart", "LayerRow", "amount", "cost_rows", "file_parts", "layer_rows", "ratio_text"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,31 @@ def file_parts(archive: Archive) -> list[FilePart]:
             )
         )
     return parts
+
+
+def cost_rows(costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
+    """What a forward pass of one sample takes, a line for each cost of `planning.cost_facts`; of MACs and BOPs only
+    those that were limited or that differ from the dense model's.
+    """
+    found = {}
+    for name, (label, form) in {
+        "macs": ("MACs", ",.0f"),
+        "bops": ("BOPs", ",.0f"),
+        "latency_ms": ("ms", ".3f"),
+    }.items():
+        cost = costs.get(name)
+        if cost is None or (cost["limit"] is None and cost["predicted"] == cost["dense"]):
+            continue
+        predicted, dense, limit, measured = (cost.get(key) for key in ("predicted", "dense", "limit", "measured"))
+        assert predicted is not None
+        assert dense is not None
+        text = f"{predicted:{form}} per sample"
+        if name == "latency_ms":
+            text = f"{predicted:{form}} predicted" + ("" if measured is None else f", {measured:{form}} measured")
+            text += ", per sample in onnxruntime on one thread"
+        text += f"; the dense model {dense:{form}}" + ("" if limit is None else f", at most {limit:{form}} asked")
+        found[label] = text
+    return found
 
 
 def amount(count: int) -> str:
