@@ -77,7 +77,7 @@ class LayerProblem:
         return hessian
 
     def takes(self, structure: Option) -> bool:
-        """Whether the layer can have a structure: rows of a table, which weigh differently, only lose single weights."""
+        """Whether the layer can have a structure: rows that weigh differently only lose single weights."""
         return self.row_weights is None or structure == Option(sparsity=structure.sparsity)
 
     def kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
