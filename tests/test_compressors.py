@@ -80,6 +80,14 @@ def uneven() -> LayerProblem:
     return p
 
 
+def table(head: bool = False, scale: float = 1.0) -> LayerProblem:
+    """An embedding whose rows weigh four decades apart; `head`: it is the output head too."""
+    p = problem(rows=12, d=10, scale=scale)
+    assert p.hessian is not None
+    weights = np.logspace(-2, 2, 12)
+    return LayerProblem(p.name, p.shape, p.weight, p.hessian if head else p.hessian[:0], row_weights=weights)
+
+
 PROBLEMS: dict[str, Callable[[], LayerProblem]] = {
     "random": problem,
     "dead columns": lambda: problem(dead=7),
@@ -94,6 +102,9 @@ PROBLEMS: dict[str, Callable[[], LayerProblem]] = {
     "grouped kernel": kernel,
     "depthwise": lambda: problem(rows=1, d=9, groups=8),
     "uneven rows": uneven,
+    "table": table,
+    "table, 1e-20": lambda: table(scale=1e-20),
+    "table and head": lambda: table(head=True),
 }
 
 OFFERED = [
@@ -108,6 +119,10 @@ def reference_error(p: LayerProblem, weight: np.ndarray) -> float:
     """½ tr(ΔW H ΔWᵀ), element by element."""
     assert p.hessian is not None
     delta = weight.astype(np.float64).reshape(p.weight.shape) - p.weight
+    if p.row_weights is not None:
+        shared = p.hessian[0] if len(p.hessian) else np.zeros((delta.shape[-1],) * 2)
+        rows = [0.5 * d @ (shared + c * np.eye(len(d))) @ d for d, c in zip(delta[0], p.row_weights, strict=True)]
+        return float(sum(rows))
     return float(0.5 * np.einsum("grd,gde,gre->", delta, p.hessian, delta))
 
 
@@ -158,12 +173,12 @@ def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option, 
     assert (row.codec, row.step) == (entry.codec, entry.step)
     assert len(serialise([entry])) > row.bytes
     # Handed the trace of the profile, as `apply` is, the same weight comes out bit for bit.
-    told = LayerProblem(p.name, p.shape, p.weight, p.hessian, order, losses)
+    told = LayerProblem(p.name, p.shape, p.weight, p.hessian, order, losses, p.row_weights)
     np.testing.assert_array_equal(realise(told, option).weight(), stored)
     assert realise(told, option).entry("layer.weight", option) == entry
 
 
-@pytest.mark.parametrize("case", ["random", "rank 2", "grouped kernel", "zero row", "1e-20"])
+@pytest.mark.parametrize("case", ["random", "rank 2", "grouped kernel", "zero row", "1e-20", "table", "table and head"])
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_options_do_not_influence_each_other(name: str, case: str) -> None:
     mine = [option for option in OPTIONS if COMPRESSORS[name].offers(option)]
@@ -192,7 +207,18 @@ QUANTISED = [pytest.param(*param.values, id=param.id) for param in OFFERED if "w
 
 
 @pytest.mark.parametrize(
-    "case", ["random", "dead columns", "rank 2", "grouped kernel", "depthwise", "uneven rows", "1e20"]
+    "case",
+    [
+        "random",
+        "dead columns",
+        "rank 2",
+        "grouped kernel",
+        "depthwise",
+        "uneven rows",
+        "1e20",
+        "table",
+        "table and head",
+    ],
 )
 @pytest.mark.parametrize(("name", "option"), QUANTISED)
 def test_error_feedback_is_no_worse_than_rounding(name: str, option: Option, case: str) -> None:
