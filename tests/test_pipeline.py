@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(strategy: 
 
 
 def test_every_kind_of_layer_goes_the_whole_way(tmp_path: Path) -> None:
-    """Calibrated, profiled, planned, applied, saved, loaded, verified; the file's tensors are the model's, bit for bit."""
+    """Calibrated, profiled, planned, applied, saved, verified, loaded: the same outputs, bit for bit."""
     model, data = kinds()
     dense = copy.deepcopy(model.state_dict())
     options = [*OPTIONS, "w8", "w3", "s50w5"]

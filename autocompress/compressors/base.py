@@ -57,6 +57,15 @@ class LayerProblem:
             return self.hessian
         return obs.RowHessian(self.row_weights, self.hessian[0] if len(self.hessian) else None)
 
+    @property
+    def step_scales(self) -> np.ndarray | None:
+        """Factors for the steps of rows that weigh differently (see `RowHessian.step_scales`); None where one step is
+        for all.
+        """
+        hessian = self.known_hessian()
+        scales = hessian.step_scales() if isinstance(hessian, obs.RowHessian) else None
+        return None if scales is None or (scales == 1.0).all() else scales
+
     def counts(self, percent: float) -> np.ndarray:
         """Weights that each row loses at a sparsity in percent, int64 (groups, rows)."""
         if percent not in self._found:
