@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocompress.obs import kernels
+from autocompress.obs import blas, kernels
 from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
 from autocompress.threads import single_threaded
 
@@ -80,7 +80,7 @@ def salient_cells(
         ) -> None:
             part = np.zeros((n, p.stop - p.start, d), np.int32)
             bad = kernels.salient_rows(
-                kernels.POTRF,
+                blas.POTRF,
                 h32,
                 w32[p],
                 order[g, p],
