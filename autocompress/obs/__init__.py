@@ -4,6 +4,7 @@ One layer: weight W (rows, d), Hessian H = 2 X Xᵀ / N + damping (d, d); rows a
 compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups: W (g, rows, d) with H (g, d, d).
 """
 
+from autocompress.obs.orders import ORDERS, obq, quantise
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
 from autocompress.obs.quantising import (
     Cell,
@@ -15,11 +16,14 @@ from autocompress.obs.quantising import (
 )
 
 __all__ = [
+    "ORDERS",
     "Cell",
     "layer_error",
+    "obq",
     "prune",
     "prune_trace",
     "pruned_counts",
+    "quantise",
     "quantise_salient",
     "rate_distortion_cells",
     "rd_quantise",

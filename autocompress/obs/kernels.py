@@ -148,11 +148,12 @@ def salient_rows(
         if m == 0:
             continue
         kept = order[r, n:]
-        if not _factor(
-            address, H, weight[r], kept, order[r, :n], A[:m].reshape(-1)[: m * m].reshape(m, m), refit
-        ):
-            return r
         B = A[:m].reshape(-1)[: m * m].reshape(m, m)
+        if r > 0 and n == 0 and counts[r - 1] == 0 and np.array_equal(kept, order[r - 1]):
+            for i in range(d):  # the factor is that of the row before
+                refit[i] = weight[r, kept[i]]
+        elif not _factor(address, H, weight[r], kept, order[r, :n], B, refit):
+            return r
         for i in range(m):
             refits[r, kept[i]] = refit[i]
         for c in range(cells):

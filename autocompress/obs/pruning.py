@@ -162,11 +162,13 @@ def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scaled_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in float32 with a largest magnitude of one, and their scales (rows, 1): float32 then holds 1e-20 and 1e20
-    alike.
+    """Rows in float32 with a largest magnitude of 1/2 to 1, and their scales (rows, 1): 1e-20 and 1e20 are alike then.
+
+    Scales are powers of two, so that weights which come from float32 lose nothing, and a weight that lies half-way
+    between two levels of a grid stays there.
     """
-    scale = np.abs(weight).max(axis=1, keepdims=True, initial=0.0)
-    scale[scale == 0.0] = 1.0
+    peak = np.abs(weight).max(axis=1, keepdims=True, initial=0.0)
+    scale = np.where(peak > 0.0, np.ldexp(1.0, np.frexp(peak)[1]), 1.0)
     return np.ascontiguousarray(weight / scale, np.float32), scale
 
 

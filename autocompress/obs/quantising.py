@@ -111,11 +111,13 @@ def quantise_salient(
     order: np.ndarray,
     counts: np.ndarray,
     step: np.ndarray,
-    low: int,
-    high: int,
+    low: np.ndarray | int,
+    high: np.ndarray | int,
     threads: int = 0,
 ) -> np.ndarray:
-    """Codes int32 of one uniform grid after pruning to `counts`; step (rows,) or scalar. See `salient_cells`."""
+    """Codes int32 of one uniform grid after pruning to `counts`; step, low, high (rows,) or scalar. See
+    `salient_cells`.
+    """
     leading = np.shape(W)[:-1]
     cell = Cell(
         step=np.broadcast_to(np.asarray(step, np.float32), leading).reshape(-1, leading[-1]),

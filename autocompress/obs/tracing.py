@@ -16,7 +16,7 @@ from autocompress.obs.blas import FAST, in_place, syrk_lower
 
 __all__ = ["LINES", "trace_rows"]
 
-CHUNK = 64
+CHUNK = 64  # values compared at a time where one of them is looked for
 LINES = 6  # vectors of length d that a row works on
 
 
@@ -56,7 +56,7 @@ def _update(
         score[j] = v * v / h
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")  # not FAST: it is exact arithmetic that breaks ties as published
 def _round(
     w: np.ndarray, g: np.ndarray, score: np.ndarray, away: np.ndarray, step: float, low: float, high: float, m: int
 ) -> None:
@@ -68,22 +68,23 @@ def _round(
 
 
 @njit(nogil=True, cache=True)
-def _argmin(score: np.ndarray, m: int) -> int:
-    """First index of the least score of those, none of them negative."""
+def _extreme(values: np.ndarray, m: int, sign: int) -> int:
+    """First index of the least (sign 1) or greatest (sign -1) of the first m values, none of them negative."""
     # Floats that are not negative are ordered like the integers of the same bits, whose minimum LLVM vectorises.
-    keys = score.view(np.int32)
-    least = keys[0]
+    keys = values.view(np.int32)
+    best = np.int32(sign) * keys[0]
     for j in range(m):
-        least = min(least, keys[j])
+        best = min(best, np.int32(sign) * keys[j])
+    best *= np.int32(sign)
     start = 0
     while start + CHUNK <= m:
         found = 0
         for j in range(start, start + CHUNK):
-            found += keys[j] == least
+            found += keys[j] == best
         if found > 0:
             break
         start += CHUNK
-    while keys[start] != least:
+    while keys[start] != best:
         start += 1
     return start
 
@@ -201,10 +202,10 @@ def _trace_row(
         if done < first.shape[0]:
             p = position[first[done]]
         else:
-            p = _argmin(score, m)
+            p = _extreme(score, m, 1)
             if step > 0.0:
                 if w[p] != 0.0:
-                    far = np.argmax(away[:m])
+                    far = _extreme(away, m, -1)
                     if away[far] > np.float32(0.25) * step * step:
                         p = far
                 level = min(max(np.rint(w[p] / step), low), high)
