@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.obs import blas, kernels
+from autocompress.obs.grids import rounding_errors
 from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
 from autocompress.threads import single_threaded
 
@@ -236,15 +237,9 @@ def search_scale(weight: np.ndarray, bits: int, exponent: float = 2.4, shrinks: 
     """
     top = np.abs(weight).max(axis=-1, initial=0.0)
     top = np.where(top == 0.0, 1.0, top)
+    unit = np.ascontiguousarray(weight / top[..., None], np.float64).reshape(-1, np.shape(weight)[-1])
     high = 2 ** (bits - 1) - 1
-    best = np.full(top.shape, np.inf)
-    chosen = 2.0 * top / (2**bits - 1)
-    unit = weight / top[..., None]
-    for i in range(shrinks):
-        scale = 2.0 * (1.0 - i / 100.0) / (2**bits - 1)
-        q = np.clip(np.rint(unit / scale), -high - 1, high)
-        error = (np.abs(unit - q * scale) ** exponent).sum(axis=-1)
-        better = error < best
-        best = np.where(better, error, best)
-        chosen = np.where(better, scale * top, chosen)
-    return chosen
+    scales = 2.0 * (1.0 - np.arange(shrinks) / 100.0) / (2**bits - 1)
+    errors = np.empty((len(unit), shrinks))
+    rounding_errors(unit, scales, -high - 1, high, exponent, errors)
+    return scales[errors.argmin(axis=1)].reshape(top.shape) * top
