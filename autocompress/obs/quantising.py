@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.obs import blas, kernels
-from autocompress.obs.grids import rounding_errors
 from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.obs.rounding import rounding_errors
 from autocompress.threads import single_threaded
 
 __all__ = ["Cell", "quantise_salient", "rate_distortion_cells", "rd_quantise", "salient_cells", "search_scale"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autocompress.obs.grids import rounding_errors
+from autocompress.obs.rounding import rounding_errors
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0, 2.4, 3.7])
