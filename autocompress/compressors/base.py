@@ -34,11 +34,21 @@ class LayerProblem:
     hessian: np.ndarray | None
     order: np.ndarray | None = None
     losses: np.ndarray | None = None
+    exact_limit: float = obs.EXACT_LIMIT
+
+    @property
+    def exact(self) -> bool:
+        """Whether every row has its own order; else its trace would cost more than `exact_limit` operations."""
+        return obs.exact_operations(self.weight.shape) <= self.exact_limit
 
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
-        """Order and losses of exact greedy pruning. Raises ValueError where there is no Hessian."""
+        """Order and losses of exact greedy pruning, or of the first scores where the layer is too wide for it.
+
+        Raises ValueError where there is no Hessian.
+        """
         if self.order is None or self.losses is None:
-            order, losses = obs.prune_trace(self.weight, self.known_hessian(), threads=1)
+            trace = obs.prune_trace if self.exact else obs.shared_trace
+            order, losses = trace(self.weight, self.known_hessian(), threads=1)
             # In units of the largest: a weight of 1e20 or 1e-20 has losses that float32 cannot hold.
             self.order, self.losses = order, (losses / (losses.max(initial=0.0) or 1.0)).astype(np.float32)
         return self.order, self.losses
@@ -51,6 +61,22 @@ class LayerProblem:
     def counts(self, percent: float) -> np.ndarray:
         """Weights that each row loses at a sparsity in percent, int64 (groups, rows)."""
         return obs.pruned_counts(self.trace()[1], percent / 100.0)
+
+    def pruned(self, counts: np.ndarray) -> np.ndarray:
+        """The weight without the first `counts` of each row's order, refitted."""
+        prune = obs.prune if self.exact else obs.shared_prune
+        return prune(self.weight, self.known_hessian(), self.trace()[0], counts, threads=1)
+
+    def quantised(self, counts: np.ndarray, cells: Sequence[obs.Cell]) -> np.ndarray:
+        """Codes of every cell after pruning to `counts`, int32 (cells, groups, rows, d)."""
+        passes = obs.salient_cells if self.exact else obs.shared_cells
+        return passes(self.weight, self.known_hessian(), self.trace()[0], counts, cells, threads=1)[0]
+
+    def rate_distortion_cells(self, counts: np.ndarray, grid: Sequence[tuple[float, float]]) -> list[obs.Cell]:
+        """Cells of (step, λ) pairs after pruning to `counts`."""
+        passes = obs.salient_cells if self.exact else obs.shared_cells
+        hessian, order = self.known_hessian(), self.trace()[0]
+        return obs.rate_distortion_cells(self.weight, hessian, order, counts, grid, threads=1, passes=passes)
 
     def error(self, weight: np.ndarray) -> float:
         """½ tr(ΔW H ΔWᵀ) of a weight of the layer's size."""

@@ -32,14 +32,12 @@ class ObcUniform:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        hessian = problem.known_hessian()
-        order, _ = problem.trace()
         found: dict[Option, Realised] = {}
         for sparsity in sorted({o.sparsity for o in options}):
             counts = problem.counts(sparsity)
             weight = problem.weight
             if sparsity > 0.0:
-                weight = obs.prune(weight, hessian, order, counts, threads=1)
+                weight = problem.pruned(counts)
             wanted = [o for o in options if o.sparsity == sparsity]
             steps = [_storable(obs.search_scale(weight, o.bits or 8), weight) for o in wanted]
             cells = [
@@ -50,7 +48,7 @@ class ObcUniform:
                 )
                 for o, s in zip(wanted, steps, strict=True)
             ]
-            codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)
+            codes = problem.quantised(counts, cells)
             for o, s, q in zip(wanted, steps, codes, strict=True):
                 step = s.reshape(-1) if s.ndim else float(s)
                 found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=step)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autocompress import obs
 from autocompress.compressors.base import LayerProblem, Realised
 from autocompress.types import Option
 
@@ -33,8 +32,6 @@ class RateDistortion:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        hessian = problem.known_hessian()
-        order, _ = problem.trace()
         rms = problem.rms
         found: dict[Option, Realised] = {}
         for sparsity in sorted({o.sparsity for o in options}):
@@ -42,8 +39,8 @@ class RateDistortion:
             steps = [float(np.float32((o.step or 0.0) * rms)) for o in wanted]
             counts = problem.counts(sparsity)
             grid = [(s, o.lam or 0.0) for o, s in zip(wanted, steps, strict=True)]
-            cells = obs.rate_distortion_cells(problem.weight, hessian, order, counts, grid, threads=1)
-            codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)
+            cells = problem.rate_distortion_cells(counts, grid)
+            codes = problem.quantised(counts, cells)
             for o, s, q in zip(wanted, steps, codes, strict=True):
                 found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=s)
         return [found[o] for o in options]

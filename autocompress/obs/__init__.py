@@ -14,10 +14,13 @@ from autocompress.obs.quantising import (
     salient_cells,
     search_scale,
 )
+from autocompress.obs.wide import EXACT_LIMIT, exact_operations, shared_cells, shared_prune, shared_trace
 
 __all__ = [
+    "EXACT_LIMIT",
     "ORDERS",
     "Cell",
+    "exact_operations",
     "layer_error",
     "obq",
     "prune",
@@ -29,4 +32,7 @@ __all__ = [
     "rd_quantise",
     "salient_cells",
     "search_scale",
+    "shared_cells",
+    "shared_prune",
+    "shared_trace",
 ]

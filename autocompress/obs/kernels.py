@@ -11,7 +11,7 @@ from numba import njit
 
 from autocompress.obs.blas import FAST, in_place
 
-__all__ = ["salient_rows"]
+__all__ = ["salient_rows", "shared_block"]
 
 
 @njit(nogil=True, cache=True)
@@ -66,6 +66,31 @@ def _dot(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> np.float32:
 
 
 @njit(nogil=True, cache=True)
+def _choose(
+    target: float, c: float, step: float, low: int, high: int, price: float, bits: np.ndarray, offset: int
+) -> int:
+    """The code q of least c² (q step - target)² / 2 + price bits(q): a neighbour of the target on the grid, or zero."""
+    last = bits.shape[0] - 1
+    x = target / step
+    below = int(min(max(np.floor(x), low), high))
+    above = min(below + 1, high)
+    if price <= 0.0:
+        return above if abs(above - x) < abs(below - x) else below
+    unit = 0.5 * c * c * step * step
+    best = below
+    cost = unit * (below - x) * (below - x) + price * bits[min(max(below + offset, 0), last)]
+    other = unit * (above - x) * (above - x) + price * bits[min(max(above + offset, 0), last)]
+    if other < cost:
+        best = above
+        cost = other
+    if low <= 0 <= high:
+        other = unit * x * x + price * bits[offset]
+        if other <= cost:
+            best = 0
+    return best
+
+
+@njit(nogil=True, cache=True)
 def _salient_pass(
     A: np.ndarray,
     refit: np.ndarray,
@@ -82,32 +107,14 @@ def _salient_pass(
     """Quantise most-salient-first: columns m-1 ... 0 of the pruning order, each against the error of those before it.
 
     The target of column a is w_a - sum over b > a of C_ba e_b / C_aa, and code q costs C_aa² (q step - target)² / 2 +
-    price bits(q). Candidates: both neighbours on the grid, and zero (if the grid has it).
+    price bits(q).
     """
-    last = bits.shape[0] - 1
     for a in range(m - 1, -1, -1):
         row = A[a]
         c = row[a]
         target = refit[a] - _dot(row, e, a + 1, m) / c
-        x = target / step
-        below = int(min(max(np.floor(x), low), high))
-        above = min(below + 1, high)
-        if price > 0.0:
-            unit = 0.5 * c * c * step * step
-            best = below
-            cost = unit * (below - x) * (below - x) + price * bits[min(max(below + offset, 0), last)]
-            other = unit * (above - x) * (above - x) + price * bits[min(max(above + offset, 0), last)]
-            if other < cost:
-                best = above
-                cost = other
-            if low <= 0 <= high:
-                other = unit * x * x + price * bits[offset]
-                if other <= cost:
-                    best = 0
-        else:
-            best = above if abs(above - x) < abs(below - x) else below
-        codes[a] = best
-        e[a] = best * step - refit[a]
+        codes[a] = _choose(target, c, step, low, high, price, bits, offset)
+        e[a] = codes[a] * step - refit[a]
 
 
 @njit(nogil=True, cache=True)
@@ -161,3 +168,36 @@ def salient_rows(
             for i in range(m):
                 codes[c, r, kept[i]] = line[i]
     return -1
+
+
+@njit(nogil=True, cache=True)
+def shared_block(
+    A: np.ndarray,
+    base: np.ndarray,
+    weight: np.ndarray,
+    gone: np.ndarray,
+    steps: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    price: float,
+    bits: np.ndarray,
+    offset: int,
+    e: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    """One block of columns of a pass that all rows make in one order, from the block's last column to its first.
+
+    A (n, n): the block of Cᵀ (upper half), H = C Cᵀ; base (rows, n): what the columns after the block contribute,
+    Σ_b C_ba e_b; weight, gone (rows, n). Columns that are gone are zero and stay so. e (rows, n) and codes are written.
+    """
+    rows, n = weight.shape
+    for r in range(rows):
+        for a in range(n - 1, -1, -1):
+            if gone[r, a]:
+                e[r, a] = 0.0
+                codes[r, a] = 0
+                continue
+            c = A[a, a]
+            target = weight[r, a] - (base[r, a] + _dot(A[a], e[r], a + 1, n)) / c
+            codes[r, a] = _choose(target, c, steps[r], low[r], high[r], price, bits, offset)
+            e[r, a] = codes[r, a] * steps[r] - weight[r, a]

@@ -6,7 +6,7 @@ rate-distortion OBS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,13 +143,15 @@ def rate_distortion_cells(
     counts: np.ndarray,
     grid: Sequence[tuple[float, float]],
     threads: int = 0,
+    passes: Callable[..., tuple[np.ndarray, np.ndarray]] = salient_cells,
 ) -> list[Cell]:
     """Cells of rate-distortion OBS for (step, λ) pairs, with rate tables learned from a sample of the layer's rows.
 
     A code costs C_aa² (q step - target)²/2 + price · bits(q), price = λ · u · step²/2, u = exp(log det H / d) the
     geometric mean of the squared pivots of H: λ is the price of a bit in units of the error of one whole step. bits()
     is the symmetrised histogram of a first pass over at most 16 rows (pruned zeros included, for they are coded too),
-    mixed with 1% of a two-sided geometric law so that no code is free of charge or forbidden. Source: engine.md section
+    mixed with 1% of a two-sided geometric law so that no code is free of charge or forbidden. `passes` is what makes
+    that pass: `salient_cells`, or `shared_cells` for wide layers. Source: engine.md section
     4; ECSQ (Chou, Lookabaugh, Gray 1989) inside OBS.
     """
     weight, hessian = as_groups(W, H)
@@ -198,7 +200,7 @@ def rate_distortion_cells(
             )
             for c in (cells[i] for i in priced)
         ]
-        codes, _ = salient_cells(
+        codes, _ = passes(
             weight[np.ix_(some, take)],
             hessian[some],
             order[np.ix_(some, take)],
