@@ -108,7 +108,7 @@ class Profile:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per (layer, option): method (exact or shared order), error, relative error, bytes, bits per weight, seconds."""
+        """One row per (layer, option): method (exact or shared order), error, bytes, bits per weight, seconds."""
         records = [
             {
                 "layer": name,
@@ -252,8 +252,8 @@ def profile(
     calibration never reached stays dense. store: a folder that is resumed if it was made for the same model, data,
     options and code versions; None keeps everything in memory. workers: processes (default: one per core); the result
     does not depend on it. progress: called with (layers done, layers in all, layer name). exact_limit: a layer whose
-    exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. Raises MismatchError, naming
-    the field, for a store or statistics of something else; OptionError for an unknown option.
+    exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. Raises
+    MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):

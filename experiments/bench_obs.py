@@ -32,13 +32,13 @@ import numpy as np
 import scipy.linalg
 import torch
 import typer
+from common import RESULTS, done_keys, environment, keep_row
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from autocompress import obs
 from autocompress.obs import prune_trace
-from common import RESULTS, done_keys, environment, keep_row
 
 THREADS = 2
 BATCH_ROWS = 32
@@ -225,6 +225,7 @@ def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: in
     condition = float(eigenvalues[-1] / eigenvalues[0])
     if excess > TIE_TOLERANCE or loss_error > max(LARGE_LOSS_ERROR, 10 * FLOAT32_EPSILON * condition):
         raise RuntimeError(f"{layer}: a pivot is {excess:.1e} worse than the best, a loss {loss_error:.1e} wrong")
+    found = environment()
     row = Row(
         layer=layer,
         rows=len(W),
@@ -243,8 +244,10 @@ def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: in
         engine_large_errors=large_errors,
         judged_rows=judged,
         threads=THREADS,
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        **environment(),
+        load=os.getloadavg()[0],
+        commit=found["commit"],
+        cpu=found["cpu"],
+        versions=found["versions"],
     )
     if not baseline:
         return row

@@ -79,6 +79,4 @@ def solve(address: int, A: np.ndarray, X: np.ndarray) -> None:
     ints = np.array((A.shape[0], X.shape[0], A.strides[0] // item, X.shape[1], 0), np.int32)
     chars = np.array((76,), np.uint8)  # 'L'
     i = ints.ctypes.data
-    _call_pointers(
-        address, (chars.ctypes.data, i, i + 4, A.ctypes.data, i + 8, X.ctypes.data, i + 12, i + 16)
-    )
+    _call_pointers(address, (chars.ctypes.data, i, i + 4, A.ctypes.data, i + 8, X.ctypes.data, i + 12, i + 16))

@@ -5,6 +5,8 @@ Which order is best is a matter of measurement: experiments/results/bench_obs_or
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from autocompress.obs.pruning import as_groups, greedy, prune_trace
@@ -17,32 +19,34 @@ ORDERS = ("obq", "salient", "act", "natural", "pruning")
 
 
 def obq(
-    W: np.ndarray,
-    H: np.ndarray,
+    W: Any,
+    H: Any,
     step: np.ndarray | float,
     low: np.ndarray | int,
     high: np.ndarray | int,
     trace: np.ndarray | None = None,
     counts: np.ndarray | None = None,
     threads: int = 0,
-) -> np.ndarray:
-    """Codes int32 of greedy quantisation: the weight whose rounding costs least goes next, and the others make up for it.
+    backend: str | None = None,
+) -> Any:
+    """Codes int32 of greedy quantisation: the weight whose rounding costs least goes next, and others make up for it.
 
     Step: p = argmin (w_p - q(w_p))²/[H⁻¹]_pp over what is left, with q the nearest of low ... high times step. Weights
     more than half a step from their level go first, farthest first, unless the weight that costs least is exactly zero.
 
     W (rows, d); H (d, d) positive definite; or both with groups. step, low and high: one, or one per row in the leading
     shape of W; an asymmetric grid has its zero point in low. trace (an order of `prune_trace`) and counts: each row
-    loses its first `counts` columns before, refitted as `prune` does; their code is 0. Raises ValueError as
+    loses its first `counts` columns before, refitted as `prune` does; their code is 0. backend: as for `prune_trace`;
+    grids are numpy arrays for both. Raises ValueError as
     `prune_trace` does, and where a step is not positive. Source: OBQ, arXiv 2208.11580, algorithm 3; outliers as in its
     published code.
     """
     leading = np.shape(W)[:-1]
-    step, low, high = (np.broadcast_to(np.asarray(x, np.float64), leading) for x in (step, low, high))
+    step, low, high = (np.broadcast_to(np.asarray(x, np.float64), leading).copy() for x in (step, low, high))
     if not (step > 0.0).all():
         raise ValueError(f"a step is {float(np.min(step))}, needed steps above 0")
     first = None if trace is None or counts is None else (trace, counts)
-    return greedy(W, H, (step, low, high), first, threads)[2]
+    return greedy(W, H, (step, low, high), first, threads, backend)[2]
 
 
 def quantise(

@@ -7,8 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.linalg import LinAlgError
@@ -28,7 +27,7 @@ LAPACK = (blas.SYRK, blas.DPOTRF, blas.DPOTRI)
 Item = TypeVar("Item")
 
 
-def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def prune_trace(W: Any, H: Any, threads: int = 0, backend: str | None = None) -> tuple[Any, Any]:
     """Prune every row greedily to the end and return the order and the loss of each step.
 
     Step: p = argmin w_p²/[H⁻¹]_pp over what is left, loss = w_p²/(2 [H⁻¹]_pp), then the optimal update of the rest. The
@@ -36,27 +35,35 @@ def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndar
 
     W (rows, d); H (d, d) symmetric positive definite (no damping is added here). With leading groups: W (g, rows, d), H
     (g, d, d). Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt to that many (0: one
-    per core); the result does not depend on it. Raises ValueError on shapes that do not match, values that are not
-    finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted Cholesky factorisation
-    of H⁻¹ with lazy updates.
+    per core); the result does not depend on it. `backend`: "numba", or "torch" (batched, equal to rounding; takes and
+    returns tensors on the device of W); by default torch for tensors on a GPU. Raises ValueError on shapes that do not
+    match, values that are not finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a
+    pivoted Cholesky factorisation of H⁻¹ with lazy updates.
     """
-    order, losses, _ = greedy(W, H, threads=threads)
+    order, losses, _ = greedy(W, H, threads=threads, backend=backend)
     return order, losses
 
 
 def greedy(
-    W: np.ndarray,
-    H: np.ndarray,
+    W: Any,
+    H: Any,
     grid: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     first: tuple[np.ndarray, np.ndarray] | None = None,
     threads: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    backend: str | None = None,
+) -> tuple[Any, Any, Any]:
     """Order, losses and levels of greedy OBS: the cheapest weight goes next, to zero or, with a grid, to its level.
 
     grid: step float64, low and high, each in the leading shape of W. first: (order, counts) of columns that go to zero
     before all others. Losses sum up to the error ½ (ŵ-w) H (ŵ-w)ᵀ; levels are int32 in the shape of W, 0 where a weight
     was pruned. Otherwise as `prune_trace`.
     """
+    if backend not in (None, "numba", "torch"):
+        raise ValueError(f"backend is {backend!r}, needed numba or torch")
+    if backend == "torch" or (backend is None and getattr(getattr(W, "device", None), "type", "cpu") != "cpu"):
+        from autocompress.obs import batched  # torch is for those who have tensors
+
+        return batched.greedy(W, H, grid, first)
     weight, hessian = as_groups(W, H)
     groups, rows, d = weight.shape
     order = np.empty(weight.shape, np.int32)
@@ -79,9 +86,7 @@ def greedy(
         limits = [x.astype(np.float32) for x in (step[g] / row_scale[:, 0], low[g], high[g])]
         cost, level = np.empty((rows, d), np.float32), np.empty((rows, d), np.float32)
 
-        def run(
-            p: slice, w=w, h=h, inverse=inverse, floor=floor, limits=limits, cost=cost, level=level, g=g
-        ) -> None:
+        def run(p: slice, w=w, h=h, inverse=inverse, floor=floor, limits=limits, cost=cost, level=level, g=g) -> None:
             tracing.trace_rows(
                 LAPACK,
                 h,
@@ -94,7 +99,7 @@ def greedy(
                 order[g, p],
                 cost[p],
                 level[p],
-                # From numpy, which asks for huge pages: a column of a wide matrix is on as many small ones as it is long.
+                # From numpy, which asks for huge pages: a wide matrix has each entry of a column on another small one.
                 np.empty((d, width), np.float32),
                 np.empty((BLOCK, width), np.float32),
                 np.empty((tracing.LINES, width), np.float32),

@@ -16,8 +16,9 @@ HALF_ROOT = 0x95F619980C433  # what sqrt(1/2) lacks to 1 in the bits of a float6
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _powers(x: np.ndarray, exponent: float, m: int) -> float:
-    """Sum of x^exponent over the first m of x >= 0, each to about 1e-11; libm's power would take nearly all of the time, for it
-    cannot be vectorised.
+    """Sum of x^exponent over the first m of x >= 0, each to about 1e-11; x is overwritten.
+
+    libm's power, which cannot be vectorised, would take nearly all of the time of a search.
     """
     bits = x.view(np.int64)
     total = 0.0

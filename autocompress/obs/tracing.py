@@ -22,7 +22,7 @@ LINES = 6  # vectors of length d that a row works on
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def _subtract_rows(u: np.ndarray, U: np.ndarray, a: np.ndarray, s: int, m: int) -> None:
-    """u -= sum over q < s of a[q] U[q, :]; eight rows per sweep, so that u is read and written once for eight products."""
+    """u -= sum over q < s of a[q] U[q, :]; eight rows per sweep, so that u passes once for eight products."""
     q = 0
     while q + 8 <= s:
         a0, a1, a2, a3, a4, a5, a6, a7 = a[q], a[q + 1], a[q + 2], a[q + 3], a[q + 4], a[q + 5], a[q + 6], a[q + 7]
@@ -120,8 +120,8 @@ def _refresh(
 ) -> bool:
     """Recompute the inverse Hessian over what is left, and its weights, from H in float64: G and w without drift.
 
-    G[:m, :m] = (H_RR)⁻¹ in its lower half, w[:m] = w_R - (H_RR)⁻¹ H_RM delta_M, M = gone, R = column[:m], delta what the
-    weights of M changed by. A (at least m x m, float64) is work space.
+    G[:m, :m] = (H_RR)⁻¹ in its lower half, w[:m] = w_R - (H_RR)⁻¹ H_RM delta_M, M = gone, R = column[:m], delta what
+    the weights of M changed by. A (at least m x m, float64) is work space.
     """
     b = np.zeros(m)
     for i in range(m):
@@ -171,7 +171,7 @@ def _trace_row(
 
     `first` are columns that go first, to zero, in that order. After them the cheapest weight goes next, to zero where
     step = 0, else to its level; weights farther than half a step from theirs go before all others, farthest first,
-    unless the one that is cheapest is exactly zero (OBC's rule for outliers). order, losses and levels (d,) are written.
+    unless the one that is cheapest is exactly zero (OBC's rule for outliers). order, losses, levels (d,) are written.
 
     What is alive stays dense in the first m places: the last column takes the place of the one that goes. Float32
     updates drift with the condition of H, most at the end of a row, so the state is computed afresh in float64 once
@@ -198,7 +198,7 @@ def _trace_row(
         _round(w, g, score, away, step, low, high, m)
     position = np.arange(d if first.shape[0] > 0 else 0)
     while m > 0:
-        level = np.float32(0.0)
+        level = 0.0
         if done < first.shape[0]:
             p = position[first[done]]
         else:

@@ -77,9 +77,7 @@ def shared_cells(
         w = np.ascontiguousarray(weight[g][:, visit] / peak, np.float32)
         left_out = np.ascontiguousarray(gone[g][:, visit])
 
-        def refit(
-            top: int, w: np.ndarray = w, left_out: np.ndarray = left_out, curved: np.ndarray = curved
-        ) -> None:
+        def refit(top: int, w: np.ndarray = w, left_out: np.ndarray = left_out, curved: np.ndarray = curved) -> None:
             part = slice(top, top + ROWS)
             if left_out[part].any():
                 w[part] = _refit(w[part], left_out[part], curved)
@@ -126,7 +124,7 @@ def shared_cells(
 
 
 def _refit(w: np.ndarray, gone: np.ndarray, H: np.ndarray) -> np.ndarray:
-    """Weights x with x = 0 where gone that nearly minimise ½ (x-w) H (x-w)ᵀ, row by row; float32, H's diagonal about 1."""
+    """Weights x with x = 0 where gone that nearly minimise ½ (x-w) H (x-w)ᵀ, row by row, in float32."""
     x = np.where(gone, np.float32(0.0), w)
     scale = np.diag(H)
     r = np.where(gone, np.float32(0.0), (w - x) @ H)

@@ -46,7 +46,7 @@ def test_obq_codes_equal_the_reference(kind: str) -> None:
 
 def test_obq_after_pruning_is_obq_of_what_is_left() -> None:
     W, H = make_layer("correlated", rows=3, d=90, seed=22)
-    order, losses = obs.prune_trace(W, H)
+    order, _ = obs.prune_trace(W, H)
     counts = np.array([0, 30, 90])
     codes = obs.obq(W, H, 0.3, -4, 3, order, counts)
     pruned = reference.rebuild(W, H, order, counts)
