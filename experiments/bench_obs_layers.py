@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autocompress import calibrate, obs
-from autocompress.calibration import IN_FLIGHT, _gram
+from autocompress.calibration import _gram, _in_flight
 from autocompress.layers import find_layers
 from autocompress.tasks import load_task
 from autocompress.threads import single_threaded
@@ -186,8 +186,8 @@ def hessians() -> None:
         (64, 8, 3, 1, 128),
         (64, 56, 3, 1, 16),
         (128, 28, 3, 1, 16),
-        (256, 14, 3, 1, 16),
-        (512, 7, 3, 1, 32),
+        (256, 14, 3, 1, 64),
+        (512, 7, 3, 1, 128),
         (256, 56, 1, 1, 16),
         (3, 112, 7, 2, 16),
     )
@@ -206,7 +206,7 @@ def hessians() -> None:
             "layer": f"{channels} channels, {kernel}x{kernel}, stride {stride}, {size}x{size}, {images} images",
             "d": d,
             "positions": positions,
-            "positions_in_flight_per_core": max(size**2, IN_FLIGHT // d),
+            "positions_in_flight_per_core": max(1, _in_flight(d, d) // size**2) * size**2,
             "seconds": f"{taken:.4g}",
             "gflops": f"{rate:.4g}",
             "matmul_gflops": f"{matmul:.4g}",

@@ -198,7 +198,7 @@ def _trace_row(
         _round(w, g, score, away, step, low, high, m)
     position = np.arange(d if first.shape[0] > 0 else 0)
     while m > 0:
-        level = 0.0
+        level: float = np.float32(0.0)
         if done < first.shape[0]:
             p = position[first[done]]
         else:
