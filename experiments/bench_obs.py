@@ -11,7 +11,9 @@ the engine does without it.
 
 GFLOP/s of the engine count d^3 / 3 operations per row, the size of a Cholesky factorisation, and compare with a float32
 product of two 2048 x 2048 matrices (2 * 2048^3 operations) on the same threads, timed before and after every layer; the
-higher rate counts. What is timed is the whole call, the inverse of the Hessian included.
+higher rate counts. What is timed is the whole call, the inverse of the Hessian included. On a machine that does other
+work too, `load` is above `threads`, and wall times say little; `cpu_share_of_matmul` compares the same two by the CPU
+time of all threads (the least of the runs each).
 
 Both results are judged in float64: the order decision by decision (each pivot must be the best there was given those
 before it, up to a near-tie), the losses against those of the same order. Of wide layers the first rows are judged.
@@ -97,6 +99,8 @@ class Row:
     engine_gflops: float
     matmul_gflops: float
     share_of_matmul: float
+    engine_cpu_s: float
+    cpu_share_of_matmul: float
     order_agrees: float | None = None
     loss_difference: float | None = None
     engine_excess: float
@@ -196,10 +200,31 @@ def seconds(function: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
+def cpu_seconds(function: Callable[[], object], repeats: int) -> list[float]:
+    """CPU time, all threads together, of each of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return times
+
+
 def best_seconds(function: Callable[[], object]) -> float:
     """Wall time of the fastest of three calls, or of the first if that took over ten seconds."""
     first = seconds(function, 1)[0]
     return first if first > 10.0 else min(first, *seconds(function, 2))
+
+
+def matmul_cpu_gflops(n: int = 2048, repeats: int = 7) -> float:
+    """Operations per CPU second of a float32 product of two n x n matrices on one thread: the best."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        return 2e-9 * n**3 / min(cpu_seconds(lambda: torch.mm(a, b), repeats))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def matmul_gflops(n: int = 2048, repeats: int = 15) -> float:
@@ -214,7 +239,12 @@ def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: in
     matmul = matmul_gflops()
     prune_trace(W[:THREADS], H, threads=THREADS)  # the first call of a process loads the compiled code
     results: list[Trace] = []
-    times = seconds(lambda: results.append(prune_trace(W, H, threads=THREADS)), repeats)
+    cpu_times: list[float] = []
+
+    def timed() -> None:
+        cpu_times.extend(cpu_seconds(lambda: results.append(prune_trace(W, H, threads=THREADS)), 1))
+
+    times = seconds(timed, repeats)
     matmul = max(matmul, matmul_gflops())
     trace = results[0]
     engine_s = statistics.median(times)
@@ -239,6 +269,8 @@ def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: in
         engine_gflops=gflops,
         matmul_gflops=matmul,
         share_of_matmul=gflops / matmul,
+        engine_cpu_s=min(cpu_times),
+        cpu_share_of_matmul=len(W) * len(H) ** 3 / 3e9 / min(cpu_times) / matmul_cpu_gflops(),
         engine_excess=excess,
         engine_loss_error=loss_error,
         engine_large_errors=large_errors,
@@ -281,6 +313,7 @@ def show(results: list[Row]) -> None:
         "ratio",
         "GFLOP/s",
         "of matmul",
+        "by CPU",
         "loss error",
         "published",
     ):
@@ -295,6 +328,7 @@ def show(results: list[Row]) -> None:
             "-" if r.speedup_in_place is None else f"{r.speedup_in_place:.0f}",
             f"{r.engine_gflops:.1f}",
             f"{r.share_of_matmul:.2f}",
+            f"{r.cpu_share_of_matmul:.2f}",
             f"{r.engine_loss_error:.1e}",
             "-" if r.published_loss_error is None else f"{r.published_loss_error:.1e}",
         )
