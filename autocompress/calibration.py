@@ -274,7 +274,7 @@ def _channels_last(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """X Xᵀ of one input, float64 (groups, d, d): float32 products of chunks of `_in_flight` positions, or of one sample."""
+    """X Xᵀ of one input, float64 (groups, d, d): float32 products of `_in_flight` positions, or of one sample, each."""
     if isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1]).float()
         d = rows.shape[1]

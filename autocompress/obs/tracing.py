@@ -155,9 +155,9 @@ def _trace_row(
     inverse: np.ndarray,
     floor: np.ndarray,
     weight: np.ndarray,
-    step: float,
-    low: float,
-    high: float,
+    step: np.float32,
+    low: np.float32,
+    high: np.float32,
     first: np.ndarray,
     order: np.ndarray,
     losses: np.ndarray,
@@ -198,7 +198,7 @@ def _trace_row(
         _round(w, g, score, away, step, low, high, m)
     position = np.arange(d if first.shape[0] > 0 else 0)
     while m > 0:
-        level: float = np.float32(0.0)
+        level = np.float32(0.0)
         if done < first.shape[0]:
             p = position[first[done]]
         else:
