@@ -46,16 +46,10 @@ class ObcUniform:
             grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4) for o in wanted}
             # One factorisation serves all grids with a step per row.
             plain = [o for o in wanted if grids[o].cell is not None]
-            codes, _ = obs.salient_cells(
-                problem.weight,
-                problem.known_hessian(),
-                *problem.kept(structure),
-                [c for o in plain if (c := grids[o].cell) is not None],
-                threads=1,
-            )
+            codes = problem.quantised(structure, [c for o in plain if (c := grids[o].cell) is not None])
             by_option = dict(zip(plain, codes, strict=True))
             for o, grid in grids.items():
-                if grid.cell is None and problem.row_weights is not None:
+                if grid.cell is None and not problem.takes_levels:
                     found[o] = None
                     continue
                 chosen = by_option[o] if o in by_option else grid.quantise(problem, structure)
