@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
 import sys
 import tempfile
@@ -54,10 +55,10 @@ def predicted(dense_ms: float, extra: Mapping[tuple[str, str], float], held: Map
     return dense_ms + sum(extra[n, form_name(h)] for n, h in held.items() if form_name(h) != DENSE_FORM)
 
 
-def measure(name: str, exporter: str, repeats: int, out: Path) -> None:
+def measure(name: str, exporter: str, repeats: int, turns: int, out: Path) -> None:
     """Make the table and run the plans, and keep a row for each."""
     model, sample = network(name)
-    timer = Timer(model, sample, Runtime(exporter=EXPORTERS[exporter]))
+    timer = Timer(model, sample, Runtime(exporter=EXPORTERS[exporter], turns=turns))
     asked = plans(timer)
     forms: dict[str, dict[str, Held]] = {n: {} for n in timer.layers}
     for held in asked.values():
@@ -65,6 +66,7 @@ def measure(name: str, exporter: str, repeats: int, out: Path) -> None:
             forms[n].setdefault(form_name(h), h)
     facts = environment()
     facts["versions"] += f" onnxruntime={version('onnxruntime')} onnx={version('onnx')}"
+    facts["turns"], facts["load"] = str(turns), f"{os.getloadavg()[0]:.1f}"  # about one where nothing else runs
     shares: dict[tuple[str, str], list[float]] = {}
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory() as scratch:  # never the cache: every repetition measures its own table
@@ -123,13 +125,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("resnet20", "transformer"))
     parser.add_argument("--exporter", choices=EXPORTERS, default="onnx")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=Runtime().turns, help="more where the machine is not idle")
     parser.add_argument("--table", action="store_true", help="only print the results that are there")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_latency.csv")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if not asked.table:
         for name in [asked.only] if asked.only else ["resnet20", "transformer"]:
-            measure(name, asked.exporter, asked.repeats, asked.out)
+            measure(name, asked.exporter, asked.repeats, asked.turns, asked.out)
     sys.stdout.write(table(asked.out))
 
 
