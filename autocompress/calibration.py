@@ -144,7 +144,7 @@ def calibrate(
         "damping": repr(damping),
         "calibration_version": str(CALIBRATION_VERSION),
     }
-    collector = _Collector(model, list(layers))
+    collector = Collector(model, list(layers))
     with evaluating(model), torch.no_grad(), collector, single_threaded():
         for batch in fit:
             feed(model, batch)
@@ -193,7 +193,7 @@ class _Accumulator:
         return LayerStatistics(hessian, self.calls, mean, var, dead)
 
 
-class _Collector:
+class Collector:
     """Forward hooks on every owner of every layer, for the time of a `with` block."""
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
@@ -205,7 +205,7 @@ class _Collector:
         # product.
         self.products: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}
 
-    def __enter__(self) -> _Collector:
+    def __enter__(self) -> Collector:
         for layer in self.layers:
             for owner in layer.owners:
                 module = self.model.get_submodule(owner)

@@ -289,6 +289,8 @@ class Plan:
     choice changes. `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
+    `realised` is empty unless sequential mode compressed the layers anew: {layer: {"bytes": ..., "error": ...}} of what
+    it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan it began from.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile.
     """
@@ -306,6 +308,7 @@ class Plan:
     seed: int = 0
     measured: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    realised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def is_measured(self) -> bool:
@@ -340,6 +343,9 @@ class Plan:
             body["budget"] = Budget.parse(body["budget"])
             body["measured"] = {k: float(v) for k, v in body["measured"].items()}
             body["notes"] = tuple(body["notes"])
+            body["realised"] = {
+                k: {"bytes": int(v["bytes"]), "error": float(v["error"])} for k, v in body.get("realised", {}).items()
+            }
             for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed"):
                 if type(body.get(name)) is not int:
                     raise MismatchError(f"this is not a plan: {name} is {body.get(name)!r}, needed a whole number")

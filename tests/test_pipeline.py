@@ -224,8 +224,8 @@ def test_a_folder_that_cannot_be_one_is_named_before_the_work(tmp_path: Path) ->
 
 
 def test_fast_is_one_exact_solve(tmp_path: Path) -> None:
-    fast, exact = run(tmp_path / "fast", effort="fast"), run(tmp_path / "exact", strategy="exact")
-    assert same(tmp_path / "fast", tmp_path / "exact")
+    fast, exact = (run(tmp_path / name, effort="fast", strategy=name) for name in ("auto", "exact"))
+    assert same(tmp_path / "auto", tmp_path / "exact")
     assert fast.plan.strategy == exact.plan.strategy
     assert fast.plan.is_measured
 

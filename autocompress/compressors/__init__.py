@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
+from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure, measured_weights
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.rd import RateDistortion, default_grid
@@ -20,6 +20,7 @@ __all__ = [
     "Realised",
     "compressor_of",
     "default_options",
+    "measured_weights",
     "profile_layer",
     "realise",
 ]

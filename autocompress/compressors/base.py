@@ -148,6 +148,13 @@ class Compressor(Protocol):
 
 def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Option]) -> list[Measured]:
     """Error and bytes of every option that the layer can have."""
+    return [row for row, _ in measured_weights(compressor, problem, options)]
+
+
+def measured_weights(
+    compressor: Compressor, problem: LayerProblem, options: Sequence[Option]
+) -> list[tuple[Measured, Realised]]:
+    """The same with the weights themselves."""
     start = time.perf_counter()
     found = compressor.realise_all(problem, options)
     each = (time.perf_counter() - start) / max(len(options), 1)
@@ -158,7 +165,6 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         start = time.perf_counter()
         error = 0.0 if problem.hessian is None else problem.error(realised.weight())
         size = realised.bytes()
-        rows.append(
-            Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start)
-        )
+        seconds = each + time.perf_counter() - start
+        rows.append((Measured(option, error, size, realised.codec, realised.step_kind, seconds), realised))
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 
 from autocompress.profiling import Profile
 from autocompress.reporting.charts import allocation_chart, bytes_bar, error_curve
-from autocompress.reporting.rows import FilePart, LayerRow, amount, file_parts, layer_rows, ratio_text
+from autocompress.reporting.rows import FilePart, LayerRow, amount, chosen_row, file_parts, layer_rows, ratio_text
 from autocompress.reporting.style import CSS
 from autocompress.storage import read
 from autocompress.types import Plan
@@ -122,7 +122,7 @@ def _allocation(plan: Plan, profile: Profile, rows: Sequence[LayerRow]) -> str:
                     _number(f"{row.bytes:,}", _bar(row.bytes / peak_bytes, "b")),
                     _number(error),
                     _number(f"{100 * row.share:.1f} %"),
-                    _cell(error_curve(profile.layers[row.name], plan.layers[row.name])),
+                    _cell(error_curve(profile.layers[row.name], chosen_row(plan, profile.layers[row.name]))),
                 ],
             )
         )
@@ -236,6 +236,8 @@ def _reproduce(plan: Plan, profile: Profile, metrics: Mapping[str, Any], asked: 
     if asked.get("task"):
         words = ["autocompress", "compress", str(asked["task"]), "--budget", f'"{plan.budget}"']
         words += ["--strategy", str(asked["strategy"]), "--effort", str(asked["effort"])]
+        if asked.get("sequential") is not None:
+            words.append("--sequential" if asked["sequential"] else "--no-sequential")
         command = " ".join([*words, "--seed", str(plan.seed), "--out", "DIR"])
         how = "<p>The same command with the same seed makes the same plan and the same bytes on the same machine:</p>"
     else:

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autocompress.profiling import Profile
+from autocompress.compressors import Measured
+from autocompress.profiling import LayerProfile, Profile
 from autocompress.storage import Archive, step_bytes
 from autocompress.types import Plan
 
@@ -47,11 +48,19 @@ class FilePart:
         return asdict(self)
 
 
+def chosen_row(plan: Plan, layer: LayerProfile) -> Measured:
+    """What the plan gives a layer: what sequential mode made of it, or its row in the profile, or MismatchError."""
+    name = layer.layer.name
+    if (made := plan.realised.get(name)) is not None:
+        return Measured(plan.layers[name], made["error"], int(made["bytes"]), "", "", 0.0)
+    return layer.row(plan.layers[name])
+
+
 def layer_rows(plan: Plan, profile: Profile) -> list[LayerRow]:
     """The plan's layers in the order of the model. Raises MismatchError if the profile has no such option."""
     found = []
-    for name, layer in profile.layers.items():
-        row = layer.row(plan.layers[name])
+    for layer in profile.layers.values():
+        row = chosen_row(plan, layer)
         error = row.error / layer.energy if layer.reached and layer.energy > 0 else (0.0 if layer.reached else None)
         found.append((layer.layer, row, error))
     total = sum(error for *_, error in found if error is not None)
