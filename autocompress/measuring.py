@@ -65,7 +65,7 @@ class Context:
         self.evaluations = 0
         self._pieces = {
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
-            for part, batches in (("fit", self.fit), ("held", self.held))
+            for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
         }
         self._correction = join_batches(self.fit, CORRECTION_SAMPLES)
         self._digest = model_digest(model)
@@ -79,7 +79,7 @@ class Context:
         return sum(batch_samples(b) for b in self.held)
 
     def pieces(self, part: str = "held") -> list[Batch]:
-        """The held-out slice, or `fit`, in forward passes of at most `PASS_SAMPLES` samples."""
+        """The held-out slice, `fit` or `all`, in forward passes of at most `PASS_SAMPLES` samples."""
         return self._pieces[part]
 
     def check(self, profile: Profile) -> None:
@@ -123,7 +123,9 @@ class Context:
         return self.divergence_of(self.build(profile, layers))
 
     def divergence_of(self, model: nn.Module, part: str = "held") -> float:
-        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, or on `fit`."""
+        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, `fit` or
+        `all`.
+        """
         pieces = self._pieces[part]
         if not pieces:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 EFFORTS = ("fast", "normal", "max")
-TUNING_STEPS = {"fast": 0, "normal": 240, "max": 1000}
+TUNING_STEPS = {"fast": 0, "normal": 120, "max": 600}
 MADE = ("layers", "predicted_bytes", "fixed_bytes", "realised")  # what sequential mode changes of a plan
 RESULTS = ("report.html", "metrics.json", "plan.json", "model.acz")
 Progress = Callable[[str, int, int], None]
@@ -188,8 +188,7 @@ def _finished(
         plan = plan.replace(notes=(*plan.notes, note))
     measured = {**plan.measured, "kl": kl}
     if "kl_all" in measured:
-        held, fit = context.held_samples, profile.statistics.samples
-        measured["kl_all"] = (kl * held + context.divergence_of(small, "fit") * fit) / (held + fit)
+        measured["kl_all"] = context.divergence_of(small, "all")
     return carrying(small, encoded_of(small).entries, plan.replace(measured=measured))
 
 

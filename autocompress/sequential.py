@@ -26,7 +26,7 @@ from autocompress.batches import (
 )
 from autocompress.calibration import Collector
 from autocompress.compressors import LayerProblem, Measured, Realised, compressor_of, measured_weights
-from autocompress.correcting import dense_moments
+from autocompress.correcting import Moments, correct_statistics, dense_moments
 from autocompress.errors import CalibrationError
 from autocompress.layers import Layer
 from autocompress.profiling import Profile
@@ -69,9 +69,10 @@ def apply_sequentially(
     allowance = (planned + plan.budget_bytes - plan.predicted_bytes) / max(planned, 1)
     untouched = {n: o for n, o in plan.layers.items() if not any(n == x.name for step in steps for x in step.layers)}
     done = realise_layers(model, profile, untouched)
+    small = with_weights(model, profile, {}, None)
     room = 0.0
     for number, step in enumerate(steps):
-        small = with_weights(model, profile, {n: r.weight() for n, r in done.items()}, data, moments)
+        _correct_until(model, small, step, profile, data, moments)
         for problem in _problems(model, small, step, pieces, profile.statistics.damping):
             name = problem.name
             room += allowance * rows[name].bytes
@@ -85,6 +86,7 @@ def apply_sequentially(
             planned_one = {name: plan.layers[name]}
             rows[name], done[name] = found or (rows[name], realise_layers(model, profile, planned_one)[name])
             room -= rows[name].bytes
+            _set_weight(small, name, done[name])
         if progress is not None:
             progress(number + 1, len(steps))
     small = with_weights(model, profile, {n: done[n].weight() for n in profile.layers}, data, moments)
@@ -97,6 +99,32 @@ def apply_sequentially(
         measured={},
     )
     return with_records(small, final, profile, done)
+
+
+def _correct_until(
+    model: nn.Module, small: nn.Module, step: _Step, profile: Profile, data: Batch, moments: Moments
+) -> None:
+    """Correct the statistics of everything in front of a step's layers, as `with_weights` does for the whole model."""
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise _Reached
+
+    owners = [owner for layer in step.layers for owner in layer.owners]
+    handles = [small.get_submodule(owner).register_forward_pre_hook(stop) for owner in owners]
+    everywhere = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
+    try:
+        correct_statistics(model, small, everywhere, data, profile.template.half, moments)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _set_weight(small: nn.Module, name: str, found: Realised) -> None:
+    target: Any = small.get_submodule(name).weight
+    with torch.no_grad():
+        target.copy_(torch.from_numpy(found.weight()).reshape(target.shape))
 
 
 def neighbours(option: Option) -> list[Option]:
