@@ -140,14 +140,44 @@ def test_later_layers_make_good_for_earlier_ones() -> None:
     assert together < 0.9 * alone
 
 
+class Fork(nn.Module):
+    """Two layers on one tensor; what the first gives is written over before the second runs."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(16, 16) for _ in range(3))
+        self.act = nn.ReLU(inplace=inplace)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.first(x))
+        return self.act(self.left(x)) + self.right(x)
+
+
 def test_activations_in_place_change_nothing() -> None:
     data = batches(16, count=5, size=20)
     found = []
     for inplace in (False, True):
-        model = chain(inplace)
+        model = seeded(lambda inplace=inplace: Fork(inplace))
         profile = profiled(model, data, OPTIONS)
         found.append(encoded_of(apply_sequentially(model, ac.plan(profile, "6x"), profile, data)).entries)
     assert found[0] == found[1]
+
+
+def test_statistics_are_corrected_before_the_next_layer_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, profile = small_profile()
+    seen: list[dict[str, torch.Tensor]] = []
+    problems = sequential._problems
+
+    def spy(model: nn.Module, small: nn.Module, *rest: Any) -> Any:
+        seen.append({name: value.clone() for name, value in small.state_dict().items()})
+        return problems(model, small, *rest)
+
+    monkeypatch.setattr(sequential, "_problems", spy)
+    final = apply_sequentially(model, ac.plan(profile, "7x"), profile, data).state_dict()
+    norms = ("bn1", "bn2", "bn3")  # of the convolutions 1 to 3; the linear layer comes last
+    for number, state in enumerate(seen):
+        same = [torch.equal(state[f"{name}.weight"], final[f"{name}.weight"]) for name in norms]
+        assert same == [i < number for i in range(3)]
 
 
 class Attention(nn.Module):
