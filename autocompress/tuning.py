@@ -154,12 +154,10 @@ def _watched(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 def _features(model: nn.Module, names: list[str], piece: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The outputs of a model, and those of the named modules in the order of their calls.
-
-    Where an in-place activation follows a module, it is the activation's output, in both models.
-    """
+    """The outputs of a model, and those of the named modules in the order of their calls."""
     found: list[torch.Tensor] = []
-    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, y: found.append(y)) for n in names]
+    # A copy: an in-place activation may follow.
+    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, y: found.append(y.clone())) for n in names]
     try:
         return logits(feed(model, piece)), found
     finally:

@@ -38,7 +38,6 @@ def distance(model: nn.Module, small: nn.Module, context: ac.Context) -> float:
 CASES = {
     "batch norms": lambda: (convnet(), images(), "8x"),
     "no norms": lambda: (chain(), batches(16, size=40), "8x"),
-    "in place": lambda: (chain(inplace=True), batches(16, size=40), "8x"),
     "layer norm": lambda: (seeded(Attention), [{"tokens": x} for x in batches(6, 8, size=20)], "2.5x"),
 }
 
@@ -93,6 +92,14 @@ def test_weights_of_several_modules_keep_their_steps() -> None:
     old, new = ({e.name: e for e in encoded_of(m).entries} for m in (small, tune(model, small, context, 20)))
     assert old["out.weight"] == new["out.weight"]
     assert old["q.weight"] != new["q.weight"]
+
+
+def test_activations_in_place_change_nothing() -> None:
+    data, found = batches(16, size=40), []
+    for model in (chain(), chain(inplace=True)):
+        small, context = applied(model, data, "8x")
+        found.append(encoded_of(tune(model, small, context, 10)).entries)
+    assert found[0] == found[1]
 
 
 def test_no_steps_change_nothing_and_a_dense_model_stays_what_it_is() -> None:
