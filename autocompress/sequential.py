@@ -235,7 +235,7 @@ def _problems(
     ridge solution of W' X̂ = Y, which stays W where X̂ is the dense input.
     """
     layer_of = {owner: layer for layer in step.layers for owner in layer.owners}
-    probes: dict[str, Any] = {o: copy.deepcopy(model.get_submodule(o)).requires_grad_(True) for o in layer_of}
+    probes: dict[str, Any] = {o: copy.deepcopy(model.get_submodule(o)).float().requires_grad_(True) for o in layer_of}
     moments = {layer.name: np.zeros(layer.matrix_shape) for layer in step.layers}  # R X̂ᵀ
     collector = Collector(small, step.layers)
     with evaluating(model), collector, single_threaded():
@@ -251,7 +251,7 @@ def _problems(
             for dense, here in zip(wanted, given, strict=True):
                 layer, probe = layer_of[here.owner], probes[here.owner]
                 with torch.enable_grad():
-                    output = probe(here.input)
+                    output = probe(here.input.float())
                     # The layer is linear in its weight: the gradient of <R, W X̂> in W is R X̂ᵀ, for every kind of layer.
                     residual = dense.output - output.detach()
                     (gradient,) = torch.autograd.grad((output * residual).sum(), [probe.weight])
@@ -260,7 +260,7 @@ def _problems(
     problems = []
     for layer in step.layers:
         hessian = collector.accumulators[layer.name].finish(samples, damping).hessian
-        weight = layer.matrix(probes[layer.name].weight)
+        weight = layer.matrix(model.get_parameter(layer.key))
         cross = moments[layer.name] * (2.0 / samples)
         moved = [np.linalg.solve(h, c.T).T for h, c in zip(hessian, cross, strict=True)]
         problems.append(LayerProblem(layer.name, layer.shape, weight + np.stack(moved), hessian))

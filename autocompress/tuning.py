@@ -116,7 +116,8 @@ def _scales(
     for name, output in outputs.items():
         key = f"{name}.weight" if name else "weight"
         entry = entries.get(key)
-        if entry is not None and entry.step in ("tensor", "row") and not any(output is x for x in inputs):
+        quantised = entry is not None and entry.step in ("tensor", "row") and output.dtype == torch.float32
+        if entry is not None and quantised and not any(output is x for x in inputs):
             found[name] = nn.Parameter(torch.ones(entry.shape[0] if entry.step == "row" else 1, device=output.device))
     users: dict[int, int] = {}
     for module in model.modules():

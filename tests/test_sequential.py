@@ -20,6 +20,7 @@ from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import find_layers, model_digest
 from autocompress.sequential import apply_sequentially, neighbours
 from autocompress.storage import file_size
+from autocompress.tuning import tune
 
 
 class Chain(nn.Module):
@@ -209,6 +210,16 @@ def test_layers_on_one_tensor_are_one_step_and_shared_weights_one_layer() -> Non
     assert small.again.weight is small.out.weight
     assert torch.equal(small.unused.weight, model.unused.weight)  # type: ignore[union-attr,arg-type]
     assert str(encoded_of(small).plan.layers["unused"]) == "dense"
+
+
+def test_a_model_in_half_precision() -> None:
+    model, data = chain().bfloat16(), [x.bfloat16() for x in batches(16, count=6, size=64)]
+    profile = profiled(model, data, ("rd(0.7,0.3)", "rd(1,0.3)", "rd(1.4,0.3)", "rd(2,0.3)s60"))
+    plan, context = ac.plan(profile, "9x"), ac.Context(model, data)
+    small = apply_sequentially(model, plan, profile, data)
+    assert context.divergence_of(small) < context.divergence_of(ac.apply(model, plan, profile, data))
+    # Nothing in it is stored so that it could be tuned finely, and it is handed back as it is.
+    assert tune(model, small, context, 5) is small
 
 
 class Fickle(nn.Module):
