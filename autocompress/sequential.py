@@ -36,6 +36,7 @@ from autocompress.types import Option, Plan
 __all__ = ["apply_sequentially", "neighbours"]
 
 PASS_SAMPLES = 64  # samples of a forward pass, of which the inputs of one step's layers are held
+TARGET_BYTES = 1 << 28  # dense outputs that are kept, so that the dense model runs once for several steps
 
 
 def apply_sequentially(
@@ -52,7 +53,7 @@ def apply_sequentially(
     produce on the data that `calibrate` saw; its weight is refitted to the dense outputs first (`_problems`). Of the
     options near the planned one (`neighbours`) it gets the one of least error whose bytes are at most the planned ones,
     plus its part of what the plan left of the budget, plus what layers before it saved. Layers that read the same
-    tensor are one step, and only one step's statistics are in memory.
+    tensor are one step, and only one step's statistics are in memory, beside the dense outputs of a block of steps.
     The plan that the model carries holds what was realised. progress: called with (steps done, steps in all). Raises
     MismatchError if plan, profile and model do not belong together, CalibrationError if the compressed model calls its
     layers in another order than the dense one. Source: OBC, arXiv 2208.11580 (sequential mode, refit to dense outputs).
@@ -70,10 +71,11 @@ def apply_sequentially(
     untouched = {n: o for n, o in plan.layers.items() if not any(n == x.name for step in steps for x in step.layers)}
     done = realise_layers(model, profile, untouched)
     small = with_weights(model, profile, {}, None)
+    targets = _Targets(model, steps, pieces)
     room = 0.0
     for number, step in enumerate(steps):
         _correct_until(model, small, step, profile, data, moments)
-        for problem in _problems(model, small, step, pieces, profile.statistics.damping):
+        for problem in _problems(model, small, step, pieces, targets.take(number), profile.statistics.damping):
             name = problem.name
             room += allowance * rows[name].bytes
 
@@ -109,8 +111,7 @@ def _correct_until(
     def stop(module: nn.Module, args: Any) -> None:
         raise _Reached
 
-    owners = [owner for layer in step.layers for owner in layer.owners]
-    handles = [small.get_submodule(owner).register_forward_pre_hook(stop) for owner in owners]
+    handles = [small.get_submodule(owner).register_forward_pre_hook(stop) for owner in step.owners]
     everywhere = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
     try:
         correct_statistics(model, small, everywhere, data, profile.template.half, moments)
@@ -168,10 +169,17 @@ def _candidates(problem: LayerProblem, option: Option) -> list[tuple[Measured, R
 
 @dataclass(frozen=True)
 class _Step:
-    """Layers that read the same tensor; `calls`: how many calls of them there are in one forward pass."""
+    """Layers that read the same tensor; `calls`: how many calls of them there are in one forward pass, and `numel` how
+    many values they put out for one sample.
+    """
 
     layers: list[Layer]
     calls: int
+    numel: int
+
+    @property
+    def owners(self) -> list[str]:
+        return [owner for layer in self.layers for owner in layer.owners]
 
 
 @dataclass(frozen=True)
@@ -199,10 +207,42 @@ def _steps(model: nn.Module, layers: Sequence[Layer], piece: Batch) -> list[_Ste
     for name in dict.fromkeys(layer_of[call.owner].name for call in calls):
         first = next(call for call in calls if layer_of[call.owner].name == name)
         groups.setdefault((id(first.source), first.version), []).append(layer_of[first.owner])
-    return [_Step(group, sum(layer_of[c.owner] in group for c in calls)) for group in groups.values()]
+    found = []
+    for group in groups.values():
+        own = [call for call in calls if layer_of[call.owner] in group]
+        found.append(_Step(group, len(own), sum(call.output.numel() for call in own)))
+    return found
 
 
-def _calls(model: nn.Module, owners: Sequence[str], batch: Batch, stop: int | None = None) -> list[_Call]:
+class _Targets:
+    """The dense outputs of every step, for a block of steps at a time: as many as `TARGET_BYTES` hold, at least one."""
+
+    def __init__(self, model: nn.Module, steps: Sequence[_Step], pieces: Sequence[Batch]) -> None:
+        self.model, self.steps, self.pieces = model, steps, pieces
+        self.samples = sum(batch_samples(piece) for piece in pieces)
+        self.kept: dict[int, list[list[_Call]]] = {}
+
+    def take(self, number: int) -> list[list[_Call]]:
+        """The calls of one step in the dense model, for each piece of data; the steps are taken in order, once."""
+        if number not in self.kept:
+            block, size = [number], self.steps[number].numel
+            while block[-1] + 1 < len(self.steps):
+                size += self.steps[block[-1] + 1].numel
+                if 4 * size * self.samples > TARGET_BYTES:
+                    break
+                block.append(block[-1] + 1)
+            owners = [owner for i in block for owner in self.steps[i].owners]
+            with evaluating(self.model):
+                for piece in self.pieces:
+                    calls = _calls(self.model, owners, piece, sum(self.steps[i].calls for i in block), inputs=False)
+                    for i in block:
+                        self.kept.setdefault(i, []).append([c for c in calls if c.owner in self.steps[i].owners])
+        return self.kept.pop(number)
+
+
+def _calls(
+    model: nn.Module, owners: Sequence[str], batch: Batch, stop: int | None = None, inputs: bool = True
+) -> list[_Call]:
     """The calls of these modules in a forward pass, which ends with number `stop` of them."""
     found: list[_Call] = []
     handles = []
@@ -210,7 +250,8 @@ def _calls(model: nn.Module, owners: Sequence[str], batch: Batch, stop: int | No
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, owner: str = owner) -> None:
             x = args[0] if args else kwargs["input"]
-            found.append(_Call(owner, x.clone(), output.clone(), x, x._version))
+            held = x if inputs else x[:0]
+            found.append(_Call(owner, held.clone(), output.clone(), held, x._version))
             if len(found) == stop:
                 raise _Reached
 
@@ -227,20 +268,25 @@ def _calls(model: nn.Module, owners: Sequence[str], batch: Batch, stop: int | No
 
 
 def _problems(
-    model: nn.Module, small: nn.Module, step: _Step, pieces: Sequence[Batch], damping: float
+    model: nn.Module,
+    small: nn.Module,
+    step: _Step,
+    pieces: Sequence[Batch],
+    targets: Sequence[Sequence[_Call]],
+    damping: float,
 ) -> list[LayerProblem]:
     """Each layer of a step with the Hessian of its inputs X̂ in `small` and its weight refitted to the dense outputs.
 
-    W' = W + R X̂ᵀ (X̂ X̂ᵀ + δ)⁻¹, R = Y - W X̂, Y what the layer puts out in the dense model, δ the Hessian's damping: the
-    ridge solution of W' X̂ = Y, which stays W where X̂ is the dense input.
+    W' = W + R X̂ᵀ (X̂ X̂ᵀ + δ)⁻¹, R = Y - W X̂, Y what the layer puts out in the dense model (`targets`: its calls there,
+    for each piece of the data), δ the Hessian's damping: the ridge solution of W' X̂ = Y, which stays W where X̂ is the
+    dense input.
     """
     layer_of = {owner: layer for layer in step.layers for owner in layer.owners}
     probes: dict[str, Any] = {o: copy.deepcopy(model.get_submodule(o)).float().requires_grad_(True) for o in layer_of}
     moments = {layer.name: np.zeros(layer.matrix_shape) for layer in step.layers}  # R X̂ᵀ
     collector = Collector(small, step.layers)
-    with evaluating(model), collector, single_threaded():
-        for piece in pieces:
-            wanted = _calls(model, list(layer_of), piece, step.calls)
+    with collector, single_threaded():
+        for piece, wanted in zip(pieces, targets, strict=True):
             given = _calls(small, list(layer_of), piece, step.calls)
             collector.end_batch()
             if [(c.owner, c.output.shape) for c in wanted] != [(c.owner, c.output.shape) for c in given]:

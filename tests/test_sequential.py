@@ -80,7 +80,9 @@ def test_the_refit_is_the_ridge_solution_for_the_dense_outputs(name: str) -> Non
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     layer = find_layers(model)[name]
     (step,) = sequential._steps(model, [layer], data)
-    (problem,) = sequential._problems(model, small, step, list(data.split(25)), 0.01)
+    pieces = list(data.split(25))
+    targets = sequential._Targets(model, [step], pieces).take(0)
+    (problem,) = sequential._problems(model, small, step, pieces, targets, 0.01)
     weight, hessian = expected(model, small, layer, data, 0.01)
     np.testing.assert_allclose(problem.hessian, hessian, rtol=1e-5, atol=1e-6 * np.abs(hessian).max())
     np.testing.assert_allclose(problem.weight, weight, atol=2e-5 * np.abs(weight).max())
@@ -270,6 +272,26 @@ def test_neighbours_are_options_around_the_given_one(text: str) -> None:
     if option.sparsity:
         sparsities = sorted({o.sparsity for o in near})
         assert sparsities[0] < option.sparsity < sparsities[-1] < 100.0
+
+
+def test_one_block_of_dense_outputs_is_as_good_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, profile = small_profile()
+    plan = ac.plan(profile, "7x")
+    blocks: list[int] = []
+    calls = sequential._calls
+
+    def spy(model: nn.Module, owners: Any, *rest: Any, **more: Any) -> Any:
+        blocks.extend([len(owners)] if more.get("inputs") is False else [])
+        return calls(model, owners, *rest, **more)
+
+    monkeypatch.setattr(sequential, "_calls", spy)
+    whole = encoded_of(apply_sequentially(model, plan, profile, data)).entries
+    assert set(blocks) == {4}
+    blocks.clear()
+    # Of 48 samples, conv1 and conv2 put out 2 x 8 x 36 values each, which is what fits.
+    monkeypatch.setattr(sequential, "TARGET_BYTES", 4 * 48 * 2 * 288)
+    assert encoded_of(apply_sequentially(model, plan, profile, data)).entries == whole
+    assert list(dict.fromkeys(blocks)) == [2]
 
 
 def test_progress_counts_the_steps() -> None:
