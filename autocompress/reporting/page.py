@@ -161,6 +161,11 @@ def _judged(plan: Plan, metrics: Mapping[str, Any]) -> str:
             "There is no guarantee: no bound is known for this choice, so nothing is said about how much better "
             "another one could be."
         )
+    if plan.realised:
+        words += (
+            " All of that is about the plan as it was chosen. Every layer was then compressed anew, within its bytes, "
+            "on what the compressed layers before it put out; options, bytes and errors above are what came of it."
+        )
     text = f"<p>{words}</p>"
     measured = plan.measured
     if "kl" not in measured:
