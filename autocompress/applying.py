@@ -8,7 +8,6 @@ import copy
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
 from autocompress.correcting import Moments, correct_statistics
 from autocompress.errors import MismatchError
-from autocompress.layers import stored_tensors
 from autocompress.profiling import Profile
-from autocompress.records import fold_norms, records, round_half
+from autocompress.records import VectorStore, fold_norms, records
 from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
@@ -71,6 +69,7 @@ def apply(
     `calibrate` saw). Raises MismatchError if the plan is of another profile or the profile of other weights.
     """
     check_plan(model, plan, profile)
+    profile = profile.with_vectors(plan.vector_bits)
     weights = realise_layers(model, profile, plan.layers)
     data = None
     if batches is not None:
@@ -97,9 +96,9 @@ def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
 
 def with_records(small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised]) -> nn.Module:
     """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands."""
-    keys = {name: profile.layers[name].layer.key for name in weights}
-    compressed = {keys[n]: r.entry(keys[n], plan.layers[n]) for n, r in weights.items()}
-    return carrying(small, records(small, compressed, profile.template.half), plan)
+    layers = {name: found.layer for name, found in profile.layers.items()}
+    compressed = {layers[n].key: r.entry(layers[n].key, plan.layers[n], layers[n].params) for n, r in weights.items()}
+    return carrying(small, records(small, compressed, profile.template.half, profile.template.bits), plan)
 
 
 def carrying(small: nn.Module, entries: Iterable[Entry], plan: Plan) -> nn.Module:
@@ -110,7 +109,10 @@ def carrying(small: nn.Module, entries: Iterable[Entry], plan: Plan) -> nn.Modul
 
 def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Option]) -> dict[str, Realised]:
     """Every layer's compressed weight, on as many threads as there are cores; the bits do not depend on how many."""
-    tasks = [(profile.problem(name, model.get_submodule(name).weight), option) for name, option in layers.items()]
+    tasks = [
+        (profile.problem(name, model.get_parameter(profile.layers[name].layer.key)), option)
+        for name, option in layers.items()
+    ]
     tasks.sort(key=lambda t: (-t[0].weight.size, t[0].name))
     with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
         found = dict(zip([t[0].name for t in tasks], pool.map(lambda t: realise(*t), tasks), strict=True))
@@ -130,13 +132,12 @@ def with_weights(
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
         for name, weight in weights.items():
-            target: Any = small.get_submodule(name).weight
-            target.copy_(torch.from_numpy(np.ascontiguousarray(weight)).reshape(target.shape))
+            layer = profile.layers[name].layer
+            small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(weight)))
         fold_norms(small)
+        store = VectorStore(profile.template)
         if data is not None:
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
-            correct_statistics(model, small, owners, data, profile.template.half, moments)
-        for key, tensor in stored_tensors(small).items():
-            if key in profile.template.half:
-                tensor.copy_(round_half(tensor))
+            correct_statistics(model, small, owners, data, store, moments)
+        store.store_rest(small)
     return small

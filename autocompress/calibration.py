@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,14 @@ from autocompress.batches import (
 )
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.files import atomic_path
-from autocompress.layers import Layer, find_layers, model_digest
+from autocompress.inputs import attention_inputs, cell_inputs, lookups, recurrent_inputs, slow_attention
+from autocompress.layers import TABLES, TRANSPOSED, Layer, find_layers, model_digest
 from autocompress.threads import default_workers, single_threaded
 
 __all__ = ["LayerStatistics", "Statistics", "calibrate"]
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
+FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
 IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32)
 PANEL = 256  # rows of a panel of the symmetric product on a GPU, whose libraries offer no half product of two
 
@@ -45,9 +49,12 @@ PANEL = 256  # rows of a panel of the symmetric product on a GPU, whose librarie
 class LayerStatistics:
     """What calibration saw of one layer.
 
-    hessian: 2 X Xᵀ / N + damping · mean(diag) · I, float64 (groups, d, d), N samples (batch entries, not positions).
-    mean, var: moments of each output channel over samples and positions, float64 (out,). dead: inputs that were always
-    zero.
+    hessian: 2 X Xᵀ / N + damping · mean(diag) · I, float64 (groups, d, d), N samples (batch entries, not positions);
+    (0, d, d) for a table of rows that are only looked up. row_weights: for such a table, 2 (uses + 1/2) / N per row,
+    float64 (rows,), else None; the error of a layer is ½ tr(ΔW H ΔWᵀ) + ½ Σ_r row_weights[r] |ΔW_r|², where a table
+    that is an output head too has both terms. mean, var: moments of each output channel over samples and positions,
+    float64 (out,); empty for tables and for weights inside attention and recurrence. dead: inputs that were always
+    zero, rows that were never looked up.
     """
 
     hessian: np.ndarray
@@ -55,6 +62,7 @@ class LayerStatistics:
     mean: np.ndarray
     var: np.ndarray
     dead: int
+    row_weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ class Statistics:
             at = stored.setdefault(id(s.hessian), f"h{i}")
             arrays.setdefault(at, s.hessian)
             arrays[f"m{i}"], arrays[f"v{i}"] = s.mean, s.var
-            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead]
+            if s.row_weights is not None:
+                arrays[f"r{i}"] = s.row_weights
+            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead, f"r{i}"]
         meta = {
             "layers": names,
             "samples": self.samples,
@@ -104,8 +114,8 @@ class Statistics:
                 meta = json.loads(bytes(data["meta"]))
                 cache = {key: data[key] for key in data.files}
             layers = {
-                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead)
-                for name, (h, m, v, calls, dead) in meta["layers"].items()
+                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead, cache.get(r))
+                for name, (h, m, v, calls, dead, r) in meta["layers"].items()
             }
             return cls(
                 layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
@@ -124,7 +134,9 @@ def calibrate(
     """Run the model over the batches and accumulate every layer's Hessian.
 
     H = 2 X Xᵀ / N + damping · mean(diag) · I: float32 products of chunks, summed in float64; X holds each layer's
-    inputs, a convolution's unfolded over its kernel. `holdout` (default 0.2; 0 for none) of the data, chosen by `seed`,
+    inputs, a convolution's unfolded over its kernel, a transposed convolution's between its stuffed zeros. Rows of an
+    embedding weigh 2 (n + 1/2) / N, n how often each was looked up, so that words that calibration lacks survive; a
+    table that is the output head too has both terms. `holdout` (default 0.2; 0 for none) of the data, chosen by `seed`,
     is left out: it is what `Context` measures plans on. A layer called several times sums its calls; an input shared by
     several layers is multiplied once. Raises CalibrationError for no data, batches that do not fit, or values that are
     not finite (naming the layer). Source: OBC, arXiv 2208.11580, section 3.
@@ -145,7 +157,7 @@ def calibrate(
         "calibration_version": str(CALIBRATION_VERSION),
     }
     collector = Collector(model, list(layers))
-    with evaluating(model), torch.no_grad(), collector, single_threaded():
+    with evaluating(model), torch.no_grad(), slow_attention(), collector, single_threaded():
         for batch in fit:
             feed(model, batch)
             collector.end_batch()
@@ -164,21 +176,45 @@ def _share_equal(found: dict[str, LayerStatistics]) -> None:
         key = hashlib.sha256(s.hessian.tobytes()).digest()
         array = known.setdefault(key, s.hessian)
         if array is not s.hessian:
-            found[name] = LayerStatistics(array, s.calls, s.mean, s.var, s.dead)
+            found[name] = dataclasses.replace(s, hessian=array)
 
 
 class _Accumulator:
     def __init__(self, layer: Layer) -> None:
-        groups, _, d = layer.matrix_shape
         self.layer = layer
-        self.gram = np.zeros((groups, d, d))
+        self.gram: np.ndarray | None = None
+        self.uses: np.ndarray | None = None
         self.calls = 0
         self.positions = 0
-        self.sum = np.zeros(layer.shape[0])
-        self.squares = np.zeros(layer.shape[0])
+        self.sum = self.squares = np.zeros(0)
+
+    def add_products(self, products: list[torch.Tensor]) -> None:
+        """One X Xᵀ (1, d, d) per group, or one (groups, d, d) for all of them."""
+        if self.gram is None:
+            groups, _, d = self.layer.matrix_shape
+            self.gram = np.zeros((groups, d, d))
+        for i, product in enumerate(products):
+            part = self.gram if len(products) == 1 else self.gram[i : i + 1]
+            part += product.cpu().numpy()
+
+    def add_uses(self, uses: torch.Tensor) -> None:
+        self.uses = uses.numpy() if self.uses is None else self.uses + uses.numpy()
+
+    def add_moments(self, flat: torch.Tensor) -> None:
+        """Output values (positions, channels)."""
+        count = flat.shape[0]
+        var, mean = (t.double().cpu().numpy() for t in torch.var_mean(flat.float(), 0, correction=0))
+        if not np.isfinite(var).all():
+            raise CalibrationError(f"layer {self.layer.name!r} puts out values that are NaN or infinite")
+        if not self.positions:
+            self.sum, self.squares = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
+        self.sum += mean * count
+        self.squares += (var + mean**2) * count
+        self.positions += count
 
     def finish(self, samples: int, damping: float) -> LayerStatistics:
-        hessian = self.gram
+        _, _, d = self.layer.matrix_shape
+        hessian = np.zeros((0, d, d)) if self.gram is None else self.gram
         hessian *= 2.0 / samples
         dead = 0
         for h in hessian:
@@ -190,7 +226,14 @@ class _Accumulator:
             h[np.diag_indices_from(h)] += damping * level if level > 0.0 else 1.0
         mean = self.sum / max(self.positions, 1)
         var = np.maximum(self.squares / max(self.positions, 1) - mean**2, 0.0)
-        return LayerStatistics(hessian, self.calls, mean, var, dead)
+        weights = None
+        if self.uses is not None:
+            dead += int((self.uses == 0.0).sum())
+            weights = (self.uses + FLOOR) * (2.0 / samples)
+        return LayerStatistics(hessian, self.calls, mean, var, dead, weights)
+
+
+Inputs = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, list[torch.Tensor]]]
 
 
 class Collector:
@@ -206,16 +249,18 @@ class Collector:
         self.products: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}
 
     def __enter__(self) -> Collector:
+        wanted: dict[str, dict[str, _Accumulator]] = {}
         for layer in self.layers:
             for owner in layer.owners:
-                module = self.model.get_submodule(owner)
-                accumulator = self.accumulators[layer.name]
-
-                def hook(
-                    m: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, accumulator: _Accumulator = accumulator
-                ) -> None:
-                    self._add(accumulator, m, args[0] if args else kwargs["input"], output)
-
+                wanted.setdefault(owner, {})[layer.parameter] = self.accumulators[layer.name]
+        for name, module in self.model.named_modules():
+            own = wanted.get(name, {})
+            if isinstance(module, nn.MultiheadAttention):
+                # Attention reads the weight of its output projection, and never calls it.
+                inside = wanted.get(f"{name}.out_proj" if name else "out_proj", {})
+                own |= {f"out_proj.{parameter}": accumulator for parameter, accumulator in inside.items()}
+            if own:
+                hook = self._hook_of(module, own)
                 self.handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -227,40 +272,58 @@ class Collector:
     def end_batch(self) -> None:
         self.products.clear()
 
-    def _add(self, accumulator: _Accumulator, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
-        key = (id(x), x._version, _geometry(module))
+    def _hook_of(self, module: nn.Module, own: dict[str, _Accumulator]) -> Callable[..., None]:
+        """The hook that adds what a module's weights, by parameter, saw in one call."""
+        inside: Inputs | None = None
+        if isinstance(module, nn.MultiheadAttention):
+            inside = attention_inputs
+        elif isinstance(module, nn.RNNBase):
+            inside = recurrent_inputs
+        elif isinstance(module, nn.RNNCellBase):
+            inside = cell_inputs
+
+        def hook(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if isinstance(m, TABLES):
+                own["weight"].add_uses(lookups(m, args, kwargs))
+            elif inside is None:
+                x = args[0] if args else kwargs["input"]
+                own["weight"].add_products([self._product(own["weight"].layer, m, x, output)])
+                own["weight"].add_moments(_channels_last(m, output.detach()))
+            else:
+                found = inside(m, args, kwargs)
+                for parameter, accumulator in own.items():
+                    accumulator.add_products([self._product(accumulator.layer, None, x) for x in found[parameter]])
+            for accumulator in own.values():
+                accumulator.calls += 1
+
+        return hook
+
+    def _product(self, layer: Layer, module: nn.Module | None, x: torch.Tensor, output: Any = None) -> torch.Tensor:
+        """X Xᵀ of an input, as the module unfolds it (None: its last dimension), once for all layers that get it."""
+        key = (id(x), x._version, _geometry(module, output))
         cached = self.products.get(key)
         if cached is not None and cached[0]() is x:
-            gram = cached[1]
-        else:
-            gram = _gram(module, x.detach())
-            if not bool(torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all()):
-                raise CalibrationError(
-                    f"layer {accumulator.layer.name!r} receives values that are NaN, infinite or beyond 1e18; "
-                    "look at the layers before it and at the calibration data"
-                )
+            return cached[1]
+        gram = _gram(module, x.detach(), output)
+        if not bool(torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all()):
+            raise CalibrationError(
+                f"layer {layer.name!r} receives values that are NaN, infinite or beyond 1e18; "
+                "look at the layers before it and at the calibration data"
+            )
 
-            def forget(_: Any, key: tuple[Any, ...] = key) -> None:
-                self.products.pop(key, None)
+        def forget(_: Any, key: tuple[Any, ...] = key) -> None:
+            self.products.pop(key, None)
 
-            self.products[key] = (weakref.ref(x, forget), gram)
-        accumulator.gram += gram.cpu().numpy()
-        accumulator.calls += 1
-        flat = _channels_last(module, output.detach())
-        count = flat.shape[0]
-        var, mean = (t.double().cpu().numpy() for t in torch.var_mean(flat.float(), 0, correction=0))
-        if not np.isfinite(var).all():
-            raise CalibrationError(f"layer {accumulator.layer.name!r} puts out values that are NaN or infinite")
-        accumulator.sum += mean * count
-        accumulator.squares += (var + mean**2) * count
-        accumulator.positions += count
+        self.products[key] = (weakref.ref(x, forget), gram)
+        return gram
 
 
-def _geometry(module: nn.Module) -> tuple[Any, ...]:
-    if isinstance(module, nn.Linear):
+def _geometry(module: nn.Module | None, output: Any) -> tuple[Any, ...]:
+    if module is None or isinstance(module, nn.Linear):
         return ("linear",)
     m: Any = module
-    return ("conv", m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+    shape = (m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+    return ("transposed", *shape, output.shape) if isinstance(module, TRANSPOSED) else ("conv", *shape)
 
 
 def _channels_last(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -272,9 +335,9 @@ def _channels_last(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
     return batched.movedim(1, -1).reshape(-1, batched.shape[1])
 
 
-def _gram(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _gram(module: nn.Module | None, x: torch.Tensor, output: Any = None) -> torch.Tensor:
     """X Xᵀ of one input, float64 (groups, d, d): float32 products of chunks with at most IN_FLIGHT unfolded entries."""
-    if isinstance(module, nn.Linear):
+    if module is None or isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1]).float()
         d = rows.shape[1]
         gram = torch.zeros(1, d, d, dtype=torch.float64, device=x.device)
@@ -284,14 +347,43 @@ def _gram(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     m: Any = module
     dims = len(m.kernel_size)
     x = x.float() if x.ndim == dims + 2 else x.float()[None]
-    x = _pad(m, x)
+    transposed = isinstance(module, TRANSPOSED)
+    if transposed:
+        x, m = _stuffed(m, x, output.shape[-dims:])
+    else:
+        x = _pad(m, x)
     groups, d = m.groups, x.shape[1] // m.groups * int(np.prod(m.kernel_size))
     spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
     gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
     per_chunk = max(1, IN_FLIGHT // max(1, d * groups * int(np.prod(spatial))))
     for product in _products(x.split(per_chunk), lambda chunk: _windows(m, chunk, spatial)):
         gram += product
-    return _mirror(gram)
+    gram = _mirror(gram)
+    if transposed:  # the kernel is applied the other way round
+        taps = [-1, *m.kernel_size]
+        axes = [*range(2, dims + 2), *range(dims + 3, 2 * dims + 3)]
+        gram = gram.reshape(groups, d // int(np.prod(m.kernel_size)), *taps[1:], *taps).flip(axes)
+        gram = gram.reshape(groups, d, d)
+    return gram
+
+
+def _stuffed(m: Any, x: torch.Tensor, spatial: Sequence[int]) -> tuple[torch.Tensor, Any]:
+    """The input and the geometry of the plain convolution, its kernel reversed, that a transposed one is.
+
+    Between inputs stand stride - 1 zeros; before them dilation (kernel - 1) - padding, after them what the output's
+    size asks for. Exact whatever overlaps, but for stride s most of what is multiplied is zeros.
+    """
+    dims = len(m.kernel_size)
+    size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], m.stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *size)
+    wide[(slice(None), slice(None), *(slice(None, None, s) for s in m.stride))] = x
+    sides: list[int] = []
+    for i in reversed(range(dims)):  # F.pad wants the last dimension first, and cuts off what is negative
+        reach = m.dilation[i] * (m.kernel_size[i] - 1)
+        before = reach - m.padding[i]
+        sides += [before, spatial[i] + reach - before - size[i]]
+    plain = SimpleNamespace(kernel_size=m.kernel_size, stride=(1,) * dims, dilation=m.dilation, groups=m.groups)
+    return F.pad(wide, sides), plain
 
 
 def _windows(m: Any, x: torch.Tensor, spatial: list[int]) -> torch.Tensor:

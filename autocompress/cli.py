@@ -99,6 +99,10 @@ SequentialOption = Annotated[
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; the result does not depend on it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+OptionsOption = Annotated[
+    str | None,
+    typer.Option("--options", help="What a layer may become: names (s75,2:4w8) or families (int8, nm, ..., all)."),
+]
 TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
 
 
@@ -115,6 +119,18 @@ def _root(
         raise typer.Exit
     if ctx.invoked_subcommand is None:
         fail("no command; `autocompress --help` lists them", 2)
+
+
+def _offered(options: str | None) -> list[Any] | None:
+    """What --options names. Raises OptionError."""
+    from autocompress.compressors import named_options
+
+    return None if options is None else list(named_options([options]))
+
+
+def _counted(offered: list[Any] | None) -> dict[str, int]:
+    """What --options changes in a forecast: how many a layer has, `dense` among them."""
+    return {} if offered is None else {"options_per_layer": len({*map(str, offered), "dense"})}
 
 
 @command(cls=_Command)
@@ -142,6 +158,7 @@ def compress(
     strategy: StrategyOption = "auto",
     effort: EffortOption = "normal",
     sequential: SequentialOption = None,
+    options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -152,10 +169,11 @@ def compress(
     from autocompress.tasks import load_task
 
     wanted = pipeline.check_request(budget, strategy, effort)
+    offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
-        _show_facts(pipeline.forecast(model, data, wanted, out, store), as_json)
+        _show_facts(pipeline.forecast(model, data, wanted, out, store) | _counted(offered), as_json)
         return
     with _progress() as progress:
         result = pipeline.compress(
@@ -168,6 +186,7 @@ def compress(
             seed=seed,
             out=out,
             store=store,
+            options=offered,
             workers=workers,
             loss=found.loss,
             progress=progress,
@@ -181,6 +200,7 @@ def compress(
 def profile(
     task: TaskArgument,
     store: Annotated[Path, typer.Option(help="Where the profile is kept; a begun one is taken up again.")],
+    options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -191,13 +211,14 @@ def profile(
     from autocompress.planning import size_range
     from autocompress.tasks import load_task
 
+    offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
-        _show_facts(pipeline.forecast(model, data, None, None, store), as_json)
+        _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
         return
     with _progress() as progress:
-        made = pipeline.profiled(model, data, seed, store, workers=workers, progress=progress)
+        made = pipeline.profiled(model, data, seed, store, offered, workers=workers, progress=progress)
     low, high = size_range(made)
     facts = {
         "layers": len(made.layers),

@@ -5,15 +5,15 @@ model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from autocompress.batches import Batch, evaluating, feed
-from autocompress.layers import CONVOLUTIONS, NORMS
-from autocompress.records import foldable_norms, round_half
+from autocompress.layers import CONVOLUTIONS, NORMS, TRANSPOSED
+from autocompress.records import foldable_norms
 
 __all__ = ["Moments", "correct_statistics", "dense_moments"]
 
@@ -48,7 +48,7 @@ def correct_statistics(
     small: nn.Module,
     layers: Iterable[str],
     data: Batch,
-    half: Collection[str] = (),
+    store_as: Callable[[str, torch.Tensor], torch.Tensor] = lambda key, values: values,
     moments: Moments | None = None,
 ) -> None:
     """Correct `small` in place, in forward order, on one batch that both models see.
@@ -59,7 +59,8 @@ def correct_statistics(
     Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a bias: its mean output is
     matched. It is the identity where nothing is compressed; re-estimating batch statistics is not, because the running
     ones come from augmented data. Modules that run more than once per forward pass, or share their parameters with
-    another module, are left alone. Tensors in `half` (by name) are rounded to binary16 as they will be stored.
+    another module, are left alone. store_as(name, values): the values as they will be stored; a shift is found
+    beside its rounded scale.
     `moments`: what `dense_moments` found on the same batch, so that many plans need one dense pass.
     Source: OBC's statistics correction (arXiv 2208.11580, appendix), folded.
     """
@@ -69,7 +70,7 @@ def correct_statistics(
     def store(module: Any, field: str, values: torch.Tensor) -> None:
         name = names[id(module)]
         key = f"{name}.{field}" if name else field
-        getattr(module, field).copy_(round_half(values) if key in half else values)
+        getattr(module, field).copy_(store_as(key, values))
 
     handles = []
     for name, (mean, std, calls) in targets.items():
@@ -120,7 +121,7 @@ def _moments(x: torch.Tensor, channel: int, keep: int = 1) -> tuple[torch.Tensor
 
 
 def _output_moments(module: nn.Module, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return _moments(output, output.ndim - 1 - len(module.kernel_size))
     if isinstance(module, nn.LayerNorm):
         return _moments(output, -len(module.normalized_shape), len(module.normalized_shape))
@@ -190,6 +191,6 @@ def _correct_bias(m: Any, output: torch.Tensor, mean: torch.Tensor, store: Store
     old = m.bias.double()
     store(m, "bias", old + mean - _output_moments(m, output)[0])
     shape = [1] * output.ndim
-    channel = output.ndim - 1 - len(m.kernel_size) if isinstance(m, CONVOLUTIONS) else output.ndim - 1
+    channel = output.ndim - 1 - len(m.kernel_size) if isinstance(m, (*CONVOLUTIONS, *TRANSPOSED)) else output.ndim - 1
     shape[channel] = -1
     return (output.double() + (m.bias.double() - old).reshape(shape)).to(output.dtype)

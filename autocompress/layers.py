@@ -16,9 +16,21 @@ from torch import nn
 
 from autocompress.errors import LayerError
 
-__all__ = ["Layer", "Layers", "dense_file_bytes", "find_layers", "model_digest", "stored_tensors"]
+__all__ = [
+    "Layer",
+    "Layers",
+    "dense_file_bytes",
+    "find_layers",
+    "model_digest",
+    "stored_tensors",
+    "swap",
+    "swapped_shape",
+]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -26,34 +38,69 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Layer:
     """One weight tensor that can be compressed, as `groups` matrices (rows, columns).
 
-    `name` is the first module that owns it, `owners` all of them (tied weights are one entry); columns run over (in,
-    *kernel).
+    `owners` are all modules that hold it (tied weights are one entry), `parameter` what they call it. `name` is the
+    first owner where that is "weight", else the tensor's full name; columns run over (in, *kernel). Rows are output
+    channels; tokens of an embedding; gates times units of a recurrent layer; the packed projection of an attention has
+    a group each for query, key and value. `swapped`: the weight is (in, out/groups, *kernel), as in transposed
+    convolutions, and is stored as (out, in/groups, *kernel); see `swap`.
     """
 
     name: str
     owners: tuple[str, ...]
     shape: tuple[int, ...]
     groups: int
+    parameter: str = "weight"
+    swapped: bool = False
 
     @property
     def key(self) -> str:
         """Name of the weight in the state dict."""
-        return f"{self.name}.weight" if self.name else "weight"
+        return _join(self.owners[0], self.parameter)
 
     @property
     def size(self) -> int:
         return int(np.prod(self.shape))
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape with all rows in the first dimension, as it is stored."""
+        return swapped_shape(self.shape, self.groups) if self.swapped else self.shape
+
+    @property
     def matrix_shape(self) -> tuple[int, int, int]:
-        rows = self.shape[0] // self.groups
-        return self.groups, rows, self.size // self.shape[0]
+        rows = self.stored_shape[0]
+        return self.groups, rows // self.groups, self.size // rows
+
+    @property
+    def params(self) -> dict[str, int]:
+        """What a record of the file has to say of the layout."""
+        return {"swapped": self.groups} if self.swapped else {}
 
     def matrix(self, weight: torch.Tensor | np.ndarray) -> np.ndarray:
         """Weight as float64 (groups, rows, columns): W[g, r, j] multiplies input j of group g."""
         # Through torch, as numpy has no bfloat16.
         array = weight.detach().double().cpu().numpy() if isinstance(weight, torch.Tensor) else weight
+        array = swap(array.reshape(self.shape), self.groups) if self.swapped else array
         return np.ascontiguousarray(array, np.float64).reshape(self.matrix_shape)
+
+    def unmatrix(self, weight: np.ndarray) -> np.ndarray:
+        """Inverse of `matrix`, in the dtype that it is given."""
+        stored = weight.reshape(self.stored_shape)
+        return np.ascontiguousarray(swap(stored, self.groups) if self.swapped else stored)
+
+
+def swap(array: np.ndarray, groups: int) -> np.ndarray:
+    """(groups · a, b, ...) to (groups · b, a, ...), the first two dimensions exchanged within each group; its own
+    inverse.
+    """
+    a, b, *rest = array.shape
+    parts = array.reshape(groups, a // groups, b, *rest)
+    return parts.swapaxes(1, 2).reshape(groups * b, a // groups, *rest)
+
+
+def swapped_shape(shape: tuple[int, ...], groups: int) -> tuple[int, ...]:
+    """Shape of `swap` of an array of that shape."""
+    return (shape[1] * groups, shape[0] // groups, *shape[2:])
 
 
 @dataclass(frozen=True)
@@ -76,74 +123,110 @@ class Layers:
         raise LayerError(f"there is no layer {name!r}; the layers are {', '.join(x.name for x in self.layers)}")
 
 
-_LATER = (
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Embedding,
-    nn.RNNBase,
-    nn.MultiheadAttention,
-    nn.Bilinear,
-)
-
-
 def find_layers(model: nn.Module) -> Layers:
-    """Every Linear and Conv1d/2d/3d weight of a model; weights shared by several modules appear once.
+    """Every weight of a Linear, (transposed) convolution, Embedding, EmbeddingBag, RNN, LSTM, GRU (or cell of one) or
+    MultiheadAttention of a model; weights shared by several modules appear once.
 
     Raises LayerError if a weight is not finite (naming the layer) or nothing can be compressed.
     """
-    owners: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
+    users: dict[int, list[tuple[str, str]]] = {}  # id of a weight -> (module, parameter) that hold it
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, _LATER):
-            skipped[name] = f"{type(module).__name__} is not supported yet"
-        if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        if reason := _left_alone(module):
+            skipped[name] = reason
             continue
-        weight = module._parameters.get("weight")
-        if weight is None:
-            skipped[name] = "its weight is computed from other parameters; remove the parametrisation first"
-        elif not weight.is_floating_point():
-            skipped[name] = f"its weight is {weight.dtype}"
-        elif weight.numel() == 0:
-            skipped[name] = "its weight is empty"
-        else:
-            owners.setdefault(id(weight), []).append(name)
-            modules.setdefault(id(weight), module)
-    shared = _other_users(model, owners)
+        for parameter in _parameters(module):
+            weight = module._parameters.get(parameter)
+            called = name if parameter == "weight" else _join(name, parameter)
+            if weight is None:
+                skipped[called] = "its weight is computed from other parameters; remove the parametrisation first"
+            elif not weight.is_floating_point():
+                skipped[called] = f"its weight is {weight.dtype}"
+            elif weight.numel() == 0:
+                skipped[called] = "its weight is empty"
+            else:
+                users.setdefault(id(weight), []).append((name, parameter))
+    others = _other_users(model, users)
     layers = []
-    for key, names in owners.items():
-        module = modules[key]
-        shared_weight: Any = module.weight
-        same_kind = {(type(model.get_submodule(n)), getattr(model.get_submodule(n), "groups", 1)) for n in names}
-        if key in shared:
-            skipped[names[0]] = f"its weight is also used as {shared[key]}"
-        elif len(same_kind) > 1:
-            skipped[names[0]] = f"its weight is shared by different kinds of layers: {', '.join(names)}"
-        elif not bool(torch.isfinite(shared_weight).all()):
-            raise LayerError(
-                f"layer {names[0]!r} has weights that are NaN or infinite; repair or retrain the model first"
-            )
+    for key, found in users.items():
+        owner, parameter = found[0]
+        owners = tuple(name for name, _ in found)
+        module = model.get_submodule(owner)
+        weight = module._parameters[parameter]
+        assert weight is not None
+        name = owner if parameter == "weight" else _join(owner, parameter)
+        if key in others:
+            skipped[name] = f"its weight is also used as {others[key]}"
+        elif len({_use(model.get_submodule(n), p) for n, p in found}) > 1:
+            shared = ", ".join(n if p == "weight" else _join(n, p) for n, p in found)
+            skipped[name] = f"its weight is shared by different kinds of layers: {shared}"
+        elif not bool(torch.isfinite(weight).all()):
+            raise LayerError(f"layer {name!r} has weights that are NaN or infinite; repair or retrain the model first")
         else:
-            layers.append(Layer(names[0], tuple(names), tuple(shared_weight.shape), int(getattr(module, "groups", 1))))
+            groups = 3 if parameter == "in_proj_weight" else int(getattr(module, "groups", 1))
+            swapped = isinstance(module, TRANSPOSED)
+            layers.append(Layer(name, owners, tuple(weight.shape), groups, parameter, swapped))
     if not layers:
         reasons = (
             "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items()))
-            or "it has no Linear or convolution layer"
+            or "it has no layer with a weight matrix"
         )
         raise LayerError(f"the model has nothing to compress ({reasons})")
     return Layers(tuple(layers), skipped)
 
 
-def _other_users(model: nn.Module, owners: dict[int, list[str]]) -> dict[int, str]:
-    """Weights that something other than the found layers holds too, such as a tied embedding: id -> its name there."""
+def _left_alone(module: nn.Module) -> str | None:
+    """Why a module that has weights to compress keeps them as they are, or None."""
+    if isinstance(module, nn.Bilinear):
+        return "Bilinear is not supported: its inputs are products of two"
+    if isinstance(module, TABLES):
+        kind = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
+        if module.max_norm is not None:
+            return "it changes its weight when it runs (max_norm)"
+        if getattr(module, "mode", "") == "max":
+            return "the maximum over a bag is not linear in its weight"
+        if type(module).forward is not kind.forward:
+            return "it has a forward of its own, so calibration cannot tell which rows it looks up"
+    if isinstance(module, nn.MultiheadAttention) and type(module).forward is not nn.MultiheadAttention.forward:
+        return "it has a forward of its own, so calibration cannot tell what its weights multiply"
+    return None
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of the weights in a module that can be compressed."""
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *TABLES)):
+        return ["weight"]
+    if isinstance(module, nn.MultiheadAttention):
+        packed = module._qkv_same_embed_dim
+        return ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if isinstance(module, nn.RNNBase):
+        return [name for names in module._all_weights for name in names if name.startswith("weight")]
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    return []
+
+
+def _use(module: nn.Module, parameter: str) -> tuple[Any, ...]:
+    """What has to be the same for modules that share a weight: an output head and an embedding take the same matrix."""
+    matrix = isinstance(module, (nn.Linear, *TABLES))
+    return ("matrix" if matrix else type(module), parameter, getattr(module, "groups", 1))
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+def _other_users(model: nn.Module, users: dict[int, list[tuple[str, str]]]) -> dict[int, str]:
+    """Weights that something other than the found layers holds too: id -> its name there."""
     found = {}
-    names = {(name, "weight") for group in owners.values() for name in group}
+    names = {place for places in users.values() for place in places}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for parameter_name, parameter in module._parameters.items():
-            known = (module_name, parameter_name) in names or isinstance(module, (nn.Linear, *CONVOLUTIONS))
-            if parameter is not None and id(parameter) in owners and not known:
-                found[id(parameter)] = f"{module_name}.{parameter_name}"
+            known = (module_name, parameter_name) in names or (
+                _left_alone(module) is None and parameter_name in _parameters(module)
+            )
+            if parameter is not None and id(parameter) in users and not known:
+                found[id(parameter)] = _join(module_name, parameter_name)
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from autocompress.layers import swap
 from autocompress.storage import Entry, weight_entry
 
 __all__ = ["Decode", "fixed_width", "pack", "packable", "packed_bytes"]
@@ -24,6 +25,7 @@ class Decode(nn.Module):
         super().__init__()
         self.name, self.shape, self.codec, self.step = entry.name, entry.shape, entry.codec, entry.step
         self.stored_dtype, self.dtype = entry.dtype, dtype
+        self.swapped = int(entry.params.get("swapped", 0))  # type: ignore[arg-type]
 
     def forward(self, payload: torch.Tensor) -> torch.Tensor:
         raw = payload.detach().cpu().numpy().tobytes()
@@ -32,25 +34,36 @@ class Decode(nn.Module):
         values = torch.from_numpy(np.ascontiguousarray(entry.codes())).reshape(self.shape)
         if self.step != "none":
             steps = torch.from_numpy(np.array(entry.steps()))
-            steps = steps.reshape(-1, *(1,) * (len(self.shape) - 1)) if steps.ndim else steps
+            if entry.group is not None:
+                columns = values[0].numel()
+                steps = steps.repeat_interleave(entry.group, 1)[:, :columns].reshape(self.shape)
+            elif steps.ndim:
+                steps = steps.reshape(-1, *(1,) * (len(self.shape) - 1))
             values = values.to(torch.float32).mul_(steps)
+        if self.swapped:
+            values = torch.from_numpy(np.ascontiguousarray(swap(values.numpy(), self.swapped)))
         return values.to(payload.device, self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.codec}, {tuple(self.shape)}"
 
 
-def packable(entry: Entry) -> bool:
-    """Whether an entry is a layer's weight that is shorter in the file than dense."""
-    return "option" in entry.params and entry.bytes < 4 * entry.numel
+def packable(entry: Entry, model: nn.Module) -> bool:
+    """Whether an entry is a layer's weight that is shorter in the file than dense, and whose module would look for it
+    in a parametrisation: RNN, LSTM and GRU hold their weights in a second list, and compute with those.
+    """
+    owner = model.get_submodule(entry.name.rpartition(".")[0])
+    return "option" in entry.params and entry.bytes < 4 * entry.numel and not isinstance(owner, nn.RNNBase)
 
 
 def fixed_width(entry: Entry) -> Entry:
     """The same weight with its codes in as many bits as the widest needs: longer, and ten times as fast to decode."""
-    if entry.step == "none" or entry.codec == "packed":
+    if entry.step == "none" or entry.codec in ("packed", "fp8"):
         return entry
-    recoded = weight_entry(entry.name, entry.codes(), entry.steps(), codec="packed", params=entry.params)
-    return recoded if packable(recoded) else entry
+    recoded = weight_entry(
+        entry.name, entry.codes(), entry.steps(), codec="packed", group=entry.group, params=entry.params
+    )
+    return recoded if recoded.bytes < 4 * recoded.numel else entry
 
 
 def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:

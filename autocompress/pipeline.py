@@ -25,7 +25,7 @@ from autocompress.doctor import environment, writable
 from autocompress.errors import InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
-from autocompress.planning import allocate, coarsest, energy_losses, least_bytes, limit_bytes
+from autocompress.planning import allocate, coarsest, energy_losses, least_bytes, limit_bytes, within
 from autocompress.profiling import Profile, profile
 from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
@@ -280,7 +280,7 @@ def _calibrated(
             default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
         )
         small = profile(model, stats, options=coarsest(given), workers=workers)
-        allocate(small, limit, energy_losses(small))
+        allocate(within(small, limit), limit, energy_losses(small))
     return stats
 
 

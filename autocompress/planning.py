@@ -13,7 +13,7 @@ import numpy as np
 from autocompress.compressors import Measured
 from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
-from autocompress.records import Template
+from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
 from autocompress.types import Budget, Option, Plan
 from solvers import Problem, Solution, solve
@@ -30,6 +30,7 @@ __all__ = [
     "make_plan",
     "single_options",
     "size_range",
+    "within",
 ]
 
 NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
@@ -51,12 +52,26 @@ def limit_bytes(budget: Budget, template: Template) -> int:
     return limit
 
 
+def within(profile: Profile, budget: int) -> Profile:
+    """The profile with norms and biases stored as a file of `budget` bytes has them.
+
+    `vector_bits` says how; where the smallest file would not fit with so many, they get fewer, down to six.
+    """
+    bits = vector_bits(budget, profile.template.parameters)
+    found = profile.with_vectors(bits)
+    while bits > LEAST_BITS and size_range(found)[0] > budget:
+        bits = min(bits - 1, 13)
+        found = profile.with_vectors(bits)
+    return found
+
+
 def least_bytes(template: Template) -> int:
     """A size that no file of this model can be below, known without a profile: what no choice changes, header left out,
     and the shortest payload that a weight of that many values can have.
     """
     weights = set(template.keys.values())
-    return sum(least_payload(e.numel) if e.name in weights else e.bytes for e in template.entries)
+    entries = template.at(LEAST_BITS).entries
+    return sum(least_payload(e.numel) if e.name in weights else e.bytes for e in entries)
 
 
 def size_range(profile: Profile) -> tuple[int, int]:
@@ -107,8 +122,11 @@ def infeasible(profile: Profile, budget: int, smallest: int, what: str = "no all
     unreached = [layer for layer in profile.layers.values() if not layer.reached]
     note = ""
     if unreached:
-        size = sum(4 * layer.layer.size for layer in unreached)
-        note = f"; {len(unreached)} layers that calibration never reached stay dense ({size:,} bytes)"
+        size = sum(min(row.bytes for row in layer.rows) for layer in unreached)
+        note = (
+            f"; {len(unreached)} layers that calibration never reached have only options that need no data "
+            f"(at least {size:,} bytes)"
+        )
     return InfeasibleError(
         f"{what} fits in {budget:,} bytes: the smallest file has {smallest:,} bytes ({ratio:.1f}x){note}", smallest
     )
@@ -151,6 +169,7 @@ def make_plan(profile: Profile, budget: Budget, found: Allocation, strategy: str
         bound=found.bound,
         gap=found.gap,
         fingerprint=profile.fingerprint,
+        vector_bits=profile.template.bits,
     )
 
 
@@ -250,15 +269,19 @@ def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[s
 def single_options(profile: Profile, budget: int, undominated: bool = True) -> list[dict[str, Measured]]:
     """Every single-option plan that fits and that no other one beats in every layer, smallest predicted loss first.
 
-    A single-option plan gives every layer the same option; layers that calibration never reached stay as they are.
+    A single-option plan gives every layer the same option; layers that calibration never reached have their
+    smallest where they lack it.
     """
-    reached = [layer for layer in profile.layers.values() if layer.reached]
+    reached = [layer for layer in profile.layers.values() if layer.reached] or list(profile.layers.values())
     tables = [{row.option: row for row in layer.rows} for layer in reached]
-    shared = [o for o in tables[0] if all(o in t for t in tables)] if tables else []
-    rest = {name: layer.rows[0] for name, layer in profile.layers.items() if not layer.reached}
+    shared = [o for o in tables[0] if all(o in t for t in tables)]
+    rest = [layer for layer in profile.layers.values() if layer not in reached]
     plans: list[dict[str, Measured]] = []
     for option in shared:
-        plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)} | rest
+        plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)}
+        for layer in rest:
+            known = {row.option: row for row in layer.rows}
+            plan[layer.layer.name] = known.get(option) or min(layer.rows, key=lambda row: row.bytes)
         if sum(row.bytes for row in plan.values()) <= budget and profile.template.file_bytes(plan) <= budget:
             plans.append({name: plan[name] for name in profile.layers})
     errors = np.array(

@@ -11,6 +11,7 @@ Every file is written beside its place and renamed into it, so a file that is th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,7 +29,7 @@ import pandas as pd
 from torch import nn
 
 from autocompress.calibration import Statistics
-from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, compressor_of, default_options, profile_layer
+from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
 from autocompress.engines import run_tasks
 from autocompress.errors import MismatchError, StoreError
 from autocompress.files import atomic_path
@@ -40,7 +41,7 @@ from autocompress.types import DENSE, Option
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ class LayerProfile:
 
     @property
     def reached(self) -> bool:
-        """Whether calibration reached the layer; where it did not, the only option is to leave it dense."""
+        """Whether calibration reached the layer; where it did not, its options are those that need no data."""
         return self.order is not None
 
     def row(self, option: Option) -> Measured:
@@ -96,6 +97,15 @@ class Profile:
                     digest.update(array.tobytes())
         return digest.hexdigest()
 
+    def with_vectors(self, bits: int) -> Profile:
+        """The profile with that many bits per value of norms and biases (16: half precision); its rows are the same."""
+        if bits == self.template.bits:
+            return self
+        found = dataclasses.replace(self, template=self.template.at(bits))
+        if "fingerprint" in self.__dict__:  # which the template is no part of
+            found.__dict__["fingerprint"] = self.fingerprint
+        return found
+
     @property
     def table(self) -> pd.DataFrame:
         """One row per (layer, option): error, relative error, bytes, bits per weight, seconds."""
@@ -128,11 +138,12 @@ class Profile:
         stats = self.statistics.layers.get(name)
         return LayerProblem(
             name,
-            found.layer.shape,
+            found.layer.stored_shape,
             found.layer.matrix(weight),
             None if stats is None else stats.hessian,
             found.order,
             found.losses,
+            None if stats is None else stats.row_weights,
         )
 
 
@@ -188,6 +199,8 @@ def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) 
     digest = hashlib.sha256(f"{versions}|{problem.shape}|{'|'.join(map(str, options))}".encode())
     digest.update(np.ascontiguousarray(problem.weight).tobytes())
     digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
+    if problem.row_weights is not None:
+        digest.update(np.ascontiguousarray(problem.row_weights).tobytes())
     return digest.hexdigest()
 
 
@@ -235,11 +248,13 @@ def profile(
 ) -> Profile:
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
-    options: what every layer may become (default: `default_options()`); `dense` is always among them. A layer that
-    calibration never reached stays dense. store: a folder that is resumed if it was made for the same model, data,
-    options and code versions; None keeps everything in memory. workers: processes (default: one per core); the result
-    does not depend on it. progress: called with (layers done, layers in all, layer name). Raises MismatchError, naming
-    the field, for a store or statistics of something else; OptionError for an unknown option.
+    options: what every layer may become, by name or by the name of a family (`compressors.FAMILIES`; by default,
+    "default"); `dense` is always among them. A layer that calibration never reached has those that need no data
+    (`dense`, `fp16`, `w8`), with errors of 0. store: a folder that is resumed if it was made for the same model, data,
+    options and code versions; None keeps everything in memory.
+    workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done,
+    layers in all, layer name). Raises MismatchError, naming the field, for a store or statistics of something else;
+    OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
@@ -254,9 +269,13 @@ def profile(
     problems = {}
     for layer in layers:
         found = stats.layers.get(layer.name)
-        owner: Any = model.get_submodule(layer.name)
-        weight = layer.matrix(owner.weight)
-        problems[layer.name] = LayerProblem(layer.name, layer.shape, weight, None if found is None else found.hessian)
+        problems[layer.name] = LayerProblem(
+            layer.name,
+            layer.stored_shape,
+            layer.matrix(model.get_parameter(layer.key)),
+            None if found is None else found.hessian,
+            row_weights=None if found is None else found.row_weights,
+        )
     keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
     template = make_template(model, layers)
     work = _Work(layers, problems, wanted, keys, default_workers() if workers is None else workers, progress)
@@ -272,7 +291,7 @@ def profile(
             head = {
                 "fields": fields,
                 "skipped": layers.skipped,
-                "layers": [[x.name, x.owners, x.shape, x.groups, keys[x.name]] for x in layers],
+                "layers": [[x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, keys[x.name]] for x in layers],
                 "template": template.to_json(),
             }
             place.write_json("profile.json", head)
@@ -289,10 +308,7 @@ def _code_versions() -> dict[str, str]:
 
 
 def _options(options: Sequence[Option | str] | None) -> list[Option]:
-    given = default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
-    for option in given:
-        compressor_of(option)
-    return list(dict.fromkeys([DENSE, *given]))
+    return list(dict.fromkeys([DENSE, *named_options(["default"] if options is None else options)]))
 
 
 def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Path) -> None:
@@ -335,7 +351,7 @@ class _Work:
         todo = [problem for name, problem in self.problems.items() if name not in done]
         # Large layers first: the last task to finish should be a small one.
         todo.sort(key=lambda p: (-p.weight.size * p.weight.shape[-1] ** 2, p.name))
-        tasks = [(p, self.options if p.hessian is not None else [DENSE]) for p in todo]
+        tasks = [(p, self.options) for p in todo]
         started = time.perf_counter()
         for index, result in run_tasks(profile_layer, tasks, self.workers):
             name = todo[index].name
@@ -382,12 +398,13 @@ def load_profile(store: str | Path) -> Profile:
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged_head(place) from error
     profiles = {}
-    for name, owners, shape, groups, key in known["layers"]:
+    for name, owners, shape, groups, parameter, swapped, key in known["layers"]:
         kept = _load_layer(place.layer_path(key))
         if kept is None:
             raise StoreError(
                 f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again"
             )
-        profiles[name] = _layer_profile(Layer(name, tuple(owners), tuple(shape), groups), kept)
+        layer = Layer(name, tuple(owners), tuple(shape), groups, parameter, swapped)
+        profiles[name] = _layer_profile(layer, kept)
     stats = Statistics.load(path / "statistics.npz")
     return Profile(profiles, known["skipped"], stats, known["fields"], template, place)

@@ -5,61 +5,111 @@ plan is.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from autocompress.compressors import Measured
 from autocompress.layers import NORMS, Layers, dense_file_bytes, stored_tensors
-from autocompress.storage import Entry, file_size, float_entry
+from autocompress.storage import Entry, file_size, float_entry, grid_codes, grid_entry, grid_size
 
-__all__ = ["Template", "fold_norms", "foldable_norms", "half_keys", "make_template", "records", "round_half"]
+__all__ = [
+    "HALF_BITS",
+    "LEAST_BITS",
+    "Template",
+    "VectorStore",
+    "fold_norms",
+    "foldable_norms",
+    "make_template",
+    "records",
+    "vector_bits",
+    "vector_keys",
+]
 
 SCALED = (nn.LayerNorm, nn.GroupNorm, *NORMS)  # modules whose weight and bias are a scale and a shift per channel
 HALF_LIMIT = 2.0**13  # largest entry of a vector in half precision, which ends at 65504: corrections need room
+HALF_BITS, LEAST_BITS = 16, 6
+# Bits that a value of a norm or a bias gets beyond the budget's average: `experiments/bench_vectors.py` compares.
+EXTRA_BITS = 6
+_ATTRIBUTE = "_autocompress_vectors"
 
 
-def half_keys(model: nn.Module, layers: Layers) -> frozenset[str]:
-    """Names of the tensors that are stored as binary16: scales and shifts of norms, and biases of layers.
+def vector_bits(budget: int, parameters: int) -> int:
+    """Bits per value of norms and biases for a file of `budget` bytes: six more than a parameter has on average.
 
-    A scale qualifies if rounding moves it by less than 2⁻¹⁰ of the largest one; a shift, or a bias, if it moves the
-    output by less than 2⁻⁷ of its spread, which is γ after a norm, and about the norm of a weight's row after a layer.
-    Anything else (tables, frequencies, constants) is the model's own affair and stays exact. Decided on the dense
-    model, so that the choice of options does not change which.
+    There are few of these values and each acts on a whole channel, so one is worth more bits than a weight. At 14 bits
+    and more they are kept as binary16, which is relative to each value and needs no step.
+    """
+    bits = 8 * budget // max(parameters, 1) + EXTRA_BITS
+    return HALF_BITS if bits >= 14 else bits
+
+
+def vector_keys(model: nn.Module, layers: Layers) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the tensors that may be stored as binary16, and of those that may be rounded to a uniform grid too.
+
+    Considered are scales and shifts of norms, and biases of layers. For binary16 a scale qualifies if rounding moves it
+    by less than 2⁻¹⁰ of the largest one; a shift, or a bias, if it moves the output by less than 2⁻⁷ of its spread,
+    which is γ after a norm, and about the norm of a weight's row after a layer. For a grid from the least to the
+    greatest value that range must be at most 16 times the largest scale, or the spread. Anything else (tables,
+    frequencies, constants) is the model's own affair and stays exact. Decided on the dense model, so that the choice of
+    options does not change which.
     """
     folded = copy.deepcopy(model)
     with torch.no_grad():
         fold_norms(folded)
     stored = stored_tensors(folded)
-    tolerance: dict[str, float] = {}
+    spread: dict[str, tuple[float, float]] = {}  # the unit, and what of it binary16 may lose
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if isinstance(module, SCALED) and weight is not None:
             scale = stored.get(_join(name, "weight"))
             if scale is not None:
-                tolerance[_join(name, "weight")] = 2.0**-10 * float(scale.double().abs().max())
-            tolerance[_join(name, "bias")] = 2.0**-7 * float(weight.detach().double().abs().max())
+                spread[_join(name, "weight")] = float(scale.double().abs().max()), 2.0**-10
+            spread[_join(name, "bias")] = float(weight.detach().double().abs().max()), 2.0**-7
     for layer in layers:
-        rows = model.get_parameter(layer.key).detach().double().flatten(1).norm(dim=1)
+        rows = np.sqrt((layer.matrix(model.get_parameter(layer.key)) ** 2).sum(axis=-1))
         for owner in layer.owners:
-            tolerance[_join(owner, "bias")] = 2.0**-7 * float(rows.mean())
-    found = set()
-    for name in tolerance.keys() & stored.keys():
-        tensor = stored[name]
+            spread[_join(owner, layer.parameter.replace("weight", "bias"))] = float(rows.mean()), 2.0**-7
+    half, grid = set(), set()
+    for name in spread.keys() & stored.keys():
+        tensor, (unit, share) = stored[name], spread[name]
         lost = (tensor.half().to(tensor.dtype) - tensor).double().abs()
-        if tensor.is_floating_point() and float(tensor.abs().max()) <= HALF_LIMIT:
-            if float(lost.max()) <= tolerance[name]:
-                found.add(name)
-    return frozenset(found)
+        if tensor.is_floating_point() and float(tensor.abs().max()) <= HALF_LIMIT and float(lost.max()) <= share * unit:
+            half.add(name)
+            if float(tensor.double().max() - tensor.double().min()) <= 16.0 * unit:
+                grid.add(name)
+    return frozenset(half), frozenset(grid)
 
 
-def round_half(values: torch.Tensor) -> torch.Tensor:
-    """Values as binary16 holds them; what is beyond its range becomes its largest number."""
-    return values.clamp(-65504.0, 65504.0).half()
+class VectorStore:
+    """Rounds the values of norms and biases to what the file will hold, and remembers the codes of those on a grid."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.codes: dict[str, tuple[np.ndarray, np.float32]] = {}
+
+    def __call__(self, key: str, values: torch.Tensor) -> torch.Tensor:
+        """The values of the tensor of that name as a reader of the file gets them."""
+        if key not in self.template.half:
+            return values
+        if not self.template.on_grid(key, values.numel()):
+            return values.clamp(-65504.0, 65504.0).half()  # what is beyond the range becomes its largest number
+        codes, step = grid_codes(values.detach().double().cpu().numpy(), self.template.bits)  # numpy has no bfloat16
+        self.codes[key] = codes, step
+        return torch.from_numpy(codes.astype(np.float32) * step).to(values.device)
+
+    def store_rest(self, small: nn.Module) -> None:
+        """Round, in place, what has not been rounded yet, and leave the codes on the model for `records`."""
+        for key, tensor in stored_tensors(small).items():
+            if key not in self.codes:
+                tensor.copy_(self(key, tensor))
+        setattr(small, _ATTRIBUTE, self.codes)
 
 
 def _join(owner: str, name: str) -> str:
@@ -94,10 +144,13 @@ def foldable_norms(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, norm) for name, norm in norms if own(norm)]
 
 
-def records(small: nn.Module, compressed: Mapping[str, Entry], half: Collection[str]) -> list[Entry]:
-    """The records of every stored tensor in the order of the state dict, those of `half` as binary16; a folded norm's
-    statistics are implied.
+def records(
+    small: nn.Module, compressed: Mapping[str, Entry], half: Collection[str], bits: int = HALF_BITS
+) -> list[Entry]:
+    """The records of every stored tensor in the order of the state dict: those of `half` as binary16, or as the codes
+    that a `VectorStore` left on the model, in `bits` bits; a folded norm's statistics are implied.
     """
+    codes: Mapping[str, tuple[np.ndarray, np.float32]] = getattr(small, _ATTRIBUTE, {})
     folded = {name for name, _ in foldable_norms(small)}
     entries = []
     for key, tensor in stored_tensors(small).items():
@@ -107,6 +160,8 @@ def records(small: nn.Module, compressed: Mapping[str, Entry], half: Collection[
         params = {"folded": 1} if owner in folded and field == "weight" else {}
         if key in compressed:
             entries.append(compressed[key])
+        elif key in codes:
+            entries.append(grid_entry(key, *codes[key], bits, params=params))
         elif key in half:
             entries.append(float_entry(key, tensor.float().cpu().numpy(), codec="fp16", params=params))
         else:
@@ -121,15 +176,35 @@ class Template:
     it.
 
     `entries` are the records of all stored tensors in file order (payloads of the right length, not of the right
-    bytes); `keys` maps each layer that can be compressed to its record. dense_bytes: see `layers.dense_file_bytes`;
-    parameters: floating-point values.
+    bytes); `keys` maps each layer that can be compressed to its record; `half` and `grid`: see `vector_keys`; `bits`
+    per value of those on a grid (16: none is). dense_bytes: see `layers.dense_file_bytes`; parameters: floating-point
+    values.
     """
 
     entries: tuple[Entry, ...]
     keys: Mapping[str, str]
     half: frozenset[str]
+    grid: frozenset[str]
     dense_bytes: int
     parameters: int
+    bits: int = HALF_BITS
+
+    def on_grid(self, key: str, count: int) -> bool:
+        """Whether the tensor of that name and size is stored on a grid: where that is shorter than binary16."""
+        return self.bits < HALF_BITS and key in self.grid and grid_size(count, self.bits) < 2 * count
+
+    def at(self, bits: int) -> Template:
+        """The template with that many bits per value of norms and biases."""
+        made = dataclasses.replace(self, bits=bits)
+
+        def entry(e: Entry) -> Entry:
+            if e.name not in self.half:
+                return e
+            if made.on_grid(e.name, e.numel):
+                return Entry(e.name, e.shape, "float32", "packed", bytes(grid_size(e.numel, bits)), "tensor", e.params)
+            return Entry(e.name, e.shape, "float32", "fp16", bytes(2 * e.numel), "none", e.params)
+
+        return dataclasses.replace(made, entries=tuple(map(entry, self.entries)))
 
     def file_bytes(self, choice: Mapping[str, Measured]) -> int:
         """Exact length of the file when each layer (by name) takes the given row of its profile.
@@ -146,6 +221,7 @@ class Template:
             "entries": [[e.name, list(e.shape), e.dtype, e.codec, e.bytes, dict(e.params)] for e in self.entries],
             "keys": dict(self.keys),
             "half": sorted(self.half),
+            "grid": sorted(self.grid),
             "dense_bytes": self.dense_bytes,
             "parameters": self.parameters,
         }
@@ -157,14 +233,25 @@ class Template:
             for name, shape, dtype, codec, length, params in value["entries"]
         ]
         return cls(
-            tuple(entries), dict(value["keys"]), frozenset(value["half"]), value["dense_bytes"], value["parameters"]
+            tuple(entries),
+            dict(value["keys"]),
+            frozenset(value["half"]),
+            frozenset(value["grid"]),
+            value["dense_bytes"],
+            value["parameters"],
         )
 
 
 def _stand_in(entry: Entry, row: Measured) -> Entry:
     """An entry of the length that `row` will have; its bytes are zeros."""
     return Entry(
-        entry.name, entry.shape, entry.dtype, row.codec, bytes(row.bytes), row.step, {"option": str(row.option)}
+        entry.name,
+        entry.shape,
+        entry.dtype,
+        row.codec,
+        bytes(row.bytes),
+        row.step,
+        {**entry.params, "option": str(row.option)},
     )
 
 
@@ -173,14 +260,21 @@ def make_template(model: nn.Module, layers: Layers) -> Template:
     small = copy.deepcopy(model).eval()
     with torch.no_grad():
         fold_norms(small)
-    half = half_keys(model, layers)
+    half, grid = vector_keys(model, layers)
     keys = {layer.name: layer.key for layer in layers}
     dense = {
-        layer.key: Entry(layer.key, layer.shape, "float32", "raw", bytes(4 * layer.size), params={"option": "dense"})
+        layer.key: Entry(
+            layer.key,
+            layer.stored_shape,
+            "float32",
+            "raw",
+            bytes(4 * layer.size),
+            params={"option": "dense", **layer.params},
+        )
         for layer in layers
     }
     entries = [
         Entry(e.name, e.shape, e.dtype, e.codec, bytes(e.bytes), e.step, e.params) for e in records(small, dense, half)
     ]
     parameters = sum(t.numel() for t in stored_tensors(model).values() if t.is_floating_point())
-    return Template(tuple(entries), keys, half, dense_file_bytes(model), parameters)
+    return Template(tuple(entries), keys, half, grid, dense_file_bytes(model), parameters)

@@ -16,13 +16,13 @@ from torch import nn
 from autocompress.applying import encoded_of
 from autocompress.errors import AutocompressError, BudgetError, MismatchError
 from autocompress.files import atomic_path
-from autocompress.layers import stored_tensors
+from autocompress.layers import stored_tensors, swap, swapped_shape
 from autocompress.packed import fixed_width, pack, packable
 from autocompress.records import foldable_norms
 from autocompress.storage import Entry, FormatError, file_size, read, write
 from autocompress.types import Plan
 
-__all__ = ["OutputError", "SaveInfo", "fill", "load", "save", "state_dict_of", "unpack", "write_text"]
+__all__ = ["OutputError", "SaveInfo", "fill", "load", "save", "state_dict_of", "swap_groups", "unpack", "write_text"]
 
 
 class OutputError(AutocompressError):
@@ -55,7 +55,7 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
             f"the file would have {size:,} bytes, the budget is {plan.budget_bytes:,}; "
             "make the plan again for this model"
         )
-    _check_unchanged(small, {e.name: e.dequantise() for e in encoded.entries})
+    _check_unchanged(small, {e.name: _values(e) for e in encoded.entries})
     try:
         info = write(path, encoded.entries)
     except OSError as error:
@@ -85,6 +85,23 @@ def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None
             )
 
 
+def _values(entry: Entry) -> np.ndarray:
+    """A tensor of a file as the model has it: a weight that is stored rows first has its own layout again."""
+    values = entry.dequantise().reshape(entry.shape)
+    groups = swap_groups(entry)
+    return swap(values, groups) if groups else values
+
+
+def swap_groups(entry: Entry) -> int:
+    """The groups within which the first two dimensions are exchanged, 0 where they are not. Raises FormatError."""
+    groups = entry.params.get("swapped", 0)
+    if not isinstance(groups, int) or groups < 0:
+        raise FormatError(f"entry {entry.name!r}: its dimensions are exchanged in {groups!r} groups")
+    if groups and (len(entry.shape) < 2 or entry.shape[0] % groups):
+        raise FormatError(f"entry {entry.name!r}: {groups} groups do not divide the shape {entry.shape}")
+    return groups
+
+
 def state_dict_of(archive: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
     """Every tensor of a file (an `Archive`, or its entries by name); the running statistics of folded norms, which it
     only implies, are 0 and 1.
@@ -93,8 +110,8 @@ def state_dict_of(archive: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
     """
     out: dict[str, torch.Tensor] = {}
     for name, entry in archive.items():
-        values = entry.dequantise()
-        out[name] = torch.from_numpy(np.array(values, copy=True)).reshape(entry.shape)
+        values = _values(entry)
+        out[name] = torch.from_numpy(np.array(values, copy=True)).reshape(values.shape)
         if entry.params.get("folded"):
             owner = name.removesuffix("weight")
             out[f"{owner}running_mean"] = torch.zeros(entry.shape)
@@ -113,7 +130,8 @@ def load(
     dict.
 
     packed=True: weights stay in memory as the file holds them, and each is decoded whenever its layer runs (see
-    `packed.pack`); outputs are the same, bit for bit. packed="bits": with a fixed number of bits per code instead,
+    `packed.pack`); outputs are the same, bit for bit. Weights of RNN, LSTM and GRU modules are dense all the same,
+    as torch keeps a list of its own of them. packed="bits": with a fixed number of bits per code instead,
     which takes more memory and decodes about ten times as fast. The whole file is checked before the model is touched.
     Raises FormatError for a damaged file, MismatchError, naming what differs, for another architecture.
     """
@@ -125,7 +143,7 @@ def load(
             for entry in entries.values():
                 entry.dequantise()  # one at a time: what is damaged shows before the model is touched
             _check_shapes(model, _shapes(entries), str(path))
-            weights = {name: entry for name, entry in entries.items() if packable(entry)}
+            weights = {name: entry for name, entry in entries.items() if packable(entry, model)}
             if packed == "bits":
                 weights = {name: fixed_width(entry) for name, entry in weights.items()}
             others = state_dict_of({name: entry for name, entry in entries.items() if name not in weights})
@@ -159,7 +177,8 @@ def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a file, with the implied statistics of folded norms."""
     shapes = {}
     for name, entry in entries.items():
-        shapes[name] = entry.shape
+        groups = swap_groups(entry)
+        shapes[name] = swapped_shape(entry.shape, groups) if groups else entry.shape
         if entry.params.get("folded"):
             owner = name.removesuffix("weight")
             shapes |= {f"{owner}running_mean": entry.shape, f"{owner}running_var": entry.shape}

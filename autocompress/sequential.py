@@ -25,11 +25,13 @@ from autocompress.batches import (
     split_batches,
 )
 from autocompress.calibration import Collector
-from autocompress.compressors import LayerProblem, Measured, Realised, compressor_of, measured_weights
+from autocompress.compressors import LayerProblem, Measured, compressor_of, measure, realise
 from autocompress.correcting import Moments, correct_statistics, dense_moments
 from autocompress.errors import CalibrationError
-from autocompress.layers import Layer
+from autocompress.inputs import slow_attention
+from autocompress.layers import CONVOLUTIONS, TRANSPOSED, Layer
 from autocompress.profiling import Profile
+from autocompress.records import VectorStore
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
 
@@ -59,18 +61,21 @@ def apply_sequentially(
     layers in another order than the dense one. Source: OBC, arXiv 2208.11580 (sequential mode, refit to dense outputs).
     """
     check_plan(model, plan, profile)
+    profile = profile.with_vectors(plan.vector_bits)
     fit = split_batches(materialise(batches), seed=seed)[0]
     pieces = [piece for batch in fit for piece in chunk_batch(batch, PASS_SAMPLES)]
     data = join_batches(fit, CORRECTION_SAMPLES)
     with evaluating(model):
         moments = dense_moments(model, [o for x in profile.layers.values() for o in x.layer.owners], data)
-        steps = _steps(model, [x.layer for x in profile.layers.values() if x.reached], pieces[0])
+        steps = _steps(
+            model, [x.layer for x in profile.layers.values() if x.reached and _linear(model, x.layer)], pieces[0]
+        )
     rows = {name: profile.layers[name].row(option) for name, option in plan.layers.items()}
     planned = sum(row.bytes for row in rows.values())
     allowance = (planned + plan.budget_bytes - plan.predicted_bytes) / max(planned, 1)
     untouched = {n: o for n, o in plan.layers.items() if not any(n == x.name for step in steps for x in step.layers)}
     done = realise_layers(model, profile, untouched)
-    small = with_weights(model, profile, {}, None)
+    small = with_weights(model, profile, {n: r.weight() for n, r in done.items()}, None)
     targets = _Targets(model, steps, pieces)
     room = 0.0
     for number, step in enumerate(steps):
@@ -83,12 +88,15 @@ def apply_sequentially(
                 # The header depends on all names, so that it has to be asked for the whole file.
                 return row.bytes <= room and profile.template.file_bytes({**rows, name: row}) <= plan.budget_bytes
 
-            found = next((pair for pair in _candidates(problem, plan.layers[name]) if fits(pair[0])), None)
-            # The planned row itself always fits: the file has had room for it all the way.
-            planned_one = {name: plan.layers[name]}
-            rows[name], done[name] = found or (rows[name], realise_layers(model, profile, planned_one)[name])
+            found = next((row for row in _candidates(problem, plan.layers[name]) if fits(row)), None)
+            if found is not None:
+                rows[name], done[name] = found, realise(problem, found.option)
+            else:  # The planned weight itself always fits: the file has had room for it all the way.
+                done |= realise_layers(model, profile, {name: plan.layers[name]})
             room -= rows[name].bytes
-            _set_weight(small, name, done[name])
+            layer = profile.layers[name].layer
+            with torch.no_grad():
+                small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(done[name].weight())))
         if progress is not None:
             progress(number + 1, len(steps))
     small = with_weights(model, profile, {n: done[n].weight() for n in profile.layers}, data, moments)
@@ -114,7 +122,7 @@ def _correct_until(
     handles = [small.get_submodule(owner).register_forward_pre_hook(stop) for owner in step.owners]
     everywhere = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
     try:
-        correct_statistics(model, small, everywhere, data, profile.template.half, moments)
+        correct_statistics(model, small, everywhere, data, VectorStore(profile.template), moments)
     except _Reached:
         pass
     finally:
@@ -122,10 +130,12 @@ def _correct_until(
             handle.remove()
 
 
-def _set_weight(small: nn.Module, name: str, found: Realised) -> None:
-    target: Any = small.get_submodule(name).weight
-    with torch.no_grad():
-        target.copy_(torch.from_numpy(found.weight()).reshape(target.shape))
+def _linear(model: nn.Module, layer: Layer) -> bool:
+    """Whether the layer's modules put out what its weight makes of their input. Those of tables, recurrence and
+    attention do not, so that these keep the weights that the plan gives them.
+    """
+    modules = [model.get_submodule(owner) for owner in layer.owners]
+    return layer.parameter == "weight" and all(isinstance(m, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)) for m in modules)
 
 
 def neighbours(option: Option) -> list[Option]:
@@ -153,18 +163,17 @@ def _rounded(value: float, digits: int) -> float:
     return float(f"{value:.{digits}g}")  # short names: they stand in the file's header
 
 
-def _candidates(problem: LayerProblem, option: Option) -> list[tuple[Measured, Realised]]:
+def _candidates(problem: LayerProblem, option: Option) -> list[Measured]:
     """The option and its neighbours on this problem, least error first."""
     groups: dict[float, list[Option]] = {}
     for near in neighbours(option):
         groups.setdefault(near.sparsity, []).append(near)
     compressor = compressor_of(option)[1]
     with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
-        if compressor.needs_data(option):
+        if compressor.needs_data(option) and option.structure == Option(sparsity=option.sparsity):
             problem.trace()  # once, before the threads
-        parts = pool.map(lambda group: measured_weights(compressor, problem, group), groups.values())
-        found = [pair for part in parts for pair in part]
-    return sorted(found, key=lambda pair: (pair[0].error, pair[0].bytes, str(pair[0].option)))
+        parts = list(pool.map(lambda group: measure(compressor, problem, group), groups.values()))
+    return sorted((row for part in parts for row in part), key=lambda row: (row.error, row.bytes, str(row.option)))
 
 
 @dataclass(frozen=True)
@@ -257,7 +266,7 @@ def _calls(
 
         handles.append(model.get_submodule(owner).register_forward_hook(hook, with_kwargs=True))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), slow_attention():
             feed(model, batch)
     except _Reached:
         pass
@@ -309,5 +318,5 @@ def _problems(
         weight = layer.matrix(model.get_parameter(layer.key))
         cross = moments[layer.name] * (2.0 / samples)
         moved = [np.linalg.solve(h, c.T).T for h, c in zip(hessian, cross, strict=True)]
-        problems.append(LayerProblem(layer.name, layer.shape, weight + np.stack(moved), hessian))
+        problems.append(LayerProblem(layer.name, layer.stored_shape, weight + np.stack(moved), hessian))
     return problems

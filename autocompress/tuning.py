@@ -14,10 +14,11 @@ from torch import nn
 
 from autocompress.applying import carrying, encoded_of
 from autocompress.batches import chunk_batch, evaluating, feed
+from autocompress.inputs import slow_attention
 from autocompress.layers import CONVOLUTIONS
 from autocompress.measuring import Context, class_axis, logits
-from autocompress.records import SCALED, round_half
-from autocompress.storage import Entry, float_entry, step_bytes
+from autocompress.records import SCALED
+from autocompress.storage import Entry, float_entry, grid_codes, grid_entry, step_bytes
 
 __all__ = ["tune"]
 
@@ -57,7 +58,7 @@ def tune(
     order: list[int] = []
     pieces = context.pieces("fit")
     names = _watched(tuned, values)
-    with evaluating(dense), _scaled(tuned, scales):
+    with evaluating(dense), slow_attention(), _scaled(tuned, scales):
         for p in moving:
             p.requires_grad_(True)
         for step in range(steps):
@@ -191,16 +192,23 @@ def _stored(
     """The tuned model with every value as its record holds it, and the new records."""
     found = dict(entries)
     for name, tensor in values.items():
-        entry = entries[name]
-        if entry.codec == "fp16":
-            tensor.copy_(round_half(tensor))
-        found[name] = float_entry(name, tensor.cpu().numpy(), codec=entry.codec, params=entry.params)
+        found[name] = _rounded(entries[name], tensor.cpu().numpy(), encoded.plan.vector_bits)
+        tensor.copy_(torch.from_numpy(np.ascontiguousarray(found[name].dequantise())))
     for owner, scale in scales.items():
         weight: Any = tuned.get_submodule(owner).weight
         name = f"{owner}.weight" if owner else "weight"
         found[name] = _rescaled(entries[name], scale.detach().cpu().numpy())
         weight.copy_(torch.from_numpy(np.ascontiguousarray(found[name].dequantise())).reshape(weight.shape))
     return carrying(tuned, [found[entry.name] for entry in encoded.entries], encoded.plan)
+
+
+def _rounded(entry: Entry, values: np.ndarray, bits: int) -> Entry:
+    """The entry with other values, stored as its own were: on a grid of that many bits, or as floats."""
+    if entry.step == "tensor":
+        return grid_entry(entry.name, *grid_codes(values, bits), bits, params=entry.params)
+    if entry.codec == "fp16":
+        values = values.clip(-65504.0, 65504.0)
+    return float_entry(entry.name, values, codec=entry.codec, params=entry.params)
 
 
 def _rescaled(entry: Entry, scale: np.ndarray) -> Entry:

@@ -28,9 +28,10 @@ def _number(value: float) -> str:
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _OPTION = re.compile(
     rf"(?:rd\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
-    rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)|blk(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
-    rf"|k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+)|ch(?P<channels>{_NUM}))?"
-    r"(?:w(?P<bits>\d+)(?:g(?P<group>\d+))?)?"
+    rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
+    rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
+    rf"|k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+)|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
+    r"(?:w(?P<bits>\d+)(?:(?P<tensor>t)|g(?P<group>\d+))?(?P<asymmetric>a)?(?P<minmax>m)?|fp(?P<float>8|16))?"
 )
 
 
@@ -38,16 +39,27 @@ _OPTION = re.compile(
 class Option:
     """What may happen to one layer: a structure (what is kept) and a representation of the values that are kept.
 
-    Structure, at most one: `sparsity` in percent of the weights of the layer (`s75`); `nm` = (zeros, group) as in
-    `2:4`; `block` weights at a time with `sparsity` percent gone (`blk4@50`); `rank` (`rank32`), with `groups` channel
-    groups (`k4r12`); `channels` percent of the input channels gone (`ch50`).
-    Values, at most one: `bits` per weight, with a scale per output row or per `group` weights (`w4`, `w4g128`);
-    rate-distortion codes `rd(step,lam)` with the step in units of the layer's root mean square weight and lam the price
-    of a bit in units of the mean error of a step (see `autocompress.obs.rd`); half precision (`fp16`); otherwise
-    float32 (`dense`). Raises OptionError where that does not hold.
+    Structure, at most one; percentages are of what goes:
+      `s75`      `sparsity`: 75% of the layer's weights
+      `2:4`      `nm` = (kept, group): of 4 consecutive input channels at one kernel position, at most 2 are kept
+      `blk4@50`  `block` weights at a time, along the input channels as above, `sparsity` percent of all weights;
+                 `blk2x4@50`: the same for `block_rows` = 2 consecutive outputs at once
+      `ch50`     `channels`: whole input channels;  `out50`  `out`: whole output channels
+      `rank32`   `rank`;  `k4r12`: with `groups` channel groups
+    Values, at most one:
+      `w4`       `bits`: uniform grid of 2^bits levels, symmetric around 0 (codes -8 ... 7; `w1`: -1 and 1), one scale
+                 per output row, found by its error. Suffixes, in this order: `t` one scale for the layer, or `g128` one
+                 for each `group` = 128 consecutive weights of a row (over input channels and kernel positions, as they
+                 are stored); `a` `asymmetric`: the range need not be symmetric, but holds 0 (`w1a`: 0 and one other
+                 value); `m` `minmax`: the range of the weights as it is, not searched. `w4g128am` has all.
+      `fp16`     `half`: binary16;  `fp8`: e4m3 times a scale per output row
+      `rd(0.25,0.1)`  rate-distortion codes, before the structure: `step` in units of the layer's root mean square
+                 weight, `lam` the price of a bit in units of the mean error of a step (see `obs.rate_distortion_cells`)
+    Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
+    does not hold.
 
-    >>> str(Option(sparsity=75, bits=4)), Option.parse("rd(0.031,0.2)s60").lam
-    ('s75w4', 0.2)
+    >>> str(Option(sparsity=75, bits=4)), Option.parse("rd(0.031,0.2)s60").lam, str(Option.parse("2:4w8g64a").structure)
+    ('s75w4', 0.2, '2:4')
     """
 
     sparsity: float = 0.0
@@ -61,41 +73,62 @@ class Option:
     step: float | None = None
     lam: float | None = None
     half: bool = False
+    block_rows: int = 1
+    out: float | None = None
+    per_tensor: bool = False
+    asymmetric: bool = False
+    minmax: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         self._validate(str(self))
 
     def __str__(self) -> str:
-        if self.half:
-            return "fp16"
         text = f"rd({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
         if self.nm is not None:
             text += f"{self.nm[0]}:{self.nm[1]}"
         elif self.block is not None:
-            text += f"blk{self.block}@{_number(self.sparsity)}"
+            rows = f"{self.block_rows}x" if self.block_rows != 1 else ""
+            text += f"blk{rows}{self.block}@{_number(self.sparsity)}"
         elif self.groups is not None:
             text += f"k{self.groups}r{self.rank}"
         elif self.rank is not None:
             text += f"rank{self.rank}"
         elif self.channels is not None:
             text += f"ch{_number(self.channels)}"
+        elif self.out is not None:
+            text += f"out{_number(self.out)}"
         elif self.sparsity:
             text += f"s{_number(self.sparsity)}"
         if self.bits is not None:
-            text += f"w{self.bits}" + (f"g{self.group}" if self.group is not None else "")
+            text += f"w{self.bits}" + ("t" if self.per_tensor else "" if self.group is None else f"g{self.group}")
+            text += "a" * self.asymmetric + "m" * self.minmax
+        text += "fp16" * self.half + "fp8" * self.fp8
         return text or "dense"
 
     @property
     def is_dense(self) -> bool:
         return self == DENSE
 
+    @property
+    def structure(self) -> Option:
+        """What is kept, alone: the option without its representation of values."""
+        return Option(
+            sparsity=self.sparsity,
+            nm=self.nm,
+            block=self.block,
+            rank=self.rank,
+            groups=self.groups,
+            channels=self.channels,
+            block_rows=self.block_rows,
+            out=self.out,
+        )
+
     @classmethod
     def parse(cls, text: str) -> Option:
         """Inverse of `str`. Raises OptionError, naming the text, if it is not the name of an option."""
         if text == "dense":
             return DENSE
-        if text == "fp16":
-            return cls(half=True)
         match = _OPTION.fullmatch(text)
         if not text or match is None:
             raise OptionError(
@@ -121,6 +154,13 @@ class Option:
             group=integer("group"),
             step=number("step"),
             lam=number("lam"),
+            half=got["float"] == "16",
+            block_rows=int(got["block_rows"] or "1"),
+            out=number("out"),
+            per_tensor=got["tensor"] is not None,
+            asymmetric=got["asymmetric"] is not None,
+            minmax=got["minmax"] is not None,
+            fp8=got["float"] == "8",
         )
 
     def _validate(self, text: str) -> None:
@@ -128,22 +168,34 @@ class Option:
             if not condition:
                 raise OptionError(f"option {text!r}: {what}")
 
-        structures = [self.nm, self.rank, self.channels, self.sparsity or None if self.block is None else self.block]
+        structures = [
+            self.nm,
+            self.rank,
+            self.channels,
+            self.out,
+            self.sparsity or None if self.block is None else self.block,
+        ]
         need(
-            sum(value is not None for value in structures) <= 1, "at most one structure: s, N:M, blk, rank, k..r or ch"
+            sum(value is not None for value in structures) <= 1,
+            "at most one structure: s, N:M, blk, rank, k..r, ch or out",
         )
+        values = [self.bits is not None, self.step is not None, self.half, self.fp8]
+        need(sum(values) <= 1, "at most one representation of the values: w, rd, fp16 or fp8")
         need(self.groups is None or self.rank is not None, "channel groups need a rank, as in k4r12")
         need(self.bits is not None or self.group is None, "a group of scales needs bits, as in w4g128")
+        grid = self.per_tensor or self.asymmetric or self.minmax
+        need(self.bits is not None or not grid, "per_tensor, asymmetric and minmax need bits, as in w4tam")
+        need(self.group is None or not self.per_tensor, "one scale per tensor and one per group exclude each other")
+        need(self.block is not None or self.block_rows == 1, "rows of a block need its columns, as in blk2x4@50")
         need((self.step is None) == (self.lam is None), "rate-distortion codes need both numbers, as in rd(0.25,0.1)")
-        need(not self.half or dataclasses.replace(self, half=False) == DENSE, "fp16 goes with nothing else")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
+        need(self.out is None or 0 <= self.out < 100, "out must be at least 0 and below 100 percent")
         need(self.bits is None or 1 <= self.bits <= 8, f"{self.bits} bits, needed 1 to 8")
         need(self.step is None or 0 < self.step < math.inf, f"step is {self.step}, needed a positive number")
         need(self.lam is None or 0 <= self.lam < math.inf, f"lam is {self.lam}, needed a number that is not negative")
-        need(self.step is None or self.bits is None, "rate-distortion codes and fixed bits exclude each other")
         need(self.nm is None or 0 < self.nm[0] < self.nm[1], "N:M needs 0 < N < M")
-        for name in ("block", "rank", "groups", "group"):
+        for name in ("block", "block_rows", "rank", "groups", "group"):
             value = getattr(self, name)
             need(value is None or value >= 1, f"{name} is {value}, needed at least 1")
 
@@ -278,7 +330,7 @@ def _whole(value: float, text: object) -> int:
     return math.floor(value)
 
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -292,7 +344,7 @@ class Plan:
     `realised` is empty unless sequential mode compressed the layers anew: {layer: {"bytes": ..., "error": ...}} of what
     it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan it began from.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
-    `fingerprint` names the profile.
+    `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """
 
     layers: Mapping[str, Option]
@@ -306,6 +358,7 @@ class Plan:
     gap: float
     fingerprint: str
     seed: int = 0
+    vector_bits: int = 16
     measured: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     realised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -346,7 +399,7 @@ class Plan:
             body["realised"] = {
                 k: {"bytes": int(v["bytes"]), "error": float(v["error"])} for k, v in body.get("realised", {}).items()
             }
-            for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed"):
+            for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed", "vector_bits"):
                 if type(body.get(name)) is not int:
                     raise MismatchError(f"this is not a plan: {name} is {body.get(name)!r}, needed a whole number")
             return cls(**body)

@@ -139,8 +139,9 @@ def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
             if "option" in entry.params:  # any other tensor, a mask say, may well hold infinities
                 if not np.isfinite(tensor).all():
                     return [Check("contents", False, f"{name} holds weights that are NaN or infinite")]
-                options[name.rpartition(".")[0]] = str(entry.params["option"])
-                sizes[name.rpartition(".")[0]] = entry.bytes
+                owner, _, field = name.rpartition(".")
+                layer = owner if field == "weight" else name
+                options[layer], sizes[layer] = str(entry.params["option"]), entry.bytes
     except FormatError as error:
         return [Check("contents", False, str(error))]
     wanted = {name: str(option) for name, option in plan.layers.items()}

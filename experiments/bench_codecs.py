@@ -1,7 +1,8 @@
 """Bytes and speed of the entropy coder beside NNCodec's DeepCABAC, zstd -19, order-0 entropy and the plain codecs.
 
     python experiments/bench_codecs.py                                     # rounded weights of the real networks
-    python experiments/bench_codecs.py --archives runs/*/model.acz         # the codes of real plans as well
+    python experiments/bench_codecs.py --only-archives --archives runs/budgets_cifar10/*/seed0/*/model.acz \
+        --out experiments/results/bench_codecs_plans.csv                   # the codes of real plans
     python experiments/bench_codecs.py --nncodec-python /path/to/python    # a Python that has nncodec
 
 Weights are read from AUTOCOMPRESS_DATA and rounded to a step per layer (a share of its standard deviation) such that
@@ -91,14 +92,16 @@ def rounded(weights: Sequence[np.ndarray], bits_per_weight: float) -> list[np.nd
     return codes
 
 
-def sources(archives: Sequence[str]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yield (name, integer tensors): the networks at every target, then the weight entries of archives."""
+def sources(archives: Sequence[str], networks: Sequence[str]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Yield (name, integer tensors): the networks at every target, then the weight entries of archives, which are named
+    by their folders.
+    """
     from safetensors.numpy import load_file
 
     from autocompress.storage import read
 
     data = os.environ.get("AUTOCOMPRESS_DATA")
-    for network in NETWORKS:
+    for network in networks:
         path = Path(data or "") / f"{network}.safetensors"
         if data is None or not path.exists():
             sys.stderr.write(f"{network}: AUTOCOMPRESS_DATA has no such file, left out\n")
@@ -108,7 +111,8 @@ def sources(archives: Sequence[str]) -> Iterator[tuple[str, list[np.ndarray]]]:
             yield f"{network} rounded at {target}", rounded(weights, target)
     for archive in archives:
         with read(archive) as opened:
-            yield f"{archive}", [entry.codes() for entry in opened.values() if entry.step != "none"]
+            layers = [e for e in opened.values() if "option" in e.params and e.step != "none"]
+            yield " ".join(Path(archive).resolve().parts[-4:-1]), [entry.codes() for entry in layers]
 
 
 def size_row(name: str, tensors: list[np.ndarray], python: str | None) -> dict[str, object]:
@@ -185,11 +189,13 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archives", nargs="*", default=[])
+    parser.add_argument("--only-archives", action="store_true", help="no rounded networks and no speeds")
     parser.add_argument("--nncodec-python", default=None, help="a Python interpreter that has nncodec")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "bench_codecs.csv")
     options = parser.parse_args()
-    rows = [size_row(name, tensors, options.nncodec_python) for name, tensors in sources(options.archives)]
-    rows += speed_rows()
+    networks = () if options.only_archives else NETWORKS
+    rows = [size_row(name, tensors, options.nncodec_python) for name, tensors in sources(options.archives, networks)]
+    rows += () if options.only_archives else speed_rows()
     table = pd.DataFrame([{**row, **machine()} for row in rows]).reindex(columns=list(COLUMNS))
     table = table.convert_dtypes().sort_values(["source", "order0_bpw"], kind="stable")
     options.out.parent.mkdir(parents=True, exist_ok=True)

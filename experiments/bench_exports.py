@@ -97,7 +97,7 @@ def network(name: str) -> tuple[nn.Module, torch.Tensor]:
 def rounded(model: nn.Module, option: str, path: Path) -> Path:
     """A file with every layer rounded to the option's grid."""
     from autocompress.layers import find_layers
-    from autocompress.records import fold_norms, half_keys, records
+    from autocompress.records import fold_norms, records, vector_keys
     from autocompress.storage import weight_entry, write
     from autocompress.types import Option
 
@@ -122,7 +122,7 @@ def rounded(model: nn.Module, option: str, path: Path) -> Path:
             entry = weight_entry(layer.key, codes, step, params={"option": option})
             entries[layer.key] = entry
             small.get_parameter(layer.key).copy_(torch.from_numpy(entry.dequantise()).reshape(layer.shape))
-        write(path, records(small, entries, half_keys(model, layers)))
+        write(path, records(small, entries, vector_keys(model, layers)[0]))
     return path
 
 

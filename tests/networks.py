@@ -55,6 +55,44 @@ class ConvNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class Kinds(nn.Module):
+    """Every kind of layer: a table that is the head too, a bag, attention, recurrence, a cell, grouped transposed
+    convolutions, and a layer that nothing calls. Takes tokens (N, T).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.topic = nn.Embedding(24, 16), nn.EmbeddingBag(24, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.lstm = nn.LSTM(16, 12, 2, batch_first=True, bidirectional=True, proj_size=8)
+        self.cell = nn.GRUCell(16, 16)
+        self.up = nn.ConvTranspose1d(16, 12, 3, stride=2, padding=1, groups=2)
+        self.down = nn.ConvTranspose2d(12, 16, (1, 2))
+        self.spare = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 24)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.words(tokens) + self.topic(tokens)[:, None]
+        x = self.encoder(x)
+        x = x + self.lstm(x)[0]
+        y = torch.relu(self.down(torch.relu(self.up(x.transpose(1, 2)))[:, :, None]))
+        return self.head(self.cell(y.mean((2, 3)), x.mean(1)))
+
+
+KINDS = (
+    "words topic encoder.self_attn.in_proj_weight encoder.self_attn.out_proj encoder.linear1 encoder.linear2 "
+    "lstm.weight_ih_l0 lstm.weight_hh_l0 lstm.weight_hr_l0 lstm.weight_ih_l0_reverse lstm.weight_hh_l0_reverse "
+    "lstm.weight_hr_l0_reverse lstm.weight_ih_l1 lstm.weight_hh_l1 lstm.weight_hr_l1 lstm.weight_ih_l1_reverse "
+    "lstm.weight_hh_l1_reverse lstm.weight_hr_l1_reverse cell.weight_ih cell.weight_hh up down spare"
+).split()
+
+
+def kinds() -> tuple[nn.Module, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return seeded(Kinds), [torch.randint(0, 22, (8, 6), generator=generator) for _ in range(5)]
+
+
 def convnet(seed: int = 0) -> nn.Module:
     return seeded(ConvNet, seed)
 

@@ -22,6 +22,7 @@ ORDER = [
     "digits",
     "batches",
     "layers",
+    "inputs",
     "calibration",
     "storage",
     "costs",

@@ -74,6 +74,21 @@ def test_json_goes_to_stdout_and_progress_to_stderr(done: Path, tmp_path: Path) 
         assert words in human
 
 
+def test_options_by_name_and_by_family(done: Path, tmp_path: Path) -> None:
+    task, out = done / "task.py", tmp_path / "out"
+    arguments = ("compress", task, "--budget", "2.2x", "--out", out, "--effort", "fast", "--options")
+    dry = call(*arguments, "int8,nm rd(0.5,0.1)2:4", "--dry-run", "--json")
+    assert json.loads(dry.out)["options_per_layer"] == 17
+    assert call(*arguments, "int8, 2:4fp16 blk4@50w4g8").code == 0
+    options = set(json.loads((out / "plan.json").read_text())["layers"].values())
+    assert options <= {"dense", "w8", "w8t", "w8a", "2:4fp16", "blk4@50w4g8"}
+    assert call("verify", out).code == 0
+    words = call(*arguments, "int9").refused(2)
+    assert "'int9' is not an option" in words
+    assert "families of options are default, int8, int4g128" in words
+    assert "no compressor realises 'rank8'" in call("profile", task, "--store", out, "--options", "rank8").refused(2)
+
+
 def test_a_dry_run_writes_nothing(done: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     outcome = call("compress", done / "task.py", "--budget", "4x", "--out", target, "--dry-run", "--json")

@@ -12,24 +12,32 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from autocompress import obs
 from autocompress.compressors import (
     COMPRESSORS,
+    FAMILIES,
     LayerProblem,
     Realised,
     compressor_of,
     default_options,
+    named_options,
     profile_layer,
     realise,
 )
 from autocompress.errors import OptionError
-from autocompress.storage import serialise
+from autocompress.storage import E4M3, serialise
 from autocompress.types import DENSE, Option
 
 OPTIONS = [
     Option.parse(name)
-    for name in ("dense fp16 w2 w3 w4 w8 s50w4 s90w2 s100w4 w4g8 s75 2:4 2:4w4 blk4@50w4 rank2w8 k2r2w8 ch50w4 "
-    "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100").split()
-]  # fmt: skip
+    for name in (
+        "dense fp16 w2 w3 w4 w8 s50w4 s90w2 s100w4 rank2w8 k2r2w8 "
+        "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100 rd(0.5,0.3)2:4 "
+        "s75 s75fp16 s100 2:4 1:4fp16 3:5 2:4w4 4:8w4a blk4@50 blk4@50w4 blk2x4@50fp16 blk3x2@70w3g5 ch50 ch50w4 "
+        "out50 out50w4t w4g8 w1 w1a w1t w1g4 s50w1 w2a w3a w8a w4t w4m w8m w4am w4ta w4tm w2g5 w4g4a w3g32am w4g1000 "
+        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8"
+    ).split()
+]
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
 
 
@@ -132,35 +140,35 @@ def test_no_option_belongs_to_two_compressors_and_the_default_ones_to_one() -> N
 
 
 def test_an_option_that_nobody_offers_is_refused_by_name() -> None:
-    with pytest.raises(OptionError, match=r"no compressor realises 'blk4@50'; there are plain, obc, rd"):
-        compressor_of(Option.parse("blk4@50"))
+    with pytest.raises(OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"):
+        compressor_of(Option.parse("rank2w8"))
 
 
-@pytest.mark.parametrize("case", PROBLEMS)
 @pytest.mark.parametrize(("name", "option"), OFFERED)
-def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option, case: str) -> None:
-    p = PROBLEMS[case]()
-    rows, order, losses, energy = profile_layer(p, [option])
-    np.testing.assert_allclose(energy, reference_error(p, np.zeros_like(p.weight)), rtol=1e-9)
-    again = realised(name, PROBLEMS[case](), option)
-    if again is None:  # allowed where a float format cannot hold the weights, for nothing else
-        assert rows == []
-        assert np.abs(p.weight).max() > np.finfo(np.float16).max
-        return
-    (row,) = rows
-    entry = again.entry("layer.weight", option)
-    stored = entry.dequantise()
-    assert stored.shape == p.shape
-    assert stored.dtype == np.float32
-    np.testing.assert_array_equal(stored, again.weight())
-    assert abs(row.error - reference_error(p, stored)) <= 1e-4 * row.error + FLOOR * energy
-    assert row.bytes == entry.bytes == len(entry.payload) == again.bytes()
-    assert (row.codec, row.step) == (entry.codec, entry.step)
-    assert len(serialise([entry])) > row.bytes
-    # Handed the trace of the profile, as `apply` is, the same weight comes out bit for bit.
-    told = LayerProblem(p.name, p.shape, p.weight, p.hessian, order, losses)
-    np.testing.assert_array_equal(realise(told, option).weight(), stored)
-    assert realise(told, option).entry("layer.weight", option) == entry
+def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option) -> None:
+    for case, make in PROBLEMS.items():
+        p = make()
+        rows, order, losses, energy = profile_layer(p, [option])
+        np.testing.assert_allclose(energy, reference_error(p, np.zeros_like(p.weight)), rtol=1e-9)
+        again = realised(name, make(), option)
+        if again is None:  # allowed where a float format cannot hold the weights, for nothing else
+            assert rows == []
+            assert np.abs(p.weight).max() > np.finfo(np.float16).max
+            continue
+        (row,) = rows
+        entry = again.entry("layer.weight", option)
+        stored = entry.dequantise()
+        assert stored.shape == p.shape
+        assert stored.dtype == np.float32
+        np.testing.assert_array_equal(stored, again.weight())
+        assert abs(row.error - reference_error(p, stored)) <= 1e-4 * row.error + FLOOR * energy, case
+        assert row.bytes == entry.bytes == len(entry.payload) == again.bytes()
+        assert (row.codec, row.step) == (entry.codec, entry.step)
+        assert len(serialise([entry])) > row.bytes
+        # Handed the trace of the profile, as `apply` is, the same weight comes out bit for bit.
+        told = LayerProblem(p.name, p.shape, p.weight, p.hessian, order, losses)
+        np.testing.assert_array_equal(realise(told, option).weight(), stored)
+        assert realise(told, option).entry("layer.weight", option) == entry
 
 
 @pytest.mark.parametrize("case", ["random", "rank 2", "grouped kernel", "zero row", "1e-20"])
@@ -178,40 +186,66 @@ def test_options_do_not_influence_each_other(name: str, case: str) -> None:
                 assert found.entry("w", option) == expected.entry("w", option)
 
 
-@pytest.mark.parametrize("case", PROBLEMS)
 @pytest.mark.parametrize(("name", "option"), OFFERED)
-def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Option, case: str) -> None:
+def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Option) -> None:
     """All zeros is a choice that every grid has; nothing may be worse than it by more than 5 percent."""
-    p = PROBLEMS[case]()
-    found = realised(name, p, option)
-    if found is not None:
-        assert p.error(found.weight()) <= 1.05 * p.energy + FLOOR * p.energy
+    for case, make in PROBLEMS.items():
+        p = make()
+        found = realised(name, p, option)
+        if found is not None and option.bits != 1:  # between -1 and 1 there is no zero, and {0, 1} has one sign only
+            assert p.error(found.weight()) <= 1.05 * p.energy + FLOOR * p.energy, case
 
 
-QUANTISED = [pytest.param(*param.values, id=param.id) for param in OFFERED if "w" in str(param.values[1])]
+QUANTISED = [
+    pytest.param(name, option, id=f"{name}-{option}")
+    for name, compressor in COMPRESSORS.items()
+    for option in OPTIONS
+    if compressor.offers(option) and (option.bits or option.fp8)
+]
 
 
-@pytest.mark.parametrize(
-    "case", ["random", "dead columns", "rank 2", "grouped kernel", "depthwise", "uneven rows", "1e20"]
-)
+def steps_of(found: Realised) -> np.ndarray:
+    """The step of every weight, (rows, columns)."""
+    step = np.asarray(found.step, np.float64)
+    columns = int(np.prod(found.shape[1:]))
+    if step.ndim == 2:
+        step = np.repeat(step, found.group or 1, axis=1)[:, :columns]
+    return np.broadcast_to(step[:, None] if step.ndim == 1 else step, (found.shape[0], columns))
+
+
+def rounded(weight: np.ndarray, found: Realised, option: Option) -> np.ndarray:
+    """Weights (rows, columns) rounded to the nearest value of the grid that was found, whatever their curvature."""
+    steps = steps_of(found)
+    assert found.codes is not None
+    if option.fp8 or (option.bits == 1 and not option.asymmetric):
+        levels = np.concatenate([-E4M3, E4M3]) if option.fp8 else np.array([-1.0, 1.0])
+        return steps * levels[np.abs(weight[..., None] - steps[..., None] * levels).argmin(axis=-1)]
+    codes = found.codes.reshape(weight.shape)
+    low, high = -(2 ** ((option.bits or 8) - 1)), 2 ** ((option.bits or 8) - 1) - 1
+    if option.asymmetric:  # at least what is used of the range
+        low, high = (end(axis=1, initial=0, keepdims=True) for end in (codes.min, codes.max))
+    return steps * np.clip(np.rint(weight / steps), low, high)
+
+
+def gone(p: LayerProblem, structure: Option) -> np.ndarray:
+    """What a structure prunes, bool (rows, columns)."""
+    order, counts = p.kept(structure)
+    mask = np.zeros(p.weight.shape, bool)
+    np.put_along_axis(mask, order.astype(np.int64), np.arange(p.weight.shape[-1]) < counts[..., None], 2)
+    return mask.reshape(p.shape[0], -1)
+
+
 @pytest.mark.parametrize(("name", "option"), QUANTISED)
-def test_error_feedback_is_no_worse_than_rounding(name: str, option: Option, case: str) -> None:
+def test_error_feedback_is_no_worse_than_rounding(name: str, option: Option) -> None:
     """On the same grid and the same zeros, round to nearest loses at least as much, but for a margin of 10 percent."""
-    p = PROBLEMS[case]()
-    found = realised(name, p, option)
-    if found is None or found.codes is None:
-        pytest.skip("not on a grid")
-    step = np.asarray(found.step, np.float64).reshape(-1, *(1,) * (len(p.shape) - 1))
-    high = 2 ** ((option.bits or 8) - 1) - 1
-    codes = np.clip(np.rint(p.weight.reshape(p.shape) / step), -high - 1, high)
-    if option.sparsity:
-        order, _ = p.trace()
-        gone = np.arange(p.weight.shape[-1]) < p.counts(option.sparsity)[..., None]
-        mask = np.zeros(p.weight.shape, bool)
-        np.put_along_axis(mask, order.astype(np.int64), gone, 2)
-        codes[mask.reshape(p.shape)] = 0
-    rounded = reference_error(p, codes * step)
-    assert p.error(found.weight()) <= 1.1 * rounded + FLOOR * p.energy
+    for case in ("random", "dead columns", "rank 2", "grouped kernel", "depthwise", "uneven rows", "1e20"):
+        if case == "uneven rows" and option.bits == 1:
+            continue  # one row is all of the error, and one bit a coin
+        p = PROBLEMS[case]()
+        found = realised(name, p, option)
+        assert found is not None
+        plain = rounded(p.weight.reshape(p.shape[0], -1), found, option) * ~gone(p, option.structure)
+        assert p.error(found.weight()) <= 1.1 * reference_error(p, plain) + FLOOR * p.energy, case
 
 
 @pytest.mark.parametrize("case", ["random", "zero row", "1e-20", "1e20"])
@@ -222,15 +256,133 @@ def test_more_bits_lose_less(case: str) -> None:
     assert errors[-1] < 1e-3
 
 
-@pytest.mark.parametrize("case", PROBLEMS)
-def test_sparsity_is_at_least_what_the_name_says(case: str) -> None:
-    p = PROBLEMS[case]()
-    for option in (o for o in OPTIONS if o.sparsity):
-        try:
-            weight = realise(p, option).weight()
-        except OptionError:
+STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None]
+
+
+@pytest.mark.parametrize("option", STRUCTURES, ids=str)
+def test_the_pattern_of_a_name_holds(option: Option) -> None:
+    for case, make in PROBLEMS.items():
+        p = make()
+        found = compressor_of(option)[1].realise_all(p, [option])[0]
+        if found is None:
             continue
-        assert (weight == 0).sum() >= np.ceil(option.sparsity / 100 * weight.size - 1e-9)
+        positions = int(np.prod(p.shape[2:]))
+        # (groups, rows, channels, positions)
+        zero = (found.weight() == 0).reshape(*p.weight.shape[:2], -1, positions)
+        groups, rows, channels, _ = zero.shape
+        if option.sparsity:
+            assert zero.sum() >= np.ceil(option.sparsity / 100 * zero.size - 1e-9)
+        if option.nm is not None:
+            kept, size = option.nm
+            for start in range(0, channels, size):
+                assert ((~zero[:, :, start : start + size]).sum(axis=2) <= kept).all(), case
+            assert gone(p, option.structure).sum() == groups * rows * positions * (
+                channels // size * (size - kept) + max(channels % size - kept, 0)
+            )
+        if option.block is not None:
+            mask = gone(p, option.structure).reshape(zero.shape)
+            for r, c in itertools.product(range(0, rows, option.block_rows), range(0, channels, option.block)):
+                whole = mask[:, r : r + option.block_rows, c : c + option.block]
+                assert (whole.all(axis=(1, 2)) | ~whole.any(axis=(1, 2))).all(), case
+            assert mask.sum() < option.sparsity / 100 * mask.size + option.block_rows * option.block, case
+        if option.channels is not None:
+            empty = gone(p, option.structure).reshape(zero.shape).all(axis=(1, 3))
+            assert empty.sum() == np.ceil(option.channels / 100 * groups * channels - 1e-9)
+            assert zero.transpose(0, 2, 1, 3)[empty].all(), case
+        if option.out is not None:
+            assert zero.all(axis=(2, 3)).sum() >= np.ceil(option.out / 100 * groups * rows - 1e-9)
+            assert gone(p, option.structure).all(axis=1).sum() == np.ceil(option.out / 100 * groups * rows - 1e-9)
+
+
+@pytest.mark.parametrize(("name", "option"), QUANTISED)
+def test_codes_are_on_the_grid_of_the_name(name: str, option: Option) -> None:
+    for case, make in PROBLEMS.items():
+        p = make()
+        found = realised(name, p, option)
+        assert found is not None
+        assert found.codes is not None
+        codes = found.codes.reshape(p.shape[0], -1)
+        if option.fp8:
+            assert np.isin(np.abs(codes), E4M3).all()
+            continue
+        bits = option.bits or 0
+        if option.asymmetric:
+            runs = obs.column_runs(codes, option.group or codes.shape[1])
+            runs = runs.reshape(1, 1, -1) if option.per_tensor else runs
+            assert (runs.max(axis=-1, initial=0) - runs.min(axis=-1, initial=0) < 2**bits).all(), case
+        elif bits == 1:
+            pruned = gone(p, option.structure)
+            assert set(np.unique(codes[~pruned])) <= {-1, 1} or not p.weight.any(axis=-1).all()
+            assert np.isin(codes, (-1, 0, 1)).all()
+            assert (codes[pruned] == 0).all()
+        else:
+            assert -(2 ** (bits - 1)) <= codes.min()
+            assert codes.max() < 2 ** (bits - 1), case
+
+
+@pytest.mark.parametrize(("name", "option"), QUANTISED)
+@pytest.mark.parametrize("shape", [(6, 8), (6, 4, 2, 2)], ids=str)
+def test_without_curvature_options_are_plain_rounding_of_the_largest_weights(
+    name: str, option: Option, shape: tuple[int, ...]
+) -> None:
+    """H = I: nothing makes up for anything, so the smallest weights (or blocks of them) go and the rest is rounded."""
+    p = flat(shape)
+    found = realised(name, p, option)
+    assert found is not None
+    mask = gone(p, option.structure)
+    np.testing.assert_array_equal(mask, smallest(p, option))
+    plain = rounded(p.weight[0], found, option) * ~mask
+    place = np.where(mask, 0, p.weight[0] / steps_of(found))
+    tie = np.abs(place % 1 - 0.5) < 1e-5 if option.bits != 1 and option.bits else np.zeros(mask.shape, bool)
+    assert tie.sum() <= 1  # the largest weight of a grid that is not shrunk
+    np.testing.assert_allclose(found.weight().reshape(plain.shape)[~tie], plain[~tie], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("option", [o for o in STRUCTURES if o.bits is o.step is None and not o.fp8], ids=str)
+@pytest.mark.parametrize("shape", [(6, 8), (6, 4, 2, 2)], ids=str)
+def test_without_curvature_pruning_is_by_magnitude(option: Option, shape: tuple[int, ...]) -> None:
+    p = flat(shape)
+    weight = realise(p, option).weight().reshape(p.weight[0].shape)
+    expected = np.where(smallest(p, option), 0, p.weight[0])
+    expected = expected.astype(np.float16) if option.half else expected
+    np.testing.assert_allclose(weight, expected, rtol=1e-6)
+
+
+def flat(shape: tuple[int, ...]) -> LayerProblem:
+    weight = np.random.default_rng(7).standard_normal(shape).astype(np.float32).astype(np.float64)
+    d = int(np.prod(shape[1:]))
+    return LayerProblem("layer", shape, weight.reshape(1, shape[0], d), 2.0 * np.eye(d)[None])
+
+
+def smallest(p: LayerProblem, option: Option) -> np.ndarray:
+    """What plain magnitude pruning takes: the units of the structure with the least sum of squares, bool (rows, d)."""
+    positions = int(np.prod(p.shape[2:]))
+    square = (p.weight[0] ** 2).reshape(p.shape[0], -1, positions)
+    rows, channels, _ = square.shape
+    mask = np.zeros(square.shape, bool)
+    if option.nm is not None:
+        kept, size = option.nm
+        for start in range(0, channels, size):
+            run = square[:, start : start + size]
+            rank = np.argsort(np.argsort(run, axis=1), axis=1)
+            mask[:, start : start + size] = rank < run.shape[1] - kept
+        return mask.reshape(rows, -1)
+    if option.channels is not None:
+        least = np.argsort(square.sum(axis=(0, 2)))[: int(np.ceil(option.channels / 100 * channels))]
+        mask[:, least] = True
+    elif option.out is not None:
+        mask[np.argsort(square.sum(axis=(1, 2)))[: int(np.ceil(option.out / 100 * rows))]] = True
+    elif option.sparsity:
+        height, width = (option.block_rows, option.block) if option.block else (1, 1)
+        units = [
+            (slice(r, r + height), slice(c, c + width), k)
+            for r, c, k in itertools.product(range(0, rows, height), range(0, channels, width), range(positions))
+        ]
+        for unit in sorted(units, key=lambda u: square[u].sum()):
+            if mask.sum() >= np.ceil(option.sparsity / 100 * mask.size - 1e-9):
+                break
+            mask[unit] = True
+    return mask.reshape(rows, -1)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e20])
@@ -245,8 +397,8 @@ def test_relative_errors_do_not_depend_on_the_scale(scale: float) -> None:
 def test_a_layer_that_calibration_never_reached_has_only_what_needs_no_data() -> None:
     p = problem()
     p.hessian = None
-    rows, order, losses, energy = profile_layer(p, [DENSE, Option(half=True), Option(bits=4)])
-    assert [row.option for row in rows] == [DENSE, Option(half=True)]
+    rows, order, losses, energy = profile_layer(p, [DENSE, Option(half=True), Option(bits=8), Option(bits=4)])
+    assert [row.option for row in rows] == [DENSE, Option(half=True), Option(bits=8)]
     assert (order, losses, energy) == (None, None, 0.0)
     with pytest.raises(ValueError, match="calibration never reached this layer"):
         realise(p, Option(bits=4))
@@ -257,3 +409,24 @@ def test_dense_is_exact_and_half_is_refused_where_it_overflows() -> None:
     np.testing.assert_array_equal(realise(p, DENSE).weight(), p.weight.reshape(p.shape))
     with pytest.raises(OptionError, match="layer 'layer' cannot have option 'fp16'"):
         realise(p, Option(half=True))
+
+
+def test_families_are_lists_of_options_that_compressors_offer() -> None:
+    everything = named_options(["all"])
+    for name in FAMILIES:
+        found = named_options([name])
+        assert found
+        assert set(found) <= set(everything)
+        with pytest.raises(OptionError):  # no name means two things
+            Option.parse(name)
+    assert named_options(["default"]) == default_options()
+    assert [str(o) for o in named_options(["w4, rd(0.5,0.1)s60 2:4", Option(bits=4), "w8"])] == [
+        "w4", "rd(0.5,0.1)s60", "2:4", "w8",
+    ]  # fmt: skip
+    for text, words in {
+        "rank8": "no compressor",
+        "w44": "44 bits, needed 1 to 8; families of",
+        "": "is not an",
+    }.items():
+        with pytest.raises(OptionError, match=words):
+            named_options([text])

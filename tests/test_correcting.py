@@ -15,7 +15,8 @@ import autocompress as ac
 from autocompress.applying import CORRECTION_SAMPLES
 from autocompress.batches import join_batches, split_batches
 from autocompress.correcting import correct_statistics
-from autocompress.records import fold_norms, foldable_norms
+from autocompress.layers import find_layers
+from autocompress.records import VectorStore, fold_norms, foldable_norms, make_template
 
 
 class Normed(nn.Module):
@@ -236,7 +237,9 @@ def test_corrections_stay_within_half_precision() -> None:
     with torch.no_grad():
         fold_norms(small)
         small.conv1.weight[2] *= 1e-5
-        correct_statistics(model, small, [], corrected_on(images()), half={"bn1.weight", "bn1.bias"})
+        correct_statistics(
+            model, small, [], corrected_on(images()), VectorStore(make_template(model, find_layers(model)))
+        )
     assert torch.isfinite(small.bn1.weight).all()
     assert torch.isfinite(small.bn1.bias).all()
     assert torch.equal(small.bn1.weight.half().float(), small.bn1.weight)

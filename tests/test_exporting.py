@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import ConvNet, batches, convnet, profiled, seeded
+from networks import KINDS, ConvNet, Kinds, batches, convnet, profiled, seeded
+from networks import kinds as kinds_of_layers
 from tiny_tasks import call, write_task
 from torch import nn
 
@@ -159,8 +160,8 @@ def test_onnx_matmul_nbits_named_inputs_and_tied_weights(tmp_path: Path) -> None
     for got, wanted in zip(found, small(data[0]["tokens"][:3], data[0]["mask"][:3]), strict=True):
         close(got, wanted)
     assert kinds(info.path).count("MatMulNBits") == 4
-    assert "DequantizeLinear" not in kinds(info.path)
-    assert info.by_kind() == {"MatMulNBits 4": ["up", "head"], "MatMulNBits 8": ["down"]}
+    assert kinds(info.path).count("DequantizeLinear") == 1
+    assert info.by_kind() == {"MatMulNBits 4": ["down", "head"], "MatMulNBits 8": ["up"], "int4 QDQ": ["embed"]}
     # The weight of both heads is there once.
     names = [tensor.name for tensor in graph_of(info.path).initializer]
     assert sum(name.endswith(".packed") for name in names) == 3
@@ -197,7 +198,9 @@ def test_onnx_blocked_steps(tmp_path: Path, bits: int, nbits: bool) -> None:
     def grouped(key: str, shape: tuple[int, ...], groups: int) -> Weight:
         codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int32)
         step = rng.random((shape[0], groups)).astype(np.float32)
-        return Weight(key, (key.removesuffix(".weight"),), shape, Option(bits=bits, group=16), codes, step)
+        group = codes[0].size // groups
+        owners = (key.removesuffix(".weight"),)
+        return Weight(key, owners, shape, Option(bits=bits, group=group), codes, step, group=group)
 
     class Blocked(nn.Module):
         def __init__(self) -> None:
@@ -301,10 +304,141 @@ def test_bits_and_rounding() -> None:
     np.testing.assert_allclose(rounded.dense(), weight.dense(), atol=300 / 127 / 2)
 
 
+class Encoder(nn.Module):
+    """Tokens through attention, to a head that is tied to their table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(24, 16), nn.Linear(16, 24)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.words(tokens)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any = nn.LSTM, **options: Any) -> None:
+        super().__init__()
+        self.words, self.read = nn.Embedding(24, 16), kind(16, 12, batch_first=True, **options)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.read(self.words(tokens))[0]
+
+
+def upsampler(groups: int = 2) -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose2d(4, 8, 3, stride=2, padding=1, groups=groups), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+    )
+
+
+OTHERS: dict[str, tuple[Any, Any, dict[str, str]]] = {
+    "attention and a tied table": (
+        Encoder,
+        lambda: kind_tokens(),
+        {
+            "words": "int4",
+            "encoder.self_attn.in_proj_weight": "int8",
+            "encoder.self_attn.out_proj": "int4",
+            "encoder.linear1": "int8",
+            "encoder.linear2": "int4",
+        },
+    ),
+    "lstm": (
+        lambda: Recurrent(bidirectional=True),
+        lambda: kind_tokens(),
+        {
+            "words": "int4",
+            "read.weight_ih_l0": "int8",
+            "read.weight_hh_l0": "int4",
+            "read.weight_ih_l0_reverse": "int8",
+            "read.weight_hh_l0_reverse": "int4",
+        },
+    ),
+    "gru": (
+        lambda: Recurrent(nn.GRU),
+        lambda: kind_tokens(),
+        {"words": "int4", "read.weight_ih_l0": "int8", "read.weight_hh_l0": "int4"},
+    ),
+    "a bag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(24, 16), nn.Linear(16, 3)),
+        lambda: kind_tokens(),
+        {"0": "int4", "1": "int8"},
+    ),
+    "transposed, a step per row": (upsampler, lambda: batches(4, 5, 5), {"0": "float32", "2": "int8"}),
+}
+
+
+def kind_tokens() -> list[torch.Tensor]:
+    return kinds_of_layers()[1]
+
+
+@pytest.mark.parametrize(("case", "matmul_nbits"), [*((case, False) for case in OTHERS), (next(iter(OTHERS)), True)])
+def test_onnx_holds_other_kinds_of_layers(case: str, matmul_nbits: bool, tmp_path: Path) -> None:
+    build, data, expected = OTHERS[case]
+    model, inputs = seeded(build), data()
+    small, _ = applied(model, inputs, ("w4", "rd(0.1,0.1)"))
+    info = ac.export(small, None, Onnx(matmul_nbits=matmul_nbits), tmp_path / "m.onnx", example=inputs[0])
+    (found,) = onnx_outputs(info.path, inputs[0][:3])[:1]
+    close(found, small(inputs[0][:3]))
+    if not matmul_nbits:
+        assert len(expected) == len(info.layers)
+        # A table that is a head too has the name of the one that comes first in the alphabet.
+        got = {("words" if name == "head" else name): kind.removesuffix(" QDQ") for name, _, kind in info.layers}
+        assert got == expected
+
+
+def test_onnx_holds_a_transposed_convolutions_codes_with_one_step(tmp_path: Path) -> None:
+    model, inputs = seeded(upsampler), batches(4, 5, 5)
+    small, _ = applied(model, inputs, ("rd(0.5,0.3)",))
+    info = ac.export(small, None, "onnx", tmp_path / "m.onnx", example=inputs[0])
+    assert info.by_kind() == {"int4 QDQ": ["0", "2"]}
+    close(onnx_outputs(info.path, inputs[0][:3])[0], small(inputs[0][:3]))
+
+
+class Bags(nn.Module):
+    """A bag for every two tokens, which torch exports as a loop over sequences of unknown shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(24, 16), nn.Linear(16, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(tokens.reshape(-1, 2)).reshape(len(tokens), -1, 16))
+
+
+def test_a_graph_of_torch_that_is_not_valid_is_an_error_of_ours(tmp_path: Path) -> None:
+    small, _ = applied(seeded(Bags), kind_tokens(), ("w8",))
+    with pytest.raises(ExportError, match=r"what torch.onnx.export makes of Bags is no valid graph: .*Loop"):
+        ac.export(small, None, "onnx", tmp_path / "m.onnx", example=kind_tokens()[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_refuses_a_projected_lstm_by_name(tmp_path: Path) -> None:
+    model, data = kinds_of_layers()
+    small, _ = applied(model, data, ("w8",))
+    with pytest.raises(ExportError, match=r"LSTM of onnx has no projection, and 'lstm' has proj_size=8"):
+        ac.export(small, None, "onnx", tmp_path / "m.onnx", example=data[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_has_every_kind_of_layer(tmp_path: Path) -> None:
+    model, data = kinds_of_layers()
+    small, plan = applied(model, data, ("w8", "rd(0.5,0.3)"))
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    info = ac.export(path, model, "safetensors", tmp_path / "m.safetensors")
+    assert [name for name, _, _ in info.layers][1:] == list(plan.layers)[1:]
+    from safetensors.torch import load_file
+
+    fresh = seeded(Kinds, seed=1)
+    assert fresh.load_state_dict(load_file(info.path), strict=False).missing_keys == ["head.weight"]
+    assert torch.equal(fresh(data[0]), small(data[0]))
+
+
 # compressed-tensors
 
 
-def llama() -> nn.Module:
+def llama(tied: bool = False) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
     config = transformers.LlamaConfig(
         vocab_size=40,
@@ -315,6 +449,7 @@ def llama() -> nn.Module:
         num_key_value_heads=1,
         max_position_embeddings=32,
         use_cache=False,
+        tie_word_embeddings=tied,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -336,7 +471,13 @@ HF_OPTIONS = ("w3", "rd(0.5,0.3)", "s50w5", "fp16", "dense", "w8", "rd(0.05,0.1)
 
 
 @pytest.mark.parametrize(
-    ("build", "auto"), [(llama, "AutoModelForCausalLM"), (bert, "AutoModelForSequenceClassification")]
+    ("build", "auto"),
+    [
+        (llama, "AutoModelForCausalLM"),
+        (lambda: llama(tied=True), "AutoModelForCausalLM"),
+        (bert, "AutoModelForSequenceClassification"),
+    ],
+    ids=["llama", "tied llama", "bert"],
 )
 def test_transformers_loads_compressed_tensors(tmp_path: Path, build: Any, auto: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
@@ -391,13 +532,25 @@ def test_packing_is_the_librarys(bits: int, columns: int) -> None:
     assert np.array_equal(pack_rows(codes, bits), wanted.numpy())
 
 
+def test_compressed_tensors_refuses_what_only_a_module_of_torch_reads(tmp_path: Path) -> None:
+    model, data = kinds_of_layers()
+    model.config = type("Config", (), {"to_dict": lambda self: {}})()  # type: ignore[assignment]
+    small, _ = applied(model, data, ("w8",))
+    with pytest.raises(ExportError, match="cannot hold") as caught:
+        ac.export(small, format="compressed-tensors", out=tmp_path / "hf")
+    held = ("words", "topic", "encoder.linear1", "encoder.linear2", "spare", "head")
+    refused = [name for name in KINDS if name not in held]
+    assert set(re.findall(r"([\w.]+) \(w8\)", str(caught.value))) == set(refused)
+    assert not list(tmp_path.iterdir())
+
+
 def test_compressed_tensors_refuses_before_it_writes(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
     _, _, small, _ = small_words()
     with pytest.raises(ExportError, match=r"needs a Hugging Face model.*Words has none"):
         ac.export(small, format="compressed-tensors", out=tmp_path / "hf")
     wide, _ = applied(seeded(bert), tokens(), ("w4", "rd(0.01,0.0001)"))
-    name = "bert.encoder.layer.0.attention.self.key"
+    name = "bert.encoder.layer.0.attention.self.query"
     with pytest.raises(ExportError, match=rf"{re.escape(name)} \(rd\(0.01,0.0001\)\).*need more than 8 bits"):
         ac.export(wide, format="compressed-tensors", out=tmp_path / "hf")
     assert not list(tmp_path.iterdir())
@@ -560,3 +713,44 @@ def test_packed_checks_before_it_touches(tmp_path: Path) -> None:
 
 def test_every_exporter_has_its_name() -> None:
     assert all(exporter.name == name for name, exporter in EXPORTERS.items())
+
+
+PATTERNS = (
+    ("s75", "2:4fp16", "blk2x4@50", "out25"),
+    ("ch50fp16", "blk4@50w4g8", "1:4w3a", "w4g5"),
+    ("fp8", "w1", "s50fp8", "w1g3"),
+    ("w8a", "w4tam", "w3g7am", "w4a"),
+    ("rd(0.5,0.3)2:4", "rd(0.5,0.3)ch25", "w2g3m", "w8a"),
+)
+
+
+@functools.cache
+def patterned(options: tuple[str, ...]) -> tuple[nn.Module, list[torch.Tensor], nn.Module, Plan]:
+    model, data = convnet(), batches(3, 6, 6)
+    with torch.no_grad():
+        model.get_parameter("bn1.weight")[::2] *= -1
+    return model, data, *applied(model, data, options)
+
+
+@pytest.mark.parametrize("options", PATTERNS, ids=" ".join)
+def test_every_pattern_goes_through_file_memory_and_runtime(tmp_path: Path, options: tuple[str, ...]) -> None:
+    model, data, small, plan = patterned(options)
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    profile = profiled(model, data, options)
+    assert path.stat().st_size == profile.template.file_bytes(
+        {name: profile.layers[name].row(option) for name, option in plan.layers.items()}
+    )
+    for packed in (False, True, "bits"):
+        loaded: Any = ac.load(path, copy.deepcopy(model), packed=packed)
+        assert torch.equal(loaded(data[0]), small(data[0])), packed
+    for name, layer in profile.layers.items():
+        weight = small.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        delta = weight.detach().double().numpy() - model.get_submodule(name).weight.detach().double().numpy()
+        hessian = profile.statistics.layers[name].hessian
+        delta = delta.reshape(hessian.shape[0], -1, hessian.shape[1])
+        error = 0.5 * np.einsum("grd,gde,gre->", delta, hessian, delta)
+        assert layer.row(plan.layers[name]).error == pytest.approx(error, rel=1e-4, abs=1e-7 * layer.energy)
+    info = ac.export(path, copy.deepcopy(model), "onnx", tmp_path / "m.onnx", example=data[0][:1])
+    close(onnx_outputs(info.path, data[0])[0], small(data[0]))
+    ac.export(path, None, "safetensors", tmp_path / "m.safetensors")

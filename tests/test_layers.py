@@ -13,7 +13,7 @@ from torch import nn
 
 from autocompress import digits
 from autocompress.errors import LayerError
-from autocompress.layers import dense_file_bytes, find_layers, model_digest, stored_tensors
+from autocompress.layers import dense_file_bytes, find_layers, model_digest, stored_tensors, swapped_shape
 
 
 class Tied(nn.Module):
@@ -111,12 +111,15 @@ def test_a_bare_layer_has_an_empty_name() -> None:
     assert (layer.name, layer.key) == ("", "weight")
 
 
-def test_tied_weights_are_one_layer_and_a_tied_embedding_is_left_alone() -> None:
+def test_tied_weights_are_one_layer_also_where_one_use_is_a_table() -> None:
     layers = find_layers(Tied())
-    assert [(x.name, x.owners) for x in layers] == [("first", ("first", "second")), ("third", ("third",))]
-    assert layers.skipped["head"] == "its weight is also used as embedding.weight"
-    assert layers.skipped["embedding"] == "Embedding is not supported yet"
-    with pytest.raises(LayerError, match=r"no layer 'head'; the layers are first, third"):
+    assert [(x.name, x.owners) for x in layers] == [
+        ("embedding", ("embedding", "head")),
+        ("first", ("first", "second")),
+        ("third", ("third",)),
+    ]
+    assert layers.skipped == {}
+    with pytest.raises(LayerError, match=r"no layer 'head'; the layers are embedding, first, third"):
         layers["head"]
 
 
@@ -132,7 +135,7 @@ def test_a_weight_that_another_module_holds_is_left_alone() -> None:
     first: Any = nn.Linear(3, 3)
     model = nn.Sequential(first, nn.Linear(3, 3))
     model.register_parameter("alias", first.weight)
-    assert find_layers(model).skipped == {"0": "its weight is also used as .alias"}
+    assert find_layers(model).skipped == {"0": "its weight is also used as alias"}
 
 
 @pytest.mark.parametrize("kind", ["parametrizations", "old"])
@@ -148,10 +151,97 @@ def test_a_computed_weight_is_left_alone(kind: str) -> None:
     assert "computed from other parameters" in layers.skipped["0"]
 
 
-def test_attention_is_named_as_not_supported() -> None:
-    layers = find_layers(Attention())
-    assert "MultiheadAttention is not supported yet" in layers.skipped["attention"]
-    assert "out" in [x.name for x in layers]
+INSIDE = [
+    (nn.MultiheadAttention(8, 2), {"m.in_proj_weight": (3, 8, 8), "m.out_proj": (1, 8, 8)}),
+    (
+        nn.MultiheadAttention(8, 2, kdim=4, vdim=6),
+        {
+            "m.q_proj_weight": (1, 8, 8),
+            "m.k_proj_weight": (1, 8, 4),
+            "m.v_proj_weight": (1, 8, 6),
+            "m.out_proj": (1, 8, 8),
+        },
+    ),
+    (
+        nn.LSTM(5, 3, 2, proj_size=2),
+        {
+            "m.weight_ih_l0": (1, 12, 5),
+            "m.weight_hh_l0": (1, 12, 2),
+            "m.weight_hr_l0": (1, 2, 3),
+            "m.weight_ih_l1": (1, 12, 2),
+            "m.weight_hh_l1": (1, 12, 2),
+            "m.weight_hr_l1": (1, 2, 3),
+        },
+    ),
+    (
+        nn.GRU(5, 3, bidirectional=True),
+        {
+            "m.weight_ih_l0": (1, 9, 5),
+            "m.weight_hh_l0": (1, 9, 3),
+            "m.weight_ih_l0_reverse": (1, 9, 5),
+            "m.weight_hh_l0_reverse": (1, 9, 3),
+        },
+    ),
+    (nn.RNNCell(5, 3), {"m.weight_ih": (1, 3, 5), "m.weight_hh": (1, 3, 3)}),
+    (nn.Embedding(7, 4), {"m": (1, 7, 4)}),
+    (nn.EmbeddingBag(7, 4), {"m": (1, 7, 4)}),
+]
+
+
+@pytest.mark.parametrize(("module", "expected"), INSIDE, ids=lambda value: type(value).__name__)
+def test_weights_inside_a_module_have_its_name_and_theirs(module: nn.Module, expected: dict[str, Any]) -> None:
+    layers = find_layers(nn.ModuleDict({"m": module}))
+    assert {x.name: x.matrix_shape for x in layers} == expected
+    assert layers.skipped == {}
+    for layer in layers:
+        weight = module.get_parameter(layer.key.removeprefix("m."))
+        np.testing.assert_array_equal(layer.matrix(weight).reshape(layer.shape), weight.detach().double().numpy())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_transposed_convolution_is_stored_by_its_outputs(dims: int, groups: int) -> None:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    module = kind(6, 4, (3, 2, 1)[:dims], groups=groups)
+    (layer,) = find_layers(nn.Sequential(module))
+    kernel = (3, 2, 1)[:dims]
+    assert layer.stored_shape == (4, 6 // groups, *kernel)
+    assert layer.matrix_shape == (groups, 4 // groups, 6 // groups * int(np.prod(kernel)))
+    weight = module.weight.detach().numpy()
+    stored = layer.matrix(weight).reshape(layer.stored_shape)
+    for out in range(4):
+        g, o = divmod(out, 4 // groups)
+        for i in range(6 // groups):
+            np.testing.assert_array_equal(stored[out, i], weight[g * (6 // groups) + i, o])
+    np.testing.assert_array_equal(layer.unmatrix(stored), weight)
+    assert swapped_shape(layer.stored_shape, groups) == layer.shape
+
+
+class Positions(nn.Embedding):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 2)
+
+
+LEFT_ALONE = {
+    "Bilinear is not supported": nn.Bilinear(3, 3, 2),
+    "(max_norm)": nn.Embedding(5, 3, max_norm=1.0),
+    "the maximum over a bag is not linear": nn.EmbeddingBag(5, 3, mode="max"),
+    "it has a forward of its own": Positions(5, 3),
+}
+
+
+@pytest.mark.parametrize("words", LEFT_ALONE)
+def test_what_is_left_alone_has_a_reason(words: str) -> None:
+    layers = find_layers(nn.ModuleDict({"odd": LEFT_ALONE[words], "fine": nn.Linear(2, 2)}))
+    assert [x.name for x in layers] == ["fine"]
+    assert words in layers.skipped["odd"]
+
+
+def test_a_table_whose_weight_something_strange_uses_too_is_left_alone() -> None:
+    model = nn.ModuleDict({"a": nn.Embedding(5, 3), "b": Positions(5, 3), "fine": nn.Linear(2, 2)})
+    model["b"].weight = model["a"].weight
+    assert [x.name for x in find_layers(model)] == ["fine"]
+    assert find_layers(model).skipped["a"] == "its weight is also used as b.weight"
 
 
 def test_an_empty_weight_is_left_alone() -> None:
@@ -161,10 +251,10 @@ def test_an_empty_weight_is_left_alone() -> None:
 
 
 def test_nothing_to_compress_says_why() -> None:
-    with pytest.raises(LayerError, match=r"nothing to compress \(it has no Linear or convolution layer\)"):
+    with pytest.raises(LayerError, match=r"nothing to compress \(it has no layer with a weight matrix\)"):
         find_layers(nn.Sequential(nn.ReLU()))
-    with pytest.raises(LayerError, match=r"nothing to compress .*LSTM is not supported yet"):
-        find_layers(nn.LSTM(3, 3))
+    with pytest.raises(LayerError, match=r"nothing to compress .*Bilinear is not supported"):
+        find_layers(nn.Bilinear(3, 3, 2))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import OPTIONS, convnet, images
+from networks import KINDS, OPTIONS, Kinds, convnet, images, kinds, profiled, seeded
 from torch import nn
 
 import autocompress as ac
@@ -22,9 +22,11 @@ from autocompress import pipeline
 from autocompress.errors import InfeasibleError, TaskError
 from autocompress.layers import model_digest
 from autocompress.pipeline import RESULTS
+from autocompress.profiling import load_profile
 from autocompress.saving import OutputError
 from autocompress.strategies import StrategyError
 from autocompress.tasks import load_task
+from autocompress.types import Option
 
 # The keys of metrics.json that are promised; there may be more.
 KEYS = {
@@ -63,6 +65,52 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(strategy: 
     assert same(tmp_path / "once", tmp_path / "two")
     run(tmp_path / "another", seed=1, strategy=strategy, effort="normal")
     assert not same(tmp_path / "once", tmp_path / "another")
+
+
+def test_every_kind_of_layer_goes_the_whole_way(tmp_path: Path) -> None:
+    """Calibrated, profiled, planned, applied, saved, loaded, verified; the file's tensors are the model's, bit for bit."""
+    model, data = kinds()
+    dense = copy.deepcopy(model.state_dict())
+    options = [*OPTIONS, "w8", "w3", "s50w5"]
+    result = run(tmp_path / "out", model=model, data=data, budget="3x", options=options, strategy="exact")
+    assert list(result.plan.layers) == KINDS
+    assert result.profile.skipped == {}
+    assert result.profile.statistics.unreached == ("spare",)
+    assert all(torch.equal(v, dense[k]) for k, v in model.state_dict().items())
+    assert ac.verify(tmp_path / "out").good
+    assert result.info.bytes <= result.info.budget_bytes == result.profile.template.dense_bytes // 3
+    with torch.no_grad():
+        wanted = result.model(data[0])
+        assert torch.equal(ac.load(result.info.path, seeded(Kinds, seed=1))(data[0]), wanted)
+        for packed in (True, "bits"):
+            assert torch.equal(ac.load(result.info.path, seeded(Kinds, seed=1), packed=packed)(data[0]), wanted)
+        assert 0 < float((wanted - model(data[0])).abs().max()) < float(model(data[0]).abs().max())
+    for name, option in result.plan.layers.items():
+        layer = result.profile.layers[name].layer
+        weight = layer.matrix(result.model.get_parameter(layer.key))
+        problem = result.profile.problem(name, model.get_parameter(layer.key))
+        error = result.profile.layers[name].row(option).error
+        assert error == (0.0 if name == "spare" else pytest.approx(problem.error(weight), rel=1e-9))
+        assert not np.array_equal(weight, problem.weight) or option.is_dense
+    stored = load_profile(tmp_path / "out" / "profile")
+    assert stored.fingerprint == result.profile.fingerprint
+    assert {n: x.layer for n, x in stored.layers.items()} == {n: x.layer for n, x in result.profile.layers.items()}
+
+
+@pytest.mark.parametrize("option", ["w4", "w3", "rd(0.5,0.3)s60", "fp16", "s50w4"])
+def test_every_kind_of_layer_with_every_kind_of_step(option: str, tmp_path: Path) -> None:
+    model, data = kinds()
+    found = profiled(model, data, [option, "w8"])
+    plan = ac.plan(found, "1x")
+    layers = {n: Option.parse(option) if n != "spare" else Option.parse("w8") for n in plan.layers}
+    plan = plan.replace(layers=layers)
+    small = ac.apply(model, plan, found, data)
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    assert path.stat().st_size == found.template.file_bytes({n: found.layers[n].row(o) for n, o in layers.items()})
+    with torch.no_grad():
+        for packed in (False, True):
+            back = ac.load(path, seeded(Kinds, seed=1), packed=packed)
+            assert torch.equal(back(data[0]), small(data[0]))
 
 
 def test_a_profile_that_is_there_is_used_and_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from autocompress import profiling
 from autocompress.calibration import Statistics, calibrate
 from autocompress.compressors import COMPRESSORS
 from autocompress.errors import MismatchError, OptionError, StoreError
+from autocompress.planning import size_range
 from autocompress.profiling import Profile, Store, load_profile, profile
 
 NAMES = ["conv1", "conv2", "conv3", "linear"]
@@ -105,6 +106,7 @@ from pathlib import Path
 sys.path.append({tests!r})
 from networks import OPTIONS, convnet, images
 from autocompress.calibration import calibrate
+from autocompress.planning import size_range
 from autocompress.profiling import profile
 
 def progress(done, total, name):
@@ -211,8 +213,8 @@ def test_statistics_of_other_weights_are_refused(stored: Any) -> None:
 
 def test_an_option_that_nobody_realises_is_refused_before_the_work(stored: Any, tmp_path: Path) -> None:
     model, stats, _ = stored
-    with pytest.raises(OptionError, match="blk4@50"):
-        profile(model, stats, tmp_path / "other", ["blk4@50"])
+    with pytest.raises(OptionError, match="rank8"):
+        profile(model, stats, tmp_path / "other", ["rank8"])
     assert not (tmp_path / "other").exists()
 
 
@@ -307,20 +309,38 @@ class Unreached(nn.Module):
         return self.used(x)
 
 
-def test_a_layer_that_calibration_never_reaches_stays_dense(tmp_path: Path) -> None:
+def test_a_layer_that_calibration_never_reaches_has_what_needs_no_data(tmp_path: Path) -> None:
     model = Unreached().eval()
     data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(0))]
-    found = profiled(model, data, store=tmp_path)
+    found = profiled(model, data, (*OPTIONS, "w8", "s50w8"), store=tmp_path)
     assert found.statistics.unreached == ("unused",)
-    assert [str(row.option) for row in found.layers["unused"].rows] == ["dense"]
+    assert [(str(row.option), row.error) for row in found.layers["unused"].rows] == [
+        ("dense", 0.0),
+        ("fp16", 0.0),
+        ("w8", 0.0),
+    ]
     assert not found.layers["unused"].reached
     assert load_profile(tmp_path).fingerprint == found.fingerprint
     for strategy in ("exact", "uniform"):
-        plan = ac.plan(found, "2x", strategy)
-        assert plan.layers["unused"].is_dense
+        plan = ac.plan(found, size_range(found)[0] + 30, strategy)
+        assert str(plan.layers["unused"]) == "w8"
         assert not plan.layers["used"].is_dense
     small: Any = ac.apply(model, plan, found, data)
-    assert torch.equal(small.unused.weight, model.unused.weight)
+    weight = model.unused.weight.detach()
+    # At most half a step, of 255 over the range of a row, and what 127 steps lose when theirs is a half float.
+    step = 2 * weight.abs().amax(dim=1, keepdim=True) / 255
+    assert 0 < float(((small.unused.weight - weight).abs() / step).max()) <= 0.5 + 128 * 2.0**-11
+    info = ac.save(small, plan, tmp_path / "model.acz")
+    assert info.bytes == plan.predicted_bytes
+
+
+def test_a_model_that_calibration_never_reaches_has_single_options_too() -> None:
+    model = Unreached().eval()
+    model.forward = lambda x: x
+    data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(0))]
+    found = profiled(model, data, (*OPTIONS, "w8"))
+    for strategy, option in (("exact", "w8"), ("uniform", "dense")):
+        assert {str(o) for o in ac.plan(found, "1.1x", strategy).layers.values()} == {option}
 
 
 def test_the_fingerprint_covers_rows_and_not_clocks() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import OPTIONS, ConvNet, batches, convnet, images, profiled, seeded, small_profile
+from networks import OPTIONS, ConvNet, batches, convnet, images, kinds, profiled, seeded, small_profile
 from torch import nn
 from torch.nn import functional as F
 
@@ -210,8 +210,9 @@ def test_layers_on_one_tensor_are_one_step_and_shared_weights_one_layer() -> Non
     plan = ac.plan(profile, "2.5x")
     small: Any = apply_sequentially(model, plan, profile, data)
     assert small.again.weight is small.out.weight
-    assert torch.equal(small.unused.weight, model.unused.weight)  # type: ignore[union-attr,arg-type]
-    assert str(encoded_of(small).plan.layers["unused"]) == "dense"
+    applied: Any = ac.apply(model, plan, profile, data)
+    assert torch.equal(small.unused.weight, applied.unused.weight)
+    assert encoded_of(small).plan.layers["unused"] == plan.layers["unused"]
 
 
 def test_a_model_in_half_precision() -> None:
@@ -222,6 +223,24 @@ def test_a_model_in_half_precision() -> None:
     assert context.divergence_of(small) < context.divergence_of(ac.apply(model, plan, profile, data))
     # Nothing in it is stored so that it could be tuned finely, and it is handed back as it is.
     assert tune(model, small, context, 5) is small
+
+
+def test_every_kind_of_layer_is_refitted_or_keeps_what_the_plan_gives_it(tmp_path: Path) -> None:
+    model, data = kinds()
+    profile = profiled(model, data, OPTIONS)
+    plan = ac.plan(profile, "5x")
+    small, applied = (f(model, plan, profile, data) for f in (apply_sequentially, ac.apply))
+    assert ac.save(small, encoded_of(small).plan, tmp_path / "model.acz").bytes <= plan.budget_bytes
+    found, planned = ({e.name: e for e in encoded_of(m).entries} for m in (small, applied))
+    kept = {n for n, x in profile.layers.items() if not x.reached or not sequential._linear(model, x.layer)}
+    assert kept
+    assert kept != set(profile.layers)
+    for name in kept:
+        assert found[profile.layers[name].layer.key] == planned[profile.layers[name].layer.key]
+    tuned = tune(model, small, ac.Context(model, data), 5)
+    assert (
+        ac.save(tuned, encoded_of(tuned).plan, tmp_path / "tuned.acz").bytes == encoded_of(small).plan.predicted_bytes
+    )
 
 
 class Fickle(nn.Module):

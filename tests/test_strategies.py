@@ -16,7 +16,7 @@ from autocompress import digits
 from autocompress.applying import encoded_of
 from autocompress.calibration import calibrate
 from autocompress.errors import InfeasibleError, MismatchError
-from autocompress.planning import budget_bytes, make_plan, single_options
+from autocompress.planning import budget_bytes, make_plan, single_options, within
 from autocompress.profiling import Profile, profile
 from autocompress.strategies import STRATEGIES, StrategyError
 from autocompress.types import Budget, Plan
@@ -103,7 +103,7 @@ def test_no_single_option_beats_the_plan_on_the_digits_network(budget: str) -> N
     found = digits_profile()[2]
     measuring = digits_context()
     limit = budget_bytes(Budget.parse(budget), found)
-    rivals = single_options(found, limit, undominated=False)
+    rivals = single_options(within(found, limit), limit, undominated=False)
     assert len(rivals) > 2
     best = min(measured_single(str(rows["conv1"].option)) for rows in rivals)
     for strategy in ("exact", "auto", "uniform"):

@@ -20,19 +20,23 @@ structures: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.fixed_dictionaries({"sparsity": percent}),
     st.fixed_dictionaries({"nm": st.integers(2, 64).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))}),
-    st.fixed_dictionaries({"block": whole, "sparsity": percent}),
+    st.fixed_dictionaries({"block": whole, "sparsity": percent}, optional={"block_rows": whole}),
+    st.fixed_dictionaries({"out": st.floats(min_value=1e-3, max_value=99.9)}),
     st.fixed_dictionaries({"rank": whole}),
     st.fixed_dictionaries({"groups": whole, "rank": whole}),
     st.fixed_dictionaries({"channels": st.floats(min_value=1e-3, max_value=99.9)}),
 )
 values: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
-    st.fixed_dictionaries({"bits": st.integers(1, 8)}, optional={"group": whole}),
+    st.fixed_dictionaries(
+        {"bits": st.integers(1, 8)}, optional={"group": whole, "asymmetric": st.booleans(), "minmax": st.booleans()}
+    ),
+    st.fixed_dictionaries({"bits": st.integers(1, 8), "per_tensor": st.booleans(), "asymmetric": st.booleans()}),
+    st.just({"half": True}),
+    st.just({"fp8": True}),
     st.fixed_dictionaries({"step": positive, "lam": st.one_of(st.just(0.0), positive)}),
 )
-options = st.one_of(
-    st.builds(lambda structure, value: Option(**structure, **value), structures, values), st.just(Option(half=True))
-)
+options = st.builds(lambda structure, value: Option(**structure, **value), structures, values)
 budgets = st.fixed_dictionaries(
     {},
     optional={
@@ -68,6 +72,14 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("rank32w8", Option(rank=32, bits=8)),
         ("k4r12w8", Option(groups=4, rank=12, bits=8)),
         ("ch50w8", Option(channels=50, bits=8)),
+        ("out25", Option(out=25)),
+        ("blk2x4@50fp16", Option(block=4, block_rows=2, sparsity=50, half=True)),
+        ("s75fp16", Option(sparsity=75, half=True)),
+        ("s50fp8", Option(sparsity=50, fp8=True)),
+        ("w4t", Option(bits=4, per_tensor=True)),
+        ("w4a", Option(bits=4, asymmetric=True)),
+        ("2:4w4g32am", Option(nm=(2, 4), bits=4, group=32, asymmetric=True, minmax=True)),
+        ("rd(0.5,0.1)2:4", Option(nm=(2, 4), step=0.5, lam=0.1)),
     ],
 )
 def test_the_names_of_the_design(text: str, option: Option) -> None:
@@ -96,7 +108,13 @@ def test_the_names_of_the_design(text: str, option: Option) -> None:
         ("rd(0,0.1)", "step is 0.0, needed a positive number"),
         ("rd(1e999,0.1)", "step is inf, needed a positive number"),
         ("rd(0.1,1e999)", "lam is inf, needed a number that is not negative"),
-        ("rd(0.1,0.1)w4", "rate-distortion codes and fixed bits exclude each other"),
+        ("rd(0.1,0.1)w4", "at most one representation of the values: w, rd, fp16 or fp8"),
+        ("rd(0.1,0.1)fp8", "at most one representation of the values: w, rd, fp16 or fp8"),
+        ("w4ma", "is not an option"),
+        ("w4tg32", "is not an option"),
+        ("fp8a", "is not an option"),
+        ("out100", "out must be at least 0 and below 100 percent"),
+        ("blk0x4@50", "block_rows is 0, needed at least 1"),
     ],
 )
 def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> None:
@@ -105,7 +123,7 @@ def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> Non
     assert words in str(caught.value)
 
 
-@given(st.text(alphabet="denswrkblch0123456789.:@(),g fpx-+e", max_size=20))
+@given(st.text(alphabet="denswrkblchtaoum0123456789.:@(),g fpx-+e", max_size=20))
 def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
     try:
         option = Option.parse(text)
@@ -122,7 +140,10 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"groups": 4}, "channel groups need a rank"),
         ({"group": 128}, "a group of scales needs bits"),
         ({"step": 0.5}, "rate-distortion codes need both numbers"),
-        ({"half": True, "bits": 4}, "fp16 goes with nothing else"),
+        ({"half": True, "bits": 4}, "at most one representation of the values"),
+        ({"minmax": True}, "per_tensor, asymmetric and minmax need bits"),
+        ({"bits": 4, "group": 32, "per_tensor": True}, "exclude each other"),
+        ({"block_rows": 2}, "rows of a block need its columns"),
     ],
 )
 def test_an_option_without_a_name_cannot_be_made(fields: dict[str, Any], words: str) -> None:
@@ -262,7 +283,7 @@ PLAN = Plan(
 
 def test_plan_json_is_strict_json_without_infinities() -> None:
     body = json.loads(PLAN.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert body["schema"] == 1
+    assert body["schema"] == 2
     assert body["layers"] == {"conv1": "dense", "linear": "w4"}
     assert (body["bound"], body["gap"]) == ("-inf", "inf")
 
@@ -276,10 +297,10 @@ def test_a_plan_without_measurements_says_so() -> None:
     ("text", "words"),
     [
         ("", "this is not a plan"),
-        ("[]", "plan schema is 'list', this version reads 1"),
-        ("{}", "plan schema is None, this version reads 1"),
-        ('{"schema": 2}', "plan schema is 2, this version reads 1"),
-        ('{"schema": 1}', "this is not a plan"),
+        ("[]", "plan schema is 'list', this version reads 2"),
+        ("{}", "plan schema is None, this version reads 2"),
+        ('{"schema": 1}', "plan schema is 1, this version reads 2"),
+        ('{"schema": 2}', "this is not a plan"),
         (PLAN.to_json().replace('"seed"', '"sead"'), "this is not a plan"),
         (PLAN.to_json().replace('"w4"', '"w44"'), "this is not a plan: option 'w44': 44 bits"),
         (PLAN.to_json().replace('"12x"', '"12 parsecs"'), "this is not a plan: '12 parsecs' is not a budget"),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
-from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure, measured_weights
+from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
+from autocompress.compressors.fp8 import Fp8
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
+from autocompress.compressors.pruned import Pruned
 from autocompress.compressors.rd import RateDistortion, default_grid
 from autocompress.errors import OptionError
 from autocompress.threads import single_threaded
@@ -14,18 +19,26 @@ from autocompress.types import DENSE, Option
 
 __all__ = [
     "COMPRESSORS",
+    "FAMILIES",
     "Compressor",
     "LayerProblem",
     "Measured",
     "Realised",
     "compressor_of",
     "default_options",
-    "measured_weights",
+    "measure",
+    "named_options",
     "profile_layer",
     "realise",
 ]
 
-COMPRESSORS: dict[str, Compressor] = {"plain": Plain(), "obc": ObcUniform(), "rd": RateDistortion()}
+COMPRESSORS: dict[str, Compressor] = {
+    "plain": Plain(),
+    "pruned": Pruned(),
+    "obc": ObcUniform(),
+    "fp8": Fp8(),
+    "rd": RateDistortion(),
+}
 
 
 def compressor_of(option: Option) -> tuple[str, Compressor]:
@@ -35,13 +48,53 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, rd(0.25,0.1)s60)"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60)"
     )
 
 
 def default_options() -> list[Option]:
     """What a profile offers every layer unless told otherwise."""
     return [DENSE, Option(half=True), *(Option(bits=b) for b in range(2, 9)), *default_grid()]
+
+
+# What a runtime supports, as lists of names; sparsity goes from a quarter to nine tenths.
+_PERCENT = (25, 50, 60, 70, 75, 80, 85, 90)
+FAMILIES: dict[str, Callable[[], list[Option]]] = {
+    "default": default_options,
+    "int8": lambda: _named("w8", "w8t", "w8a"),
+    "int4g128": lambda: _named("w4g128", "w8g128"),
+    "int": lambda: _named(*(f"w{b}{s}" for b in range(1, 9) for s in ("", "a", "t", "g32", "g64", "g128"))),
+    "sparse": lambda: _named(*(f"s{p}{v}" for p in _PERCENT for v in ("", "fp16", "w8", "w4"))),
+    "nm": lambda: _named(*(f"{p}{v}" for p in ("1:4", "2:4", "4:8") for v in ("", "fp16", "w8", "w4"))),
+    "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),
+    "channels": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
+    "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
+    "all": lambda: list(dict.fromkeys(o for name, make in FAMILIES.items() if name != "all" for o in make())),
+}
+
+
+def _named(*names: str) -> list[Option]:
+    return [Option.parse(name) for name in names]
+
+
+def named_options(names: Iterable[Option | str]) -> list[Option]:
+    """Options from their names, or those of `FAMILIES`; a text may hold several with commas or spaces between them.
+
+    Each is there once. Raises OptionError for a name that is none, or that no compressor realises.
+    """
+    found: list[Option] = []
+    for given in names:
+        if isinstance(given, Option):
+            found.append(given)
+            continue
+        for name in re.split(r"[\s,]+(?![^(]*\))", given.strip()):  # not at the comma of rd(0.25,0.1)
+            try:
+                found += FAMILIES[name]() if name in FAMILIES else [Option.parse(name)]
+            except OptionError as error:
+                raise OptionError(f"{error}; families of options are {', '.join(FAMILIES)}") from error
+    for option in found:
+        compressor_of(option)
+    return list(dict.fromkeys(found))
 
 
 def profile_layer(

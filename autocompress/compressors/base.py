@@ -5,17 +5,19 @@ here.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from autocompress import obs
-from autocompress.storage import Entry, float_entry, weight_entry, weight_size
+from autocompress.storage import Entry, codec_named, float_entry, weight_entry, weight_size
 from autocompress.types import Option
 
-__all__ = ["Compressor", "LayerProblem", "Measured", "Realised"]
+__all__ = ["Compressor", "LayerProblem", "Measured", "Realised", "by_structure", "storable"]
+
+CODES_HELD = 1 << 26  # codes made at once (256 MiB): a large table has 10^7 for each of hundreds of options
 
 
 @dataclass
@@ -23,9 +25,10 @@ class LayerProblem:
     """One layer: weight float64 (groups, rows, d), Hessian float64 (groups, d, d) or None where calibration saw
     nothing.
 
-    `shape` is the weight's own shape, the shape of what is stored. `order` (int32) and `losses` (float32, in units of
-    the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first asked for,
-    and handed in when a profile has them.
+    `row_weights` (rows,): what each row of a table weighs beside its Hessian, which is (0, d, d) where there is none
+    (see `LayerStatistics`). `shape` is the shape of what is stored, rows first. `order` (int32) and `losses` (float32,
+    in units of the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first
+    asked for, and handed in when a profile has them.
     """
 
     name: str
@@ -34,6 +37,8 @@ class LayerProblem:
     hessian: np.ndarray | None
     order: np.ndarray | None = None
     losses: np.ndarray | None = None
+    row_weights: np.ndarray | None = None
+    _found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
         """Order and losses of exact greedy pruning. Raises ValueError where there is no Hessian."""
@@ -43,14 +48,79 @@ class LayerProblem:
             self.order, self.losses = order, (losses / (losses.max(initial=0.0) or 1.0)).astype(np.float32)
         return self.order, self.losses
 
-    def known_hessian(self) -> np.ndarray:
+    def known_hessian(self) -> np.ndarray | obs.RowHessian:
+        """What the functions of `obs` take. Raises ValueError where there is none."""
         if self.hessian is None:
             raise ValueError("calibration never reached this layer, so it has no Hessian")
-        return self.hessian
+        if self.row_weights is None:
+            return self.hessian
+        return obs.RowHessian(self.row_weights, self.hessian[0] if len(self.hessian) else None)
 
     def counts(self, percent: float) -> np.ndarray:
         """Weights that each row loses at a sparsity in percent, int64 (groups, rows)."""
-        return obs.pruned_counts(self.trace()[1], percent / 100.0)
+        if percent not in self._found:
+            self._found[percent] = obs.pruned_counts(self.trace()[1], percent / 100.0)
+        return self._found[percent]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows only weigh differently, and columns are on their own."""
+        return self.row_weights is not None and (self.hessian is None or not len(self.hessian))
+
+    def shared_hessian(self) -> np.ndarray:
+        """The Hessian (groups, d, d) that all rows share. Raises ValueError where they weigh differently."""
+        if self.row_weights is not None:
+            raise ValueError("the rows of a table weigh differently: there is no Hessian for all of them")
+        hessian = self.known_hessian()
+        assert isinstance(hessian, np.ndarray)
+        return hessian
+
+    def takes(self, structure: Option) -> bool:
+        """Whether the layer can have a structure: rows of a table, which weigh differently, only lose single weights."""
+        return self.row_weights is None or structure == Option(sparsity=structure.sparsity)
+
+    def kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
+        """What a structure prunes: (order, counts), the first counts[g, r] columns of order[g, r] go, the least
+        salient of what stays is next. As greedy OBS finds it; `obs.patterns` says how.
+        """
+        if structure not in self._found:
+            self._found[structure] = self._kept(structure)
+        return self._found[structure]
+
+    def _kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
+        order, _ = self.trace()
+        shape = self.weight.shape
+        positions = int(np.prod(self.shape[2:]))
+        if structure.nm is not None:
+            gone = obs.nm_mask(self.weight, self.shared_hessian(), *structure.nm, positions, threads=1)
+        elif structure.block is not None:
+            columns = obs.input_blocks(shape[-1], positions, structure.block)
+            gone = obs.unit_mask(self._units(columns, structure.block_rows), shape, structure.sparsity / 100.0)
+        elif structure.channels is not None:
+            columns = np.arange(shape[-1]).reshape(-1, positions)
+            gone = obs.unit_mask(self._units(columns, shape[1]), shape, structure.channels / 100.0)
+        elif structure.out is not None:
+            losses = obs.row_losses(self.weight, self.shared_hessian())
+            count = int(np.ceil(structure.out / 100.0 * losses.size - 1e-9))
+            gone = np.zeros(shape, bool)
+            gone.reshape(losses.size, -1)[np.argsort(losses, axis=None, kind="stable")[:count]] = True
+        else:
+            return order, self.counts(structure.sparsity)
+        return obs.order_of_mask(order, gone)
+
+    def _units(self, columns: np.ndarray, rows: int) -> obs.Units:
+        """One trace serves every sparsity of the same blocks."""
+        key = (columns.shape, rows)
+        if key not in self._found:
+            self._found[key] = obs.unit_trace(self.weight, self.shared_hessian(), columns, rows, threads=1)
+        return self._found[key]
+
+    def refitted(self, structure: Option) -> np.ndarray:
+        """The weights of a structure: what goes is zero, what stays makes up for it. float64, in the weight's shape."""
+        order, counts = self.kept(structure)
+        if not counts.any():
+            return self.weight
+        return obs.prune(self.weight, self.known_hessian(), order, counts, threads=1)
 
     def error(self, weight: np.ndarray) -> float:
         """½ tr(ΔW H ΔWᵀ) of a weight of the layer's size."""
@@ -70,19 +140,23 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class Realised:
-    """A compressed weight, exactly as it will be stored: codes times step, or values in a float codec."""
+    """A compressed weight, exactly as it will be stored: codes times step, or values in a float codec.
+
+    step: one number, one per row, or (rows, groups) where each `group` consecutive weights of a row share one.
+    """
 
     shape: tuple[int, ...]
     codec: str
     codes: np.ndarray | None = None
     step: np.ndarray | float = 1.0
     values: np.ndarray | None = None
+    group: int | None = None
 
     @property
     def step_kind(self) -> str:
         if self.codes is None:
             return "none"
-        return "row" if np.ndim(self.step) else "tensor"
+        return ("tensor", "row", f"group{self.group}")[np.ndim(self.step)]
 
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape."""
@@ -91,24 +165,28 @@ class Realised:
             stored = self.values.astype(np.float16) if self.codec == "fp16" else self.values
             return stored.astype(np.float32).reshape(self.shape)
         step = np.asarray(self.step, np.float32)
-        if step.ndim:
-            step = step.reshape(-1, *(1,) * (len(self.shape) - 1))
-        return self.codes.reshape(self.shape).astype(np.float32) * step
+        codes = self.codes.reshape(self.shape[0], -1).astype(np.float32)
+        if step.ndim == 2:
+            step = np.repeat(step, self.group or 1, axis=1)[:, : codes.shape[1]]
+        return (codes * (step[:, None] if step.ndim == 1 else step)).reshape(self.shape)
 
-    def entry(self, key: str, option: Option) -> Entry:
-        """The record for the file."""
-        params = {"option": str(option)}
+    def entry(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> Entry:
+        """The record for the file; `layout` is what it says beside the option (see `Layer.params`)."""
+        params: dict[str, Any] = {"option": str(option), **(layout or {})}
         if self.codes is None:
-            assert self.values is not None
-            return float_entry(key, self.values.reshape(self.shape).astype(np.float32), codec=self.codec, params=params)
-        return weight_entry(key, self.codes.reshape(self.shape), self.step, codec=self.codec, params=params)
+            return float_entry(key, self._values(), codec=self.codec, params=params)
+        codes = self.codes.reshape(self.shape)
+        return weight_entry(key, codes, self.step, codec=self.codec, group=self.group, params=params)
 
     def bytes(self) -> int:
         """Length of the entry's payload, exactly."""
         if self.codes is None:
-            assert self.values is not None
-            return self.values.size * (2 if self.codec == "fp16" else 4)
-        return weight_size(self.codes.reshape(self.shape), self.step, codec=self.codec)
+            return codec_named(self.codec).size(self._values())
+        return weight_size(self.codes.reshape(self.shape), self.step, codec=self.codec, group=self.group)
+
+    def _values(self) -> np.ndarray:
+        assert self.values is not None
+        return self.values.reshape(self.shape).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -116,7 +194,7 @@ class Measured:
     """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find
     it.
 
-    `codec` and `step` (none, tensor, row) say how it would be stored, which the file's header has to spell out.
+    `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
     """
 
     option: Option
@@ -148,13 +226,10 @@ class Compressor(Protocol):
 
 def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Option]) -> list[Measured]:
     """Error and bytes of every option that the layer can have."""
-    return [row for row, _ in measured_weights(compressor, problem, options)]
-
-
-def measured_weights(
-    compressor: Compressor, problem: LayerProblem, options: Sequence[Option]
-) -> list[tuple[Measured, Realised]]:
-    """The same with the weights themselves."""
+    at_once = max(1, CODES_HELD // max(problem.weight.size, 1))
+    if len(options) > at_once:
+        parts = [options[i : i + at_once] for i in range(0, len(options), at_once)]
+        return [row for part in parts for row in measure(compressor, problem, part)]
     start = time.perf_counter()
     found = compressor.realise_all(problem, options)
     each = (time.perf_counter() - start) / max(len(options), 1)
@@ -165,6 +240,27 @@ def measured_weights(
         start = time.perf_counter()
         error = 0.0 if problem.hessian is None else problem.error(realised.weight())
         size = realised.bytes()
-        seconds = each + time.perf_counter() - start
-        rows.append((Measured(option, error, size, realised.codec, realised.step_kind, seconds), realised))
+        rows.append(
+            Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start)
+        )
     return rows
+
+
+def by_structure(options: Sequence[Option]) -> list[tuple[Option, list[Option]]]:
+    """The options of each structure together, for they share masks and factorisations."""
+    found: dict[Option, list[Option]] = {}
+    for option in options:
+        found.setdefault(option.structure, []).append(option)
+    return sorted(found.items(), key=lambda pair: str(pair[0]))
+
+
+def storable(scale: np.ndarray) -> np.ndarray:
+    """Steps as they will be stored: half precision in the given shape, at least its least number, or a single float32
+    for all where the largest is beyond half precision or would lose digits in it.
+    """
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    largest = half.max(initial=0)
+    if np.finfo(np.float16).tiny <= largest < np.inf:
+        return np.maximum(half, np.finfo(np.float16).smallest_subnormal)
+    return np.asarray(scale.max(initial=0.0) or 1.0, np.float32)

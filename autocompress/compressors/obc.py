@@ -1,4 +1,6 @@
-"""Uniform grids after exact OBS pruning: `w4`, `s75w4`. Optimal Brain Compression with a fixed order per row."""
+"""Uniform grids after exact OBS pruning: `w4`, `s75w4`, `2:4w8g64a`. Optimal Brain Compression with a fixed order per
+row.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +9,104 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress import obs
-from autocompress.compressors.base import LayerProblem, Realised
+from autocompress.compressors.base import LayerProblem, Realised, by_structure, storable
 from autocompress.types import Option
 
 __all__ = ["ObcUniform"]
 
 
 class ObcUniform:
-    """Symmetric b-bit grid per output row, quantised most-salient-first with error feedback on what pruning left.
+    """Uniform b-bit grid, quantised most-salient-first with error feedback on what a structure's pruning left.
 
-    Grid -2^(b-1) ... 2^(b-1) - 1 times a half-precision step per row, found by OBC's shrink search on the refitted
-    weights. Source: OBC, arXiv 2208.11580 (pruning, grid search); the order is engine.md section 3's, not OBQ's greedy
-    one.
+    Grid and suffixes as `Option` says: scale · {-2^(b-1), ..., 2^(b-1) - 1} with half-precision scales, found by OBC's
+    shrink search on the refitted weights; an asymmetric grid has its zero among the codes, which is why the file needs
+    no zero points. Source: OBC, arXiv 2208.11580 (pruning, grid search); the order is engine.md section 3's, not OBQ's
+    greedy one. A layer without a Hessian has 8 bits, rounded to the nearest.
     """
 
-    version = 2
+    version = 3
     source = "OBC, arXiv 2208.11580"
 
     def offers(self, option: Option) -> bool:
-        bits = option.bits
-        return bits is not None and 2 <= bits <= 8 and option == Option(sparsity=option.sparsity, bits=bits)
+        return option.bits is not None and option.rank is None
 
     def needs_data(self, option: Option) -> bool:
-        return True
+        # With 8 bits a weight moves by some thousandths of its row's largest: harmless wherever it is used.
+        return option != Option(bits=8)
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        hessian = problem.known_hessian()
-        order, _ = problem.trace()
-        found: dict[Option, Realised] = {}
-        for sparsity in sorted({o.sparsity for o in options}):
-            counts = problem.counts(sparsity)
-            weight = problem.weight
-            if sparsity > 0.0:
-                weight = obs.prune(weight, hessian, order, counts, threads=1)
-            wanted = [o for o in options if o.sparsity == sparsity]
-            steps = [_storable(obs.search_scale(weight, o.bits or 8), weight) for o in wanted]
-            cells = [
-                obs.Cell(
-                    np.broadcast_to(s, counts.shape).astype(np.float32),
-                    np.full(counts.shape, -(2 ** ((o.bits or 8) - 1))),
-                    np.full(counts.shape, 2 ** ((o.bits or 8) - 1) - 1),
+        if problem.hessian is None and not any(self.needs_data(o) for o in options):
+            return [_nearest(problem) for _ in options]
+        found: dict[Option, Realised | None] = {}
+        for structure, wanted in by_structure(options):
+            if not problem.takes(structure):
+                found |= dict.fromkeys(wanted)
+                continue
+            weight = problem.refitted(structure)
+            grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4) for o in wanted}
+            # One factorisation serves all grids with a step per row.
+            plain = [o for o in wanted if grids[o].cell is not None]
+            codes, _ = obs.salient_cells(
+                problem.weight,
+                problem.known_hessian(),
+                *problem.kept(structure),
+                [c for o in plain if (c := grids[o].cell) is not None],
+                threads=1,
+            )
+            by_option = dict(zip(plain, codes, strict=True))
+            for o, grid in grids.items():
+                if grid.cell is None and problem.row_weights is not None:
+                    found[o] = None
+                    continue
+                chosen = by_option[o] if o in by_option else grid.quantise(problem, structure)
+                found[o] = Realised(
+                    problem.shape, "entropy", codes=chosen.reshape(problem.shape), step=grid.step, group=grid.group
                 )
-                for o, s in zip(wanted, steps, strict=True)
-            ]
-            codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)
-            for o, s, q in zip(wanted, steps, codes, strict=True):
-                step = s.reshape(-1) if s.ndim else float(s)
-                found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=step)
         return [found[o] for o in options]
 
 
-def _storable(scale: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The steps as they will be stored: half precision per row, or one float32 where that cannot hold them."""
-    zero = ~weight.any(axis=-1)
-    if not zero.all():  # a row of zeros fits any step: let it not be the one that decides
-        scale = np.where(zero, scale[~zero].min(), scale)
-    with np.errstate(over="ignore"):
-        half = scale.astype(np.float16)
-    if np.isfinite(half).all() and (half >= np.finfo(np.float16).tiny).all():
-        return half
-    return np.asarray(scale.max(), np.float32)
+def _nearest(problem: LayerProblem) -> Realised:
+    """8 bits per weight, each rounded to the nearest."""
+    grid = _Grid(problem.weight, Option(bits=8), 2.0)
+    steps = np.where(grid.steps > 0.0, grid.steps, 1.0)
+    codes = np.clip(np.rint(problem.weight / steps), -128, 127).astype(np.int32).reshape(problem.shape)
+    return Realised(problem.shape, "entropy", codes=codes, step=grid.step)
+
+
+class _Grid:
+    """The grid of one option on refitted weights (groups, rows, d): steps as they are stored, and limits of codes.
+
+    The scales minimise Σ |w - ŵ|^exponent: 2.4 is OBC's, 2 the error itself where columns are on their own.
+    """
+
+    def __init__(self, weight: np.ndarray, option: Option, exponent: float) -> None:
+        groups, rows, d = weight.shape
+        bits = option.bits or 8
+        size = option.group or d
+        vectors = weight.reshape(1, 1, 1, -1) if option.per_tensor else obs.column_runs(weight, size)
+        scale, low = obs.search_grid(vectors, bits, option.asymmetric, option.minmax, exponent)
+        steps = np.asarray(scale.max() or 1.0, np.float32) if option.per_tensor else storable(scale)
+        self.binary = bits == 1 and not option.asymmetric
+        self.group = option.group if steps.ndim and option.group else None
+        self.step: np.ndarray | float
+        self.step = float(steps) if not steps.ndim else steps.reshape(groups * rows, -1 if self.group else 1)
+        if isinstance(self.step, np.ndarray) and self.group is None:
+            self.step = self.step[:, 0]
+        full = (groups, rows, scale.shape[2])
+        self.steps = np.broadcast_to(np.where(scale > 0, steps.astype(np.float32), 0), full)
+        self.low = np.broadcast_to(low, full)
+        self.high = self.low + 2**bits - 1
+        self.size, self.cell = size, None
+        if not self.binary and scale.shape[2] == 1:
+            positive = np.broadcast_to(steps.astype(np.float32), full)
+            self.cell = obs.Cell(positive[..., 0], self.low[..., 0], self.high[..., 0])
+
+    def quantise(self, problem: LayerProblem, structure: Option) -> np.ndarray:
+        """Codes where the step changes along a row, or the levels are -1 and 1; a run of zeros has codes 0."""
+        d = problem.weight.shape[-1]
+        step, low, high = (np.repeat(a, self.size, axis=-1)[..., :d] for a in (self.steps, self.low, self.high))
+        levels = np.array([-1.0, 1.0]) if self.binary else None
+        codes = obs.quantise_levels(
+            problem.weight, problem.shared_hessian(), *problem.kept(structure), step, low, high, levels
+        )
+        return codes.astype(np.int32)

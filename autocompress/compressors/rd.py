@@ -1,5 +1,5 @@
-"""Rate-distortion OBS: `rd(step,lam)` and `rd(step,lam)s60`. Each code is chosen by the error it causes and the bits it
-costs.
+"""Rate-distortion OBS: `rd(step,lam)`, `rd(step,lam)s60`, `rd(step,lam)2:4`. Each code is chosen by the error it causes
+and the bits it costs.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress import obs
-from autocompress.compressors.base import LayerProblem, Realised
+from autocompress.compressors.base import LayerProblem, Realised, by_structure
 from autocompress.types import Option
 
 __all__ = ["RateDistortion", "default_grid"]
 
 
 class RateDistortion:
-    """Uniform grid with one step per layer, entropy-coded, after exact pruning to s percent; see
+    """Uniform grid with one step per layer, entropy-coded, after exact pruning to a structure; see
     `obs.rate_distortion_cells`.
 
     step is in units of the layer's root mean square weight, so that one option means the same for every layer.
@@ -27,20 +27,21 @@ class RateDistortion:
     source = "this project: entropy-constrained quantisation inside OBS"
 
     def offers(self, option: Option) -> bool:
-        return option.step is not None and option == Option(sparsity=option.sparsity, step=option.step, lam=option.lam)
+        return option.step is not None and option.rank is None
 
     def needs_data(self, option: Option) -> bool:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
         hessian = problem.known_hessian()
-        order, _ = problem.trace()
         rms = problem.rms
-        found: dict[Option, Realised] = {}
-        for sparsity in sorted({o.sparsity for o in options}):
-            wanted = [o for o in options if o.sparsity == sparsity]
+        found: dict[Option, Realised | None] = {}
+        for structure, wanted in by_structure(options):
+            if not problem.takes(structure):
+                found |= dict.fromkeys(wanted)
+                continue
             steps = [float(np.float32((o.step or 0.0) * rms)) for o in wanted]
-            counts = problem.counts(sparsity)
+            order, counts = problem.kept(structure)
             grid = [(s, o.lam or 0.0) for o, s in zip(wanted, steps, strict=True)]
             cells = obs.rate_distortion_cells(problem.weight, hessian, order, counts, grid, threads=1)
             codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)

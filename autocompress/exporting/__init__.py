@@ -89,9 +89,11 @@ def export(
     held: dict[str, Held] = {}
     for name, entry in entries.items():
         if "option" in entry.params:
-            keys = [k for k, first in aliases.items() if first == name]
-            owners = tuple(sorted(k.removesuffix("weight").rstrip(".") for k in keys)) or (name,)
-            module = shell.get_submodule(owners[0]) if shell is not None else nn.Module()
+            keys = sorted(k for k, first in aliases.items() if first == name)
+            owners = tuple(k.rpartition(".")[0] if k.rpartition(".")[2] == "weight" else k for k in keys) or (name,)
+            modules = [shell.get_submodule(k.rpartition(".")[0]) for k in keys] if shell is not None else []
+            # A table that is the output head too can be held only as a table can.
+            module = next((m for m in modules if not isinstance(m, nn.Linear)), modules[0] if modules else nn.Module())
             held[name] = exporter.hold(weight_of(entry, owners), module)
     notes = _judge(exporter, held.values(), lossless_only)
     floats = {n: _values(t, entries.get(n)) for n, t in tensors.items() if n not in held}

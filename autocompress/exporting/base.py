@@ -15,6 +15,8 @@ import numpy as np
 from torch import nn
 
 from autocompress.errors import AutocompressError
+from autocompress.layers import swap
+from autocompress.saving import swap_groups
 from autocompress.storage import Entry
 from autocompress.types import Option
 
@@ -46,9 +48,9 @@ class ExportWarning(UserWarning):
 class Weight:
     """A layer's weight as the file holds it: integer codes times step, or values.
 
-    codes: int32 in the weight's shape, or None; step: float32 (), (rows,), or (rows, groups) where each group of
-    columns // groups consecutive columns has its own (columns run over everything but the first axis); values: float32
-    or float16, where there are no codes. owners: every module that uses it.
+    codes: int32 in the weight's shape, or None; step: float32 (), (rows,), or (rows, groups) where each run of `group`
+    consecutive columns has its own (columns run over everything but the first axis); values: float32 or float16, where
+    there are no codes. owners: every module that uses it.
     """
 
     key: str
@@ -58,6 +60,7 @@ class Weight:
     codes: np.ndarray | None = None
     step: np.ndarray = field(default_factory=lambda: np.ones((), np.float32))
     values: np.ndarray | None = None
+    group: int | None = None
 
     @property
     def name(self) -> str:
@@ -71,11 +74,6 @@ class Weight:
     def columns(self) -> int:
         return int(np.prod(self.shape[1:]))
 
-    @property
-    def group(self) -> int | None:
-        """Columns that share a step, None where a whole row does."""
-        return -(-self.columns // self.step.shape[1]) if self.step.ndim == 2 else None
-
     def dense(self) -> np.ndarray:
         """The weight that a reader of the file gets, float32: float32(code) * step, rounded once."""
         if self.codes is None:
@@ -88,17 +86,26 @@ class Weight:
 
 
 def weight_of(entry: Entry, owners: Sequence[str]) -> Weight:
-    """The weight of a file's record. Raises FormatError if it is damaged."""
+    """The weight of a file's record, in the model's layout. Raises FormatError if it is damaged.
+
+    Steps per row of a weight that is stored rows first belong to its second dimension then: it becomes its values.
+    """
     option = Option.parse(str(entry.params["option"]))
-    if entry.step != "none":
-        codes = entry.codes().reshape(entry.shape)
-        return Weight(entry.name, tuple(owners), entry.shape, option, codes, entry.steps())
-    values = entry.dequantise().reshape(entry.shape)
-    half = entry.codec == "fp16"
+    groups = swap_groups(entry)
+
+    def placed(array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(swap(array, groups)) if groups else array
+
+    scaled = entry.step != "none" and entry.codec != "fp8"
+    if scaled and not (groups and entry.steps().ndim):
+        codes = placed(entry.codes().reshape(entry.shape))
+        return Weight(entry.name, tuple(owners), codes.shape, option, codes, entry.steps(), group=entry.group)
+    values = placed(entry.dequantise().reshape(entry.shape))
+    half = entry.codec == "fp16" or option.half
     return Weight(
         entry.name,
         tuple(owners),
-        entry.shape,
+        values.shape,
         option,
         values=values.astype(np.float16 if half else np.float32),
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from autocompress.exporting.base import (
     ExportError,
@@ -22,6 +23,7 @@ from autocompress.exporting.base import (
     code_bits,
     requantised,
 )
+from autocompress.layers import TABLES
 
 __all__ = ["CompressedTensors", "pack_rows"]
 
@@ -38,7 +40,8 @@ class CompressedTensors:
     and steps are the file's, so the library's weight is the file's, bit for bit, in float32 (which `dtype` in the
     configuration therefore says). It packs linear layers only, at most 8 bits wide. bits: 4 or 8 makes every packed
     layer that wide, with a step per row, for runtimes that know nothing else and for transformers' dequantize=True,
-    which takes all layers for the first group's (5.23); None takes what the codes need.
+    which takes all layers for the first group's (5.23); None takes what the codes need. Embeddings, and a head that is
+    tied to one, are dense, with the file's values.
     Source: compressed-tensors 0.18, `pack_quantized`.
     """
 
@@ -57,7 +60,9 @@ class CompressedTensors:
         if weight.codes is None:
             half = weight.values is not None and weight.values.dtype == np.float16
             return Held(weight, "float16" if half else "float32", 16 if half else 32)
-        if not isinstance(owner, nn.Linear):
+        if isinstance(owner, TABLES):  # no loader of the format has tables of codes
+            return Held(weight, "float32", 32)
+        if not isinstance(owner, nn.Linear) or isinstance(owner, NonDynamicallyQuantizableLinear):
             return Held(weight, "float32", 32, "it packs linear layers only; stored dense, with the same values")
         needed, width = code_bits(weight.codes), self.bits or WIDEST
         group = weight.group
@@ -78,12 +83,13 @@ class CompressedTensors:
         tensors: dict[str, torch.Tensor] = {}
         groups: dict[tuple[int, str, int | None], list[str]] = {}
         ignored: list[str] = []
+        modules = dict(request.model.named_modules())
         for key, held in request.held.items():
             weight = held.weight
             if held.kind != "pack-quantized":
                 values = weight.values if held.bits == 16 else weight.dense()
                 tensors[key] = torch.from_numpy(np.ascontiguousarray(values))
-                ignored += weight.owners
+                ignored += [o for o in weight.owners if not isinstance(modules.get(o), (*TABLES, type(None)))]
                 continue
             assert weight.codes is not None
             strategy = ("tensor", "channel", "group")[weight.step.ndim]

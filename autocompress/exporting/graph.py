@@ -152,15 +152,15 @@ class Graph:
         codes, step = _scaled(weight, factor, held.bits)
         rest = []
         for node in list(self.users.get(name, ())):
-            if held.kind.startswith("MatMulNBits") and self._to_nbits(node, name, codes, step, held.bits):
+            if held.kind.startswith("MatMulNBits") and self._to_nbits(node, name, codes, step, held):
                 continue
             if node.op_type == "Transpose" and codes.ndim == 2 and _swaps(node):
-                self._dequantised(node.output[0], codes.T, step, held.bits, axis=1)
+                self._dequantised(node.output[0], codes.T, step, held, axis=1)
                 self.proto.graph.node.remove(node)
                 continue
             rest.append(node)
         if rest:
-            self._dequantised(name, codes, step, held.bits, axis=0)
+            self._dequantised(name, codes, step, held, axis=0)
 
     def _lower_float(self, name: str, held: Held, factor: np.ndarray | None) -> None:
         from onnx import TensorProto
@@ -179,28 +179,27 @@ class Graph:
             cast = self._add("Cast", [half], f"{name}.cast", to=TensorProto.FLOAT)
             self._add("Mul", [cast, self._tensor(f"{name}.factor", wide.astype(np.float32))], name)
 
-    def _dequantised(self, output: str, codes: np.ndarray, step: np.ndarray, bits: int, axis: int) -> None:
+    def _dequantised(self, output: str, codes: np.ndarray, step: np.ndarray, held: Held, axis: int) -> None:
         """codes -> DequantizeLinear -> output. `axis` is that of the rows; groups run over the other one."""
         if step.ndim < 2:
-            integers = self._integers(f"{output}.codes", codes, bits)
+            integers = self._integers(f"{output}.codes", codes, held.bits)
             scale = self._tensor(f"{output}.scale", step)
             attributes = {"axis": axis} if step.ndim else {}
             self._add("DequantizeLinear", [integers, scale], output, **attributes)
             return
         flat = codes if codes.ndim == 2 else codes.reshape(codes.shape[0], -1)
-        group = -(-flat.shape[1 - axis] // step.shape[1])
-        integers = self._integers(f"{output}.codes", flat, bits)
+        integers = self._integers(f"{output}.codes", flat, held.bits)
         scale = self._tensor(f"{output}.scale", step if axis == 0 else step.T)
         place = output if codes.ndim == 2 else f"{output}.rows"
-        self._add("DequantizeLinear", [integers, scale], place, axis=1 - axis, block_size=group)
+        self._add("DequantizeLinear", [integers, scale], place, axis=1 - axis, block_size=held.weight.group)
         if codes.ndim != 2:
             shape = self._tensor(f"{output}.shape", np.array(codes.shape, np.int64))
             self._add("Reshape", [place, shape], output)
 
-    def _to_nbits(self, node: Any, name: str, codes: np.ndarray, step: np.ndarray, bits: int) -> bool:
+    def _to_nbits(self, node: Any, name: str, codes: np.ndarray, step: np.ndarray, held: Held) -> bool:
         """Replace x Wᵀ by MatMulNBits, for each MatMul of the transposed weight, or the Gemm. False for other uses."""
         if node.op_type == "Gemm" and _plain_gemm(node) and node.input[1] == name:
-            self._nbits(node, node.input[0], node.input[2] if len(node.input) > 2 else "", name, codes, step, bits)
+            self._nbits(node, node.input[0], node.input[2] if len(node.input) > 2 else "", name, codes, step, held)
             return True
         if node.op_type != "Transpose" or not _swaps(node):
             return False
@@ -208,16 +207,16 @@ class Graph:
         if not all(u.op_type == "MatMul" and u.input[1] == node.output[0] for u in users):
             return False
         for user in users:
-            self._nbits(user, user.input[0], "", name, codes, step, bits)
+            self._nbits(user, user.input[0], "", name, codes, step, held)
         self.proto.graph.node.remove(node)
         return True
 
     def _nbits(
-        self, node: Any, given: str, bias: str, name: str, codes: np.ndarray, step: np.ndarray, bits: int
+        self, node: Any, given: str, bias: str, name: str, codes: np.ndarray, step: np.ndarray, held: Held
     ) -> None:
         from onnx import helper
 
-        packed, scales, block = nbits_blocks(codes, step, bits)
+        packed, scales, block = nbits_blocks(codes, step, held.bits, held.weight.group)
         if f"{name}.packed" not in {tensor.name for tensor in self.stored}:
             self._tensor(f"{name}.packed", packed)
             self._tensor(f"{name}.scales", scales)
@@ -233,7 +232,7 @@ class Graph:
                 domain="com.microsoft",
                 K=columns,
                 N=rows,
-                bits=bits,
+                bits=held.bits,
                 block_size=block,
                 accuracy_level=self.accuracy_level,
             )
@@ -268,17 +267,16 @@ class Graph:
         return proto
 
 
-def nbits_blocks(codes: np.ndarray, step: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, int]:
+def nbits_blocks(
+    codes: np.ndarray, step: np.ndarray, bits: int, group: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int]:
     """A weight as MatMulNBits wants it: B uint8 (N, blocks, block*bits/8) low bits first, scales (N, blocks), block.
 
     Codes are stored plus 2^(bits-1), the zero point that is meant where none is given. A step per row or tensor is
     repeated for each block; then the block is the least power of two from 16 that covers a row, at most 256.
     """
     rows, columns = codes.shape
-    if step.ndim == 2:
-        block = -(-columns // step.shape[1])
-    else:
-        block = min(max(16, 1 << (columns - 1).bit_length()), 256)
+    block = group or min(max(16, 1 << (columns - 1).bit_length()), 256)
     count = -(-columns // block)
     raw = np.full((rows, count * block), 2 ** (bits - 1), np.uint8)
     raw[:, :columns] = codes + 2 ** (bits - 1)

@@ -66,6 +66,12 @@ class Onnx:
             raise missing("onnx", "onnx", error) from error
         if example is None:
             raise ExportError("onnx needs example=, one batch as the model takes it (a task's example_input())")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LSTM) and module.proj_size:
+                raise ExportError(
+                    f"the operator LSTM of onnx has no projection, and {name or 'the model'!r} has proj_size="
+                    f"{module.proj_size}; safetensors takes any model"
+                )
 
     def hold(self, weight: Weight, owner: nn.Module) -> Held:
         if weight.codes is None:
@@ -107,7 +113,13 @@ class Onnx:
         }
         if size <= PROTOBUF_LIMIT:
             data = proto.SerializeToString(deterministic=True)
-            onnx.checker.check_model(data, full_check=True)
+            try:
+                onnx.checker.check_model(data, full_check=True)
+            except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ExportError(
+                    f"what torch.onnx.export makes of {type(request.model).__name__} is no valid graph: {reason}"
+                ) from error
             facts |= self._compared(data, request)
         if not external:
             admit(len(data))

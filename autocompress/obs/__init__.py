@@ -1,9 +1,12 @@
 """The Optimal Brain Surgeon engine: numpy arrays in, numpy arrays out; it knows no networks.
 
 One layer: weight W (rows, d), Hessian H = 2 X Xᵀ / N + damping (d, d); rows are independent and share H. The error of a
-compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups: W (g, rows, d) with H (g, d, d).
+compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups, W (g, rows, d) with H (g, d, d); and a
+`RowHessian`, where rows weigh differently.
 """
 
+from autocompress.obs.grids import column_runs, quantise_levels, search_grid
+from autocompress.obs.patterns import Units, input_blocks, nm_mask, order_of_mask, row_losses, unit_mask, unit_trace
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
 from autocompress.obs.quantising import (
     Cell,
@@ -13,16 +16,29 @@ from autocompress.obs.quantising import (
     salient_cells,
     search_scale,
 )
+from autocompress.obs.weighted import RowHessian, search_square
 
 __all__ = [
     "Cell",
+    "RowHessian",
+    "Units",
+    "column_runs",
+    "input_blocks",
     "layer_error",
+    "nm_mask",
+    "order_of_mask",
     "prune",
     "prune_trace",
     "pruned_counts",
+    "quantise_levels",
     "quantise_salient",
     "rate_distortion_cells",
     "rd_quantise",
+    "row_losses",
     "salient_cells",
+    "search_grid",
     "search_scale",
+    "search_square",
+    "unit_mask",
+    "unit_trace",
 ]

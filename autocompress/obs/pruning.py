@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from typing import overload
 
 import numpy as np
 from scipy.linalg import LinAlgError, lapack
 
-from autocompress.obs import kernels
+from autocompress.obs import kernels, weighted
+from autocompress.obs.weighted import RowHessian
 from autocompress.threads import default_workers, single_threaded
 
 __all__ = ["layer_error", "prune", "prune_trace", "pruned_counts"]
@@ -21,19 +23,22 @@ BLOCK = 64
 LAPACK = (kernels.SYRK, kernels.DPOTRF, kernels.DPOTRI)
 
 
-def prune_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def prune_trace(W: np.ndarray, H: np.ndarray | RowHessian, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Prune every row greedily to the end and return the order and the loss of each step.
 
     Step: p = argmin w_p²/[H⁻¹]_pp over what is left, loss = w_p²/(2 [H⁻¹]_pp), then the optimal update of the rest. The
     sum of the first n losses of a row is its exact error ½ (ŵ-w) H (ŵ-w)ᵀ after n steps.
 
     W (rows, d); H (d, d) symmetric positive definite (no damping is added here). With leading groups: W (g, rows, d), H
-    (g, d, d). Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt to that many (0: one
-    per core); the result does not depend on it. Raises ValueError on shapes that do not match, values that are not
-    finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted Cholesky factorisation
-    of H⁻¹ with lazy updates.
+    (g, d, d); or H a `RowHessian`. Returns order int32 and losses float64 in the shape of W. `threads`: rows are dealt
+    to that many (0: one per core); the result does not depend on it. Raises ValueError on shapes that do not match,
+    values that are not finite, or H not positive definite. Source: OBC, arXiv 2208.11580, algorithm 1, as a pivoted
+    Cholesky factorisation of H⁻¹ with lazy updates.
     """
     weight, hessian = as_groups(W, H)
+    if isinstance(hessian, RowHessian):
+        found = weighted.trace(weight, hessian, lambda w, h: prune_trace(w, h, threads))
+        return found[0].reshape(np.shape(W)), found[1].reshape(np.shape(W))
     groups, rows, d = weight.shape
     order = np.empty((groups, rows, d), np.int32)
     losses = np.empty((groups, rows, d), np.float64)
@@ -69,7 +74,9 @@ def pruned_counts(losses: np.ndarray, sparsity: float) -> np.ndarray:
     return np.bincount(first // flat.shape[1], minlength=flat.shape[0]).reshape(losses.shape[:-1]).astype(np.int64)
 
 
-def prune(W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, threads: int = 0) -> np.ndarray:
+def prune(
+    W: np.ndarray, H: np.ndarray | RowHessian, order: np.ndarray, counts: np.ndarray, threads: int = 0
+) -> np.ndarray:
     """Rebuild the pruned layer from its order: the first `counts` of each row are zero, the rest is refitted optimally.
 
     With M gone and R kept, ŵ_R = w_R + H_RR⁻¹ H_RM w_M (float32 factorisation). Shapes as in `prune_trace`; returns
@@ -80,15 +87,23 @@ def prune(W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, t
     return salient_cells(W, H, order, counts, [], threads=threads)[1]
 
 
-def layer_error(W: np.ndarray, W_hat: np.ndarray, H: np.ndarray) -> float:
+def layer_error(W: np.ndarray, W_hat: np.ndarray, H: np.ndarray | RowHessian) -> float:
     """½ tr(ΔW H ΔWᵀ) with ΔW = W_hat - W, in float64, summed over groups. Shapes as in `prune_trace`."""
     weight, hessian = as_groups(W, H)
     delta = np.asarray(W_hat, np.float64).reshape(weight.shape) - weight
+    if isinstance(hessian, RowHessian):
+        return hessian.error(delta)
     return 0.5 * float(sum(np.vdot(d @ h, d) for d, h in zip(delta, hessian, strict=True)))
 
 
-def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(groups, rows, d) and (groups, d, d) views in float64, checked."""
+@overload
+def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+@overload
+def as_groups(W: np.ndarray, H: np.ndarray | RowHessian) -> tuple[np.ndarray, np.ndarray | RowHessian]: ...
+def as_groups(W: np.ndarray, H: np.ndarray | RowHessian) -> tuple[np.ndarray, np.ndarray | RowHessian]:
+    """(groups, rows, d) and (groups, d, d) views in float64, checked; a RowHessian stays one, of a single group."""
+    if isinstance(H, RowHessian):
+        return _checked_rows(np.asarray(W, np.float64), H), H
     weight, hessian = np.asarray(W, np.float64), np.asarray(H, np.float64)
     if weight.ndim == 2 and hessian.ndim == 2:
         weight, hessian = weight[None], hessian[None]
@@ -103,6 +118,24 @@ def as_groups(W: np.ndarray, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(hessian).all():
         raise ValueError("the Hessian has values that are not finite")
     return weight, hessian
+
+
+def _checked_rows(weight: np.ndarray, H: RowHessian) -> np.ndarray:
+    weight = weight[None] if weight.ndim == 2 else weight
+    d = weight.shape[-1]
+    shared = (d, d) if H.shared is None else H.shared.shape
+    if weight.ndim != 3 or weight.shape[:2] != (1, *H.weights.shape) or shared != (d, d):
+        raise ValueError(
+            f"weight has shape {weight.shape}, row weights {H.weights.shape} and their shared Hessian {shared}; "
+            "needed (rows, d), (rows,) and (d, d)"
+        )
+    if not np.isfinite(weight).all():
+        raise ValueError("the weight has values that are not finite")
+    if not (np.isfinite(H.weights).all() and (H.weights > 0.0).all()):
+        raise ValueError("row weights must be finite and positive")
+    if H.shared is not None and not np.isfinite(H.shared).all():
+        raise ValueError("the Hessian has values that are not finite")
+    return weight
 
 
 def scaled_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

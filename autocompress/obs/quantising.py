@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from autocompress.obs import kernels
+from autocompress.obs import kernels, weighted
 from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.obs.weighted import RowHessian
 from autocompress.threads import single_threaded
 
 __all__ = ["Cell", "quantise_salient", "rate_distortion_cells", "rd_quantise", "salient_cells", "search_scale"]
 
 CODE_LIMIT = 32767  # codes stay within int16; a grid that needs more is clipped there
 SAMPLE_ROWS = 16  # rows that a rate table is learned from
+TABLE_ROWS = 256  # the same where rows have weights of their own, and so codes of different size
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,12 @@ class Cell:
 
 
 def salient_cells(
-    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, cells: Sequence[Cell], threads: int = 0
+    W: np.ndarray,
+    H: np.ndarray | RowHessian,
+    order: np.ndarray,
+    counts: np.ndarray,
+    cells: Sequence[Cell],
+    threads: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes of every cell, int32 (cells, *W.shape), and the pruned weights that they quantise, float64 in the shape of
     W.
@@ -54,6 +62,9 @@ def salient_cells(
     order = np.ascontiguousarray(order, np.int64).reshape(weight.shape)
     counts = np.asarray(counts, np.int64).reshape(groups, rows)
     n = len(cells)
+    if isinstance(hessian, RowHessian):
+        found = weighted.cells(weight, hessian, order, counts, cells, partial(salient_cells, threads=threads))
+        return found[0].reshape(n, *np.shape(W)), found[1].reshape(np.shape(W))
     table = max((c.bits.size for c in cells if c.bits is not None), default=1)
     bits = np.zeros((n, table), np.float32)
     for i, cell in enumerate(cells):
@@ -135,7 +146,7 @@ def rd_quantise(
 
 def rate_distortion_cells(
     W: np.ndarray,
-    H: np.ndarray,
+    H: np.ndarray | RowHessian,
     order: np.ndarray,
     counts: np.ndarray,
     grid: Sequence[tuple[float, float]],
@@ -154,9 +165,17 @@ def rate_distortion_cells(
     order = np.asarray(order).reshape(weight.shape)
     counts = np.asarray(counts).reshape(groups, rows)
     with single_threaded():
-        log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
+        if isinstance(hessian, RowHessian):
+            log_det = hessian.mean_log_det()
+        else:
+            log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
     unit = 0.5 * float(np.exp(log_det))
     peak = float(np.abs(weight).max(initial=0.0))
+    shape, sampled = (groups, rows), SAMPLE_ROWS
+    if isinstance(hessian, RowHessian):  # a table may have more rows than any histogram needs
+        few = np.unique(np.linspace(0, rows - 1, min(rows, TABLE_ROWS)).astype(int))
+        weight, hessian, order, counts = weight[:, few], hessian.take(few), order[:, few], counts[:, few]
+        rows, sampled = len(few), TABLE_ROWS
     zeroed = weight.copy()
     kept_first = np.arange(d)[None, None, :] < counts[:, :, None]
     np.put_along_axis(
@@ -169,9 +188,9 @@ def rate_distortion_cells(
     def cell(step: float, lam: float, codes: np.ndarray) -> Cell:
         size = int(min(np.ceil(1.25 * peak / step) + 2, CODE_LIMIT))
         return Cell(
-            step=np.full((groups, rows), step, np.float32),
-            low=np.full((groups, rows), -CODE_LIMIT),
-            high=np.full((groups, rows), CODE_LIMIT),
+            step=np.full(shape, step, np.float32),
+            low=np.full(shape, -CODE_LIMIT),
+            high=np.full(shape, CODE_LIMIT),
             price=lam * unit * step * step,
             bits=rate_table(codes, size),
             offset=size,
@@ -182,7 +201,7 @@ def rate_distortion_cells(
     ]
     priced = [i for i, (_, lam) in enumerate(grid) if lam > 0.0]
     if priced:
-        take = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).astype(int))
+        take = np.unique(np.linspace(0, rows - 1, min(rows, sampled)).astype(int))
         some = np.unique(np.linspace(0, groups - 1, min(groups, SAMPLE_ROWS)).astype(int))
         sample = [
             Cell(
@@ -197,7 +216,7 @@ def rate_distortion_cells(
         ]
         codes, _ = salient_cells(
             weight[np.ix_(some, take)],
-            hessian[some],
+            hessian if isinstance(hessian, RowHessian) else hessian[some],
             order[np.ix_(some, take)],
             counts[np.ix_(some, take)],
             sample,

@@ -143,7 +143,8 @@ def _allocation(plan: Plan, profile: Profile, rows: Sequence[LayerRow]) -> str:
     note = "Relative error: of the layer's output, 1 for losing the layer. Share: of the sum of all relative errors."
     table = _table(head, body, foot, "Options of the layers", note)
     left = [f"{name}: {why}" for name, why in profile.skipped.items()]
-    left += [f"{row.name}: calibration never reached it, so it stays dense" for row in rows if row.error is None]
+    unreached = "calibration never reached it, so it has only options that need no data"
+    left += [f"{row.name}: {unreached}" for row in rows if row.error is None]
     extra = f"<p>Left alone: {escape('; '.join(left))}.</p>" if left else ""
     return _section("What every layer became", text + chart + table + extra)
 

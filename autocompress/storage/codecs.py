@@ -1,7 +1,7 @@
 """Codecs: pure pairs of exactly inverse functions between arrays and bytes, each with an exact size.
 
 Laws, held by tests for every codec `c` and every array `a` that it accepts:
-    c.decode(c.encode(a), a.shape, a.dtype.name) == a   (fp16, smallfloat: once a is rounded to what they hold)
+    c.decode(c.encode(a), a.shape, a.dtype.name) == a   (fp16, smallfloat, fp8: once a is rounded to what they hold)
     c.size(a) == len(c.encode(a))
 """
 
@@ -25,7 +25,8 @@ __all__ = ["CODECS", "CODEC_IDS", "Codec", "codec_named"]
 class Codec:
     """One way to store an array: `encode(array)`, its inverse `decode(payload, shape, dtype)`, the exact `size(array)`.
 
-    `kind` is "codes" for integer arrays and "floats" for the rest; `number` is the byte that names the codec in a file.
+    `kind` is "codes" for integer arrays, "scaled" for floats that steps multiply, and "floats" for the rest; `number`
+    is the byte that names the codec in a file.
     """
 
     name: str
@@ -61,6 +62,8 @@ _ALL = (
     Codec("sparse", 5, "codes", integers.encode_sparse, _codes(integers.decode_sparse), integers.sparse_size),
     Codec("nm", 6, "codes", integers.encode_nm, _codes(integers.decode_nm), integers.nm_size),
     Codec("entropy", 7, "codes", encode_codes, _codes(decode_codes), coded_size),
+    Codec("masked", 8, "floats", floats.encode_masked, floats.decode_masked, floats.masked_size),
+    Codec("fp8", 9, "scaled", floats.encode_fp8, floats.decode_fp8, floats.fp8_size),
 )
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}

@@ -1,4 +1,6 @@
-"""Codecs for arrays of floats: raw, fp16, and small floats with as many mantissa bits as each tensor needs."""
+"""Codecs for arrays of floats: raw, fp16, small floats with as many mantissa bits as each tensor needs, what a mask
+keeps, and e4m3.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,27 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress.storage.bits import Cursor, least_bytes, pack_bits, packed_bytes, unpack_bits
+from autocompress.storage.entropy import coded_size, decode_codes, encode_codes
 from autocompress.storage.errors import FormatError
 
 _CHUNK = 1 << 16  # values decoded at once
 
 __all__ = [
     "DTYPES",
+    "E4M3",
+    "decode_fp8",
     "decode_fp16",
+    "decode_masked",
     "decode_raw",
     "decode_small",
+    "encode_fp8",
     "encode_fp16",
+    "encode_masked",
     "encode_raw",
     "encode_small",
+    "fp8_size",
     "fp16_size",
+    "masked_size",
     "raw_size",
     "round_small",
     "small_size",
@@ -30,6 +40,9 @@ DTYPES = (
     "float32", "float16", "float64", "bool", "uint8", "int8", "uint16", "int16",
     "uint32", "int32", "uint64", "int64",
 )  # fmt: skip  # position = number in a file
+
+_CODE = np.arange(127)  # an e4m3 number without its sign: three bits of mantissa, four of exponent; 127 is no number
+E4M3 = np.where(_CODE < 8, _CODE * 2.0**-9, (8 + _CODE % 8) * 2.0 ** (_CODE // 8 - 10)).astype(np.float32)
 
 
 def _dtype(name: str) -> np.dtype:
@@ -177,3 +190,76 @@ def decode_small(payload: bytes, shape: Sequence[int], dtype: str = "float32") -
             wide[(part >> (mantissa + width) & 1).astype(bool)] *= -1
         values[start : start + _CHUNK] = wide
     return values.reshape(tuple(shape))
+
+
+def _kept(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (mask as 0 and 1, what it keeps: every value but +0, as binary16 if that holds all of them exactly)."""
+    array = np.asarray(array)
+    if array.dtype.kind != "f":
+        raise ValueError(f"masked values are floats, got dtype {array.dtype}")
+    mask = (array != 0) | np.signbit(array)
+    kept = array[mask]
+    with np.errstate(over="ignore"):
+        half = kept.astype("<f2")
+    exact = half.astype(array.dtype).tobytes() == kept.tobytes()
+    return mask.astype(np.int32), half if exact else kept.astype(_dtype(array.dtype.name))
+
+
+def masked_size(array: np.ndarray) -> int:
+    """Count 5 + the entropy-coded mask + 2 bytes, or the bytes of an element, for each value that it keeps."""
+    mask, kept = _kept(array)
+    return 5 + coded_size(mask) + kept.nbytes
+
+
+def encode_masked(array: np.ndarray) -> bytes:
+    """Store which values are not zero, entropy-coded in the array's shape, then those, in binary16 where that is exact.
+
+    Layout: bytes per value u8, length of the mask u32, the mask, the values.
+    """
+    mask, kept = _kept(array)
+    coded = encode_codes(mask)
+    return bytes([kept.itemsize]) + len(coded).to_bytes(4, "little") + coded + kept.tobytes()
+
+
+def decode_masked(payload: bytes, shape: Sequence[int], dtype: str) -> np.ndarray:
+    """Undo `encode_masked`."""
+    kind, cursor = _dtype(dtype), Cursor(payload, "masked values")
+    width = cursor.take(1)[0]
+    if kind.kind != "f" or width not in (2, kind.itemsize):
+        raise cursor.fail(f"{width} bytes for each {dtype}")
+    mask = decode_codes(cursor.take(int.from_bytes(cursor.take(4), "little")), shape)
+    if mask.size and not 0 <= mask.min() <= mask.max() <= 1:
+        raise cursor.fail("a mask of more than zeros and ones")
+    count = int(mask.sum(dtype=np.int64))
+    kept = np.frombuffer(cursor.take(width * count), "<f2" if width == 2 else kind)
+    cursor.end()
+    values = np.zeros(mask.shape, np.dtype(dtype))
+    values[mask != 0] = kept
+    return values
+
+
+def _fp8_codes(values: np.ndarray) -> np.ndarray:
+    """Return the number of each e4m3 value among the magnitudes, with its sign."""
+    wide = np.asarray(values, np.float64)
+    place = np.minimum(np.searchsorted(E4M3, np.abs(wide)), E4M3.size - 1)
+    if (E4M3[place] != np.abs(wide)).any():
+        raise ValueError("fp8 stores e4m3 numbers only; round to them first")
+    return np.where(wide < 0, -place, place).astype(np.int32)
+
+
+def fp8_size(values: np.ndarray) -> int:
+    """Count the bytes of `encode_fp8`."""
+    return coded_size(_fp8_codes(values))
+
+
+def encode_fp8(values: np.ndarray) -> bytes:
+    """Entropy-code e4m3 numbers (OCP 8-bit floating point, finite): sign times the seven other bits as an integer."""
+    return encode_codes(_fp8_codes(values))
+
+
+def decode_fp8(payload: bytes, shape: Sequence[int], dtype: str = "float32") -> np.ndarray:
+    """Undo `encode_fp8`; always float32."""
+    codes = decode_codes(payload, shape)
+    if codes.size and max(-int(codes.min()), int(codes.max())) >= E4M3.size:
+        raise FormatError(f"an e4m3 number {int(np.abs(codes).max())}; at most {E4M3.size - 1}")
+    return np.concatenate([-E4M3[:0:-1], E4M3])[codes + (E4M3.size - 1)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from autocompress.storage.bits import MAX_EXPANSION, Cursor, Value, put_string, put_uint, put_value
 from autocompress.storage.codecs import CODEC_IDS, codec_named
-from autocompress.storage.entries import STEPS, Entry, step_bytes
+from autocompress.storage.entries import STEPS, Entry, split_step, step_bytes
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import DTYPES
 
@@ -116,10 +116,11 @@ def put_header(entries: Sequence[Entry], meta: Mapping[str, Value]) -> bytes:
             put_uint(len(names)),
             names,
             bytes(codec_named(entry.codec).number for entry in entries),
-            bytes(DTYPES.index(entry.dtype) * 4 + STEPS.index(entry.step) for entry in entries),
+            bytes(DTYPES.index(entry.dtype) * 4 + STEPS.index(split_step(entry.step)[0]) for entry in entries),
             bytes(len(entry.shape) for entry in entries),
             b"".join(put_uint(axis) for entry in entries for axis in entry.shape),
             b"".join(put_uint(len(entry.payload)) for entry in entries),
+            b"".join(put_uint(entry.group) for entry in entries if entry.group),
             b"".join(_put_pairs(entry.params, _MAX_PARAMS) for entry in entries),
             _put_pairs(meta, _MAX_META),
         ]
@@ -147,6 +148,7 @@ def parse_header(raw: bytes) -> Header:
             raise cursor.fail(f"a tensor of {math.prod(shape)} values; at most {_MAX_NUMEL}")
         shapes.append(shape)
     lengths = [cursor.uint() for _ in range(count)]
+    steps = [STEPS[kind % 4] + (str(cursor.uint(_MAX_NUMEL)) if STEPS[kind % 4] == "group" else "") for kind in kinds]
     slots: list[Slot] = []
     for i in range(count):
         try:
@@ -156,10 +158,10 @@ def parse_header(raw: bytes) -> Header:
         if codecs[i] not in CODEC_IDS:
             known = f"this version knows 0 to {max(CODEC_IDS)}"
             raise FormatError(f"entry {name!r}: unknown codec number {codecs[i]}; {known}")
-        if kinds[i] // 4 >= len(DTYPES) or kinds[i] % 4 >= len(STEPS):
-            raise FormatError(f"entry {name!r}: unknown dtype or step kind {kinds[i]}")
+        if kinds[i] // 4 >= len(DTYPES):
+            raise FormatError(f"entry {name!r}: unknown dtype {kinds[i] // 4}")
         slot = Slot(
-            name, shapes[i], DTYPES[kinds[i] // 4], CODEC_IDS[codecs[i]].name, STEPS[kinds[i] % 4],
+            name, shapes[i], DTYPES[kinds[i] // 4], CODEC_IDS[codecs[i]].name, steps[i],
             _pairs(cursor, _MAX_PARAMS), lengths[i],
         )  # fmt: skip
         body = slot.length - step_bytes(slot.shape, slot.step)

@@ -27,6 +27,7 @@ __all__ = [
     "encode_sparse",
     "nm_pattern",
     "nm_size",
+    "packed_length",
     "packed_size",
     "sparse_size",
 ]
@@ -74,13 +75,24 @@ def _shaped(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 def packed_size(codes: np.ndarray) -> int:
     """Count 3 + ceil(n * bits / 8) bytes, bits = width of max - min."""
     flat = _flat(codes)
-    return max(_HEAD + packed_bytes(flat.size, _field(flat)[0]), least_bytes(flat.size))
+    return packed_length(flat.size, _field(flat)[0])
 
 
-def encode_packed(codes: np.ndarray) -> bytes:
-    """Store code - min in fields of equal width that may straddle bytes."""
+def packed_length(count: int, bits: int) -> int:
+    """Count the bytes of `count` codes in fields of `bits` bits."""
+    return max(_HEAD + packed_bytes(count, bits), least_bytes(count))
+
+
+def encode_packed(codes: np.ndarray, bits: int | None = None) -> bytes:
+    """Store code - min in fields of equal width that may straddle bytes: `bits` wide, or as wide as max - min needs.
+
+    Raises ValueError if `bits` are too few.
+    """
     flat = _flat(codes)
-    bits, low = _field(flat)
+    needed, low = _field(flat)
+    bits = needed if bits is None else bits
+    if bits < needed:
+        raise ValueError(f"codes from {low} to {flat.max()} need {needed} bits, got {bits}")
     return (_head(bits, low) + pack_bits(flat - low, bits)).ljust(least_bytes(flat.size), b"\0")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from autocompress.compressors import Measured
 from autocompress.errors import AutocompressError
 from autocompress.measuring import Context
-from autocompress.planning import Allocation, allocate, budget_bytes, energy_losses, make_plan, single_options
+from autocompress.planning import Allocation, allocate, budget_bytes, energy_losses, make_plan, single_options, within
 from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
@@ -33,6 +33,7 @@ STRATEGIES: dict[str, Strategy] = {
 # all that fit would take minutes, so those are measured whose predicted loss is within this factor of the plan's: what
 # is left out would have to turn around a prediction twice as bad.
 RIVALS = 2.0
+LEAST_RIVALS = 16  # measured at least, where so many fit: all of them in a small profile
 NOISE = 1e-6  # summed relative errors below this are rounding, and so is their order
 
 
@@ -60,6 +61,7 @@ def plan(
         strategy = STRATEGIES[strategy]
     if context is not None:
         context.check(profile)
+    profile = within(profile, budget_bytes(wanted, profile))
     found = strategy(profile, wanted, context)
     if context is None or not context.held:
         return found
@@ -70,7 +72,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     """The plan with its measured KL, or the best single-option plan where that one's is smaller.
 
     Measured are the single-option plans that no other one beats in every layer, and, as a larger error in every layer
-    now and then comes with a smaller KL, all others whose relative errors sum to at most `RIVALS` times the plan's.
+    now and then comes with a smaller KL, all others whose relative errors sum to at most `RIVALS` times the plan's, or
+    that are among the `LEAST_RIVALS` smallest.
     What a single option leaves of the budget is spent where no layer gets worse, if that measures no worse either.
     """
     kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers)
@@ -84,8 +87,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     best_of_all = single_options(profile, limit)
     chosen = best_of_all + [
         rows
-        for rows in single_options(profile, limit, undominated=False)
-        if rows not in best_of_all and loss(rows) <= near
+        for i, rows in enumerate(single_options(profile, limit, undominated=False))  # smallest loss first
+        if rows not in best_of_all and (i < LEAST_RIVALS or loss(rows) <= near)
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
     measured = [context.measure(profile, layers) for layers in rivals]
@@ -97,7 +100,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     if measured[best] >= kl:
         return found.replace(measured={**found.measured, **figures})
     single = {n: profile.layers[n].row(o) for n, o in rivals[best].items()}
-    option = next(o for n, o in rivals[best].items() if profile.layers[n].reached)
+    options = rivals[best]
+    option = next((o for n, o in options.items() if profile.layers[n].reached), next(iter(options.values())))
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
     narrowed = _no_worse_than(profile, single)

@@ -16,6 +16,7 @@ from autocompress.planning import (
     infeasible,
     make_plan,
     single_options,
+    within,
 )
 from autocompress.profiling import Profile
 from autocompress.types import Budget, Plan
@@ -46,11 +47,13 @@ class SingleOption:
         limit = budget_bytes(budget, profile)
         plans = single_options(profile, limit)
         if not plans:
-            sizes = [profile.template.file_bytes(p) for p in single_options(profile, 1 << 62, undominated=False)]
             # Where calibration reached no layer there is nothing to choose, and one allocation: everything dense.
-            smallest = min(sizes, default=None) or profile.template.file_bytes(
+            every = single_options(profile, 1 << 62, undominated=False) or [
                 {name: layer.rows[0] for name, layer in profile.layers.items()}
-            )
+            ]
+            smallest = limit
+            while (least := min(map(within(profile, smallest).template.file_bytes, every))) > smallest:
+                smallest = least  # a larger budget may store norms in more bits
             raise infeasible(profile, limit, smallest, "no single option for all layers")
         rows = plans[0]
         losses = energy_losses(profile)

@@ -37,6 +37,11 @@ class GoldenLayer:
         return self.arrays["unstructured_order"].astype(np.int64)
 
     @property
+    def positions(self) -> int:
+        """Positions of the kernel; 1 for a matrix."""
+        return int(np.prod(_KERNELS.get(self.name, (1, 1))[2:]))
+
+    @property
     def groups_of_four(self) -> reference.Indices:
         return reference.input_channel_groups(_KERNELS.get(self.name, self.W.shape), 4)
 

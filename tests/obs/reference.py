@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Grid",
     "Replay",
+    "band_losses",
     "block_losses",
     "block_prune",
     "damped",
@@ -207,6 +208,29 @@ def block_losses(W: Matrix, H: Matrix, blocks: Indices) -> tuple[Indices, Matrix
             spread = np.linalg.solve(G[np.ix_(B, B)], G[B])
             w, G = w - w[B] @ spread, G - G[:, B] @ spread
             w[B] = G[B, :] = G[:, B] = 0.0
+            alive[b] = False
+    return order, losses
+
+
+def band_losses(W: Matrix, H: Matrix, units: list[Indices], rows: int) -> tuple[Indices, Matrix]:
+    """`block_losses` where `rows` consecutive rows (the last of them what is left) lose the same columns: the scores of
+    a unit are added up over the rows of a band; (bands, units). Units may differ in size.
+    """
+    bands = [W[start : start + rows] for start in range(0, len(W), rows)]
+    order, losses = np.zeros((len(bands), len(units)), np.int64), np.zeros((len(bands), len(units)))
+    for i, band in enumerate(bands):
+        w, G, alive = band.astype(np.float64), _inverse(H), np.ones(len(units), bool)
+        for t in range(len(units)):
+            scores = np.full(len(units), np.inf)
+            for k in np.flatnonzero(alive):
+                B = units[k]
+                scores[k] = sum(v[B] @ np.linalg.solve(G[np.ix_(B, B)], v[B]) for v in w)
+            b = int(np.argmin(scores))
+            order[i, t], losses[i, t] = b, scores[b] / 2
+            B = units[b]
+            spread = np.linalg.solve(G[np.ix_(B, B)], G[B])
+            w, G = w - w[:, B] @ spread, G - G[:, B] @ spread
+            w[:, B] = G[B, :] = G[:, B] = 0.0
             alive[b] = False
     return order, losses
 

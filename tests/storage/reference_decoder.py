@@ -1,7 +1,8 @@
 # mypy: ignore-errors
 """A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
 
-Entropy-coded and fp16 entries, which is what `autocompress compress` writes; slow, and meant to be read.
+Entries in raw floats, fp16, entropy-coded, masked and fp8, which is what `autocompress compress` writes; slow, and
+meant to be read.
 """
 
 import math
@@ -98,6 +99,15 @@ def decode_codes(data, shape):
     return flat_codes
 
 
+def e4m3(code):
+    n = abs(code)
+    return math.copysign(n / 512 if n < 8 else (8 + n % 8) * 2.0 ** (n // 8 - 10), code)
+
+
+def floats(kind, data):
+    return list(struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data))
+
+
 def read_file(data):
     """Yield (name, shape, values) of every entry; values are floats, or codes where an entry has no step."""
     version, crc = data[4], int.from_bytes(data[5:9], "little")
@@ -125,6 +135,7 @@ def read_file(data):
     codecs, kinds, ranks = take(count), take(count), take(count)
     shapes = [tuple(uint() for _ in range(rank)) for rank in ranks]
     lengths = [uint() for _ in range(count)]
+    spans = [uint() if kind % 4 == 3 else 0 for kind in kinds]
     crc, filled, section = 0, 0, 0
     for i, shape in enumerate(shapes):
         body, payload = data[payload : payload + lengths[i]], payload + lengths[i]
@@ -133,12 +144,22 @@ def read_file(data):
             if crc != checks[section]:
                 raise ValueError(f"damaged section {section}")
             crc, filled, section = 0, 0, section + 1
-        numel, kind = math.prod(shape), kinds[i] % 4
-        if codecs[i] == 1:
-            yield names[i], shape, list(struct.unpack(f"<{numel}e", body))
-        elif codecs[i] == 7:
-            width = (0, 4, 2 * shape[0])[kind]
-            steps = struct.unpack(f"<{'f' if kind == 1 else 'e' * (width // 2)}", body[:width])
+        numel, kind, letter = math.prod(shape), kinds[i] % 4, "fed"[min(kinds[i] // 4, 2)]
+        if codecs[i] == 0 and kinds[i] < 12:
+            yield names[i], shape, floats(letter, body)
+        elif codecs[i] == 1:
+            yield names[i], shape, floats("e", body)
+        elif codecs[i] == 8:
+            split = 5 + int.from_bytes(body[1:5], "little")
+            kept = iter(floats("e" if body[0] == 2 else letter, body[split:]))
+            yield names[i], shape, [next(kept) if m else 0.0 for m in decode_codes(body[5:split], shape)]
+        elif codecs[i] in (7, 9):
+            columns = numel // shape[0]
+            per_row = (0, 0, 1, -(-columns // max(spans[i], 1)))[kind]
+            width = 4 if kind == 1 else 2 * shape[0] * per_row
+            steps = floats("f" if kind == 1 else "e", body[:width])
             codes = decode_codes(body[width:], shape)
-            rows = numel // len(steps) if kind else 1
-            yield names[i], shape, [c * steps[j // rows] for j, c in enumerate(codes)] if kind else codes
+            codes = [e4m3(c) for c in codes] if codecs[i] == 9 else codes
+            span = spans[i] or columns
+            at = [j // columns * per_row + j % columns // span * (per_row > 0) for j in range(numel)]
+            yield names[i], shape, [c * steps[k] for c, k in zip(codes, at, strict=True)] if kind else codes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autocompress.storage import CODECS, FormatError, encode_codes, nm_pattern, order0_bits, round_small
+from autocompress.storage import CODECS, E4M3, FormatError, encode_codes, nm_pattern, order0_bits, round_small
 from autocompress.storage.bits import pack_bits, unpack_bits
 
 SHAPES = [(16, 3, 3, 3), (10, 64), (33,), (1, 1), (7, 5, 3), (4, 1, 3, 3), (2, 3, 2, 2, 2), (0, 4), (5, 0), ()]
@@ -46,6 +46,49 @@ def test_float_codecs_are_inverse_and_know_their_size(name: str, shape: tuple[in
     payload = CODECS[name].encode(array)
     np.testing.assert_array_equal(CODECS[name].decode(payload, shape, dtype), array)
     assert CODECS[name].size(array) == len(payload)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_values_come_back_bit_for_bit(shape: tuple[int, ...], density: float) -> None:
+    rng = np.random.default_rng(2)
+    for values in (rng.standard_normal(shape), 1e-20 * rng.standard_normal(shape), rng.standard_normal(shape) * 1e20):
+        array = (values * (rng.random(shape) < density)).astype(np.float32)
+        half = np.clip(array, -60000, 60000).astype(np.float16).astype(np.float32)
+        for given in (array, np.copysign(array, -1.0), half):
+            payload = CODECS["masked"].encode(given)
+            decoded = CODECS["masked"].decode(payload, shape, "float32")
+            assert decoded.dtype == np.float32
+            assert decoded.tobytes() == given.tobytes()
+            assert CODECS["masked"].size(given) == len(payload)
+
+
+def test_masked_values_take_two_bytes_where_that_is_exact() -> None:
+    array = np.zeros((64, 64), np.float32)
+    array[:, :8] = np.random.default_rng(0).standard_normal((64, 8))
+    exact, half = (len(CODECS["masked"].encode(a.astype(np.float32))) for a in (array, array.astype(np.float16)))
+    assert exact - half == 2 * 512
+    assert half < 2 * 512 + 50
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp8_is_inverse_on_its_numbers(shape: tuple[int, ...]) -> None:
+    numbers = np.random.default_rng(4).choice(np.concatenate([E4M3, -E4M3]), shape)
+    payload = CODECS["fp8"].encode(numbers)
+    decoded = CODECS["fp8"].decode(payload, shape, "float32")
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded, numbers)
+    assert CODECS["fp8"].size(numbers) == len(payload)
+
+
+def test_fp8_holds_what_torch_calls_e4m3_and_nothing_else() -> None:
+    torch = pytest.importorskip("torch")
+    every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(E4M3, every)
+    with pytest.raises(ValueError, match="e4m3 numbers only"):
+        CODECS["fp8"].encode(np.array([[1.0, 1.01]], np.float32))
+    with pytest.raises(ValueError, match="e4m3 numbers only"):
+        CODECS["fp8"].encode(np.array([[449.0]], np.float32))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (1, 8), (4, 8), (2, 16), (8, 16)])
@@ -160,6 +203,12 @@ HOSTILE = [
     ("smallfloat", b"\x20\0\0\0" + bytes(9), (1,), "32 mantissa bits"),
     ("fp16", b"\0\0\0", (2,), "4 bytes wanted, got 3"),
     ("raw", b"\0\0\0", (2,), "8 bytes wanted, got 3"),
+    ("masked", CODECS["masked"].encode(np.ones((4, 4), np.float32))[:-1], (4, 4), "bytes wanted"),
+    ("masked", CODECS["masked"].encode(np.ones((4, 4), np.float32)) + b"\0", (4, 4), "1 bytes too many"),
+    ("masked", b"\x03" + CODECS["masked"].encode(np.ones((4, 4), np.float32))[1:], (4, 4), "3 bytes for each float32"),
+    ("masked", b"\x02\xff\xff\xff\xff\0", (4, 4), "4294967295 bytes wanted"),
+    ("masked", b"\x02\x03\0\0\0" + encode_codes(np.full(4, 2)), (4,), "more than zeros and ones"),
+    ("fp8", encode_codes(np.array([127, -127])), (2,), "an e4m3 number 127; at most 126"),
 ]
 
 

@@ -196,3 +196,35 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
         weight_entry("w", codes, np.array([70000.0]))
     with pytest.raises(ValueError, match=r"one number or one per row \(1,\), got shape \(2,\)"):
         weight_entry("w", codes, np.array([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 32), (3, 7), (1, 1), (0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("group", [1, 5, 32, 1000])
+def test_a_step_per_group_multiplies_the_codes_of_its_group(shape: tuple[int, ...], group: int) -> None:
+    rng = np.random.default_rng(group)
+    codes, columns = rng.integers(-8, 8, shape), int(np.prod(shape[1:]))
+    steps = rng.random((shape[0], -(-columns // group))).astype(np.float16)
+    entry = weight_entry("w", codes, steps, group=group)
+    again = Archive(serialise([float_entry("a", np.ones(3)), entry, weight_entry("b", codes, 0.5)]), "memory")
+    assert again["w"] == entry
+    assert again["w"].group == group
+    assert again["w"].bytes == weight_size(codes, steps, group=group)
+    expected = [[c * np.float32(steps[r, j // group]) for j, c in enumerate(codes.reshape(shape[0], -1)[r])]
+                for r in range(shape[0])]  # fmt: skip
+    np.testing.assert_array_equal(again["w"].dequantise(), np.array(expected, np.float32).reshape(shape))
+    assert sum(size for _, size in again.describe()) == again.bytes
+
+
+def test_impossible_steps_are_refused() -> None:
+    codes = np.ones((4, 6), np.int64)
+    good = weight_entry("w", codes, np.ones((4, 2)), group=3)
+    for step, words in {"group0": "unknown kind", "group": "unknown kind", "row3": "unknown kind", "x": "unknown kind",
+                        "group1": "48 bytes of steps wanted"}.items():  # fmt: skip
+        with pytest.raises(FormatError, match=words):
+            Entry("w", (4, 6), "float32", "entropy", good.payload, step).check()
+    with pytest.raises(FormatError, match="fp8 needs steps"):
+        Entry("w", (4, 6), "float32", "fp8", good.payload).check()
+    with pytest.raises(ValueError, match=r"one per row \(4,\) or one per group of 4, got shape \(4, 3\)"):
+        weight_entry("w", codes, np.ones((4, 3)), group=4)
+    with pytest.raises(ValueError, match="e4m3 numbers only"):
+        weight_entry("w", codes * 17, 1.0, codec="fp8")

@@ -7,7 +7,7 @@ import pytest
 from reference_decoder import decode_codes, read_file
 from test_container import META, resnet20_entries
 
-from autocompress.storage import encode_codes, serialise, weight_entry
+from autocompress.storage import E4M3, encode_codes, float_entry, serialise, weight_entry
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,20 @@ def test_both_orientations_and_rates_are_met() -> None:
 def test_reference_reader_reads_a_whole_file() -> None:
     entries = resnet20_entries(scale=0.5)[:5]
     rows = weight_entry("rows", np.arange(-10, 10).reshape(4, 5), np.array([0.5, 0.25, 2.0, 1.0]))
-    entries = [*entries, rows, weight_entry("vector", np.array([1, 0, -3]), 0.1)]
+    rng = np.random.default_rng(0)
+    codes, values = rng.integers(-8, 8, (4, 5, 3)), rng.standard_normal((6, 4, 3, 3)).astype(np.float32)
+    numbers = rng.choice(np.concatenate([E4M3, -E4M3]), (3, 40))
+    numbers[0, :2] = -448.0, 2.0**-9
+    entries = [
+        *entries,
+        rows,
+        weight_entry("vector", np.array([1, 0, -3]), 0.1),
+        weight_entry("groups", codes, rng.random((4, 4)), group=4),
+        weight_entry("fp8", numbers, rng.random(3), codec="fp8"),
+        float_entry("masked", values * (values > 0.5), codec="masked"),
+        float_entry("masked half", (values * (values > 0.5)).astype(np.float16), codec="masked"),
+        float_entry("raw", values, codec="raw"),
+    ]
     decoded = {name: (shape, values) for name, shape, values in read_file(serialise(entries, META))}
     assert list(decoded) == [entry.name for entry in entries]
     for entry in entries:
