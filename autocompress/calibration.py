@@ -54,7 +54,8 @@ class LayerStatistics:
     float64 (rows,), else None; the error of a layer is ½ tr(ΔW H ΔWᵀ) + ½ Σ_r row_weights[r] |ΔW_r|², where a table
     that is an output head too has both terms. mean, var: moments of each output channel over samples and positions,
     float64 (out,); empty for tables and for weights inside attention and recurrence. dead: inputs that were always
-    zero, rows that were never looked up.
+    zero, rows that were never looked up. positions: how often each weight was multiplied, in all samples together (see
+    `costs.macs`); 0 for a table that is only looked up.
     """
 
     hessian: np.ndarray
@@ -62,6 +63,7 @@ class LayerStatistics:
     mean: np.ndarray
     var: np.ndarray
     dead: int
+    positions: int
     row_weights: np.ndarray | None = None
 
 
@@ -93,7 +95,7 @@ class Statistics:
             arrays[f"m{i}"], arrays[f"v{i}"] = s.mean, s.var
             if s.row_weights is not None:
                 arrays[f"r{i}"] = s.row_weights
-            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead, f"r{i}"]
+            names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead, s.positions, f"r{i}"]
         meta = {
             "layers": names,
             "samples": self.samples,
@@ -114,8 +116,8 @@ class Statistics:
                 meta = json.loads(bytes(data["meta"]))
                 cache = {key: data[key] for key in data.files}
             layers = {
-                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead, cache.get(r))
-                for name, (h, m, v, calls, dead, r) in meta["layers"].items()
+                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead, positions, cache.get(r))
+                for name, (h, m, v, calls, dead, positions, r) in meta["layers"].items()
             }
             return cls(
                 layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
@@ -185,7 +187,8 @@ class _Accumulator:
         self.gram: np.ndarray | None = None
         self.uses: np.ndarray | None = None
         self.calls = 0
-        self.positions = 0
+        self.positions = 0  # outputs that the moments are of
+        self.multiplied = 0
         self.sum = self.squares = np.zeros(0)
 
     def add_products(self, products: list[torch.Tensor]) -> None:
@@ -230,7 +233,7 @@ class _Accumulator:
         if self.uses is not None:
             dead += int((self.uses == 0.0).sum())
             weights = (self.uses + FLOOR) * (2.0 / samples)
-        return LayerStatistics(hessian, self.calls, mean, var, dead, weights)
+        return LayerStatistics(hessian, self.calls, mean, var, dead, self.multiplied, weights)
 
 
 Inputs = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, list[torch.Tensor]]]
@@ -288,11 +291,15 @@ class Collector:
             elif inside is None:
                 x = args[0] if args else kwargs["input"]
                 own["weight"].add_products([self._product(own["weight"].layer, m, x, output)])
-                own["weight"].add_moments(_channels_last(m, output.detach()))
+                flat = _channels_last(m, output.detach())
+                own["weight"].add_moments(flat)
+                # A transposed convolution multiplies each weight by every input position, not for every output one.
+                own["weight"].multiplied += x.numel() // m.in_channels if isinstance(m, TRANSPOSED) else flat.shape[0]
             else:
                 found = inside(m, args, kwargs)
                 for parameter, accumulator in own.items():
                     accumulator.add_products([self._product(accumulator.layer, None, x) for x in found[parameter]])
+                    accumulator.multiplied += found[parameter][0].numel() // found[parameter][0].shape[-1]
             for accumulator in own.values():
                 accumulator.calls += 1
 

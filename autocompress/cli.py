@@ -86,6 +86,15 @@ TaskArgument = Annotated[
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `autocompress compress` wrote.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.acz.")]
 BudgetOption = Annotated[str, typer.Option(help="Bytes (64000), a size (64kB, 64KiB), a ratio (12x), or 3.2bpw.")]
+MacsOption = Annotated[
+    str | None, typer.Option(metavar="N", help="At most so many MACs per sample, or 60% of the dense model's.")
+]
+BopsOption = Annotated[
+    str | None, typer.Option(metavar="N", help="At most so many BOPs (bits x bits x MACs x density), or a percentage.")
+]
+LatencyOption = Annotated[
+    str | None, typer.Option(metavar="MS", help="At most so many ms per sample in onnxruntime here, or a percentage.")
+]
 StrategyOption = Annotated[str, typer.Option(help="uniform, greedy, lagrangian, dp, exact, kl or auto.")]
 EffortOption = Annotated[str, typer.Option(help="fast (one exact solve, nothing tuned), normal or max.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Picks the calibration sample and what of it is held out.")]
@@ -154,6 +163,9 @@ def compress(
     task: TaskArgument,
     budget: BudgetOption,
     out: Annotated[Path, typer.Option(help="Where model.acz, plan.json, report.html, metrics.json go.")],
+    max_macs: MacsOption = None,
+    max_bops: BopsOption = None,
+    max_latency_ms: LatencyOption = None,
     store: Annotated[Path | None, typer.Option(help="Where the profile is kept (default: OUT/profile).")] = None,
     strategy: StrategyOption = "auto",
     effort: EffortOption = "normal",
@@ -168,7 +180,7 @@ def compress(
     from autocompress import pipeline
     from autocompress.tasks import load_task
 
-    wanted = pipeline.check_request(budget, strategy, effort)
+    wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
     offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
@@ -192,6 +204,7 @@ def compress(
             progress=progress,
             task=task,
             sequential=sequential,
+            example=None if found.example_input is None else found.example_input(),
         )
     _show_result(result, as_json)
 
@@ -238,6 +251,9 @@ def profile(
 def plan(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A profile store, or a folder that compress wrote.")],
     budget: BudgetOption,
+    max_macs: MacsOption = None,
+    max_bops: BopsOption = None,
+    max_latency_ms: LatencyOption = None,
     strategy: StrategyOption = "exact",
     effort: EffortOption = "normal",
     seed: SeedOption = 0,
@@ -249,7 +265,7 @@ def plan(
     from autocompress import pipeline, strategies
     from autocompress.profiling import load_profile
 
-    wanted = pipeline.check_request(budget, strategy, effort)
+    wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
     made = load_profile(folder / "profile" if (folder / "profile" / "profile.json").is_file() else folder)
     context = None
     if task is not None:
@@ -257,7 +273,12 @@ def plan(
         from autocompress.tasks import load_task
 
         found = load_task(task)
-        context = Context(found.build_model(), found.calibration_batches(seed), loss=found.loss, seed=seed)
+        model, data = found.build_model(), found.calibration_batches(seed)
+        context = Context(model, data, loss=found.loss, seed=seed)
+        if wanted.latency_ms is not None:
+            from autocompress.timing import timed
+
+            made = timed(made, model, data[0] if found.example_input is None else found.example_input())
     with _progress() as progress:
         progress("plan", 0, 1)
         chosen = strategies.plan(made, wanted, pipeline.strategy_for(strategy, effort), context).replace(seed=seed)
@@ -384,6 +405,37 @@ def report(
 
 
 @command(cls=_Command)
+def costs(
+    task: TaskArgument,
+    matmul_nbits: Annotated[bool, typer.Option(help="Linear layers as MatMulNBits.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what layers cost to run: MACs, and milliseconds in onnxruntime here for every form of a weight."""
+    from autocompress.exporting import Onnx
+    from autocompress.reporting.tables import times_table
+    from autocompress.tasks import load_task
+    from autocompress.timing import Runtime, Timer, all_forms, require_runtime
+
+    require_runtime()
+    found = load_task(task)
+    example = found.calibration_batches(0)[0] if found.example_input is None else found.example_input()
+    timer = Timer(found.build_model(), example, Runtime(exporter=Onnx(matmul_nbits=matmul_nbits)))
+    with _progress() as progress:
+        dense_ms, cells = timer.table(all_forms(timer), progress=lambda *at: progress("time layers", *at))
+    if as_json:
+        _print_json(
+            {
+                "dense_ms": dense_ms,
+                "cells": [vars(c) for c in cells],
+                "macs": timer.macs,
+                "facts": timer.runtime.facts(),
+            }
+        )
+    else:
+        _console().print(times_table(dense_ms, cells, timer.macs, timer.runtime.facts()))
+
+
+@command(cls=_Command)
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine offers: versions, cores, caches, the data folder."""
     from autocompress.doctor import diagnose
@@ -398,6 +450,12 @@ def doctor(as_json: JsonOption = False) -> None:
         )
     if bad := [name for name, (good, _) in found.items() if not good]:
         fail(f"{', '.join(bad)}: see above", 1)
+
+
+def _limits(budget: str, macs: str | None, bops: str | None, latency_ms: str | None) -> str:
+    """All limits as the text of one budget."""
+    running = {"macs": macs, "bops": bops, "latency_ms": latency_ms}
+    return ",".join([budget, *(f"{name}={value or 0}" for name, value in running.items() if value is not None)])
 
 
 def _console() -> Any:

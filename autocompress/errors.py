@@ -42,7 +42,9 @@ class BudgetError(AutocompressError, ValueError):
 
 
 class InfeasibleError(AutocompressError):
-    """No choice fits the budget; `smallest_bytes` is the least budget that would do."""
+    """No choice fits the budget; `smallest_bytes` is the least size of the file that would do, with the other limits as
+    they are.
+    """
 
     exit_code = 3
 

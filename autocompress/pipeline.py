@@ -25,14 +25,15 @@ from autocompress.doctor import environment, writable
 from autocompress.errors import InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
-from autocompress.planning import allocate, coarsest, energy_losses, least_bytes, limit_bytes, within
+from autocompress.planning import allocate, coarsest, cost_facts, energy_losses, least_bytes, limit_bytes, within
 from autocompress.profiling import Profile, profile
 from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
+from autocompress.timing import measured_ms, require_runtime, timed
 from autocompress.tuning import tune
-from autocompress.types import Budget, Option, Plan
+from autocompress.types import RUNNING_COSTS, Budget, Option, Plan
 
 __all__ = [
     "EFFORTS",
@@ -83,6 +84,7 @@ def compress(
     progress: Progress | None = None,
     task: str | None = None,
     sequential: bool | None = None,
+    example: Batch | None = None,
 ) -> Result:
     """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
     `out`.
@@ -92,11 +94,15 @@ def compress(
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
     each kept only if the held-out slice says better. sequential: whether the first of these is tried; None leaves it to
     the effort. store: where the profile is kept (default: out/profile), so that the next budget finds it. progress:
-    called with (stage, done, total). task: what the report calls the model. Raises the errors of the stages; whatever
-    was in `out` stays until the new results are complete.
+    called with (stage, done, total). task: what the report calls the model. example: a batch of which one sample is
+    timed where the budget limits milliseconds (default: the first of `batches`); those are predicted from a measured
+    table, and what the result takes stands beside it in metrics.json. Raises the errors of the stages; whatever was in
+    `out` stays until the new results are complete.
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
+    if sequential and (limits := _other_limits(wanted)):
+        raise StrategyError(f"sequential mode keeps to a size only, and the budget limits {', '.join(limits)} too")
     say = _Clock(progress)
     folder = Path(out)
     with _result_folder(folder):
@@ -108,6 +114,10 @@ def compress(
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
         found = _profiled(model, stats, store or folder / "profile", options, workers, say)
+        given = data[0] if example is None else example
+        if wanted.latency_ms is not None:
+            with say.stage("time layers"):
+                found = timed(found, model, given, progress=lambda done, total: say("time layers", done, total))
         with say.stage("plan"):
             context = Context(model, data, loss=loss, seed=seed)
             chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
@@ -120,6 +130,10 @@ def compress(
             if evaluate is not None:
                 with say.stage("evaluate the file"):
                     metric = _score(evaluate, restored)
+            costs = cost_facts(found.with_realised(chosen), wanted, chosen.layers)
+            if "latency_ms" in costs:
+                with say.stage("time the result"):
+                    costs["latency_ms"]["measured"] = measured_ms(small, given)
             metrics = {
                 "bytes": info.bytes,
                 "budget_bytes": info.budget_bytes,
@@ -131,6 +145,8 @@ def compress(
                 "bound": _json_number(chosen.bound),
                 "gap": _json_number(chosen.gap),
                 "strategy": chosen.strategy,
+                "costs": costs,
+                "layer_macs": {name: found.macs(name) for name in found.layers},
                 "measured": {name: _json_number(value) for name, value in chosen.measured.items()},
                 "seed": seed,
                 "asked": {
@@ -168,7 +184,7 @@ def _finished(
     if not context.held:
         return small
     trials: list[tuple[str, Callable[[Callable[[int, int], None]], nn.Module]]] = []
-    if sequential or (sequential is None and effort != "fast"):
+    if sequential or (sequential is None and effort != "fast" and not _other_limits(chosen.budget)):
         trials.append(
             ("sequential", lambda tell: apply_sequentially(model, chosen, profile, data, context.seed, tell)),
         )
@@ -192,9 +208,18 @@ def _finished(
     return carrying(small, encoded_of(small).entries, plan.replace(measured=measured))
 
 
+def _other_limits(budget: Budget) -> list[str]:
+    """What a budget limits beside the size: options that are near in bytes may be far in these."""
+    return [name for name in RUNNING_COSTS if getattr(budget, name) is not None]
+
+
 def check_request(budget: Budget | str | int, strategy: str | Strategy = "auto", effort: str = "normal") -> Budget:
-    """The budget, once it, the strategy's name and the effort are ones. Raises BudgetError, StrategyError."""
+    """The budget, once it, the strategy's name and the effort are ones. Raises BudgetError, StrategyError; ExportError
+    where it limits milliseconds and onnxruntime is not installed.
+    """
     wanted = Budget.of(budget)
+    if wanted.latency_ms is not None:
+        require_runtime()
     if effort not in EFFORTS:
         raise StrategyError(f"effort is {effort!r}; it is one of {', '.join(EFFORTS)}")
     if isinstance(strategy, str) and strategy not in STRATEGIES:
@@ -243,11 +268,11 @@ def forecast(
     least = least_bytes(template)
     if budget is not None:
         limit = limit_bytes(budget, template)
-        if limit < least:
+        if limit is not None and limit < least:
             raise InfeasibleError(
                 f"no allocation fits in {limit:,} bytes: what no choice changes has {least:,} bytes by itself", least
             )
-        found |= {"budget_bytes": limit}
+        found |= {"budget_bytes": limit} if limit is not None else {}
     found |= {"no_file_below_bytes": least}
     for name, folder in (("results", out), ("profile", store or (Path(out) / "profile" if out else None))):
         if folder is not None:

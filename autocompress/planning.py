@@ -5,51 +5,166 @@ certificate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from autocompress import costs
 from autocompress.compressors import Measured
 from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
-from autocompress.types import Budget, Option, Plan
-from solvers import Problem, Solution, solve
+from autocompress.types import RUNNING_COSTS, Budget, Option, Plan, exact
+from solvers import SOLVERS, Problem, Solution, solve
 
 __all__ = [
     "Allocation",
+    "Limits",
     "allocate",
     "budget_bytes",
     "coarsest",
+    "cost_facts",
+    "dense_cost",
     "energy_losses",
+    "fixed_cost",
     "infeasible",
     "least_bytes",
     "limit_bytes",
+    "limits_of",
     "make_plan",
+    "row_costs",
+    "running_cost",
     "single_options",
     "size_range",
     "within",
 ]
 
 NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
+NANOSECONDS = 10**6  # of a millisecond: solvers add up whole numbers, so that no limit is passed by a rounding
+WORDS = {"macs": "{:,} MACs", "bops": "{:,} BOPs", "latency_ms": "{:.6f} ms"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file and a forward pass may cost, all at once: `bytes`, and by name of a running cost its limit (MACs,
+    BOPs, ms).
+    """
+
+    bytes: int
+    running: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Limits | int) -> Limits:
+        return value if isinstance(value, Limits) else cls(value)
+
+    def without(self, name: str) -> Limits:
+        return Limits(self.bytes, {n: limit for n, limit in self.running.items() if n != name})
+
+    def __str__(self) -> str:
+        return " and ".join([f"{self.bytes:,} bytes", *(_amount(n, limit) for n, limit in self.running.items())])
+
+
+def limits_of(budget: Budget, profile: Profile) -> Limits:
+    """A budget in the units of its profile, percentages taken of the dense model's costs.
+
+    Raises BudgetError where milliseconds are limited and the profile has no table of them.
+    """
+    running = {}
+    for name in RUNNING_COSTS:
+        if getattr(budget, name) is not None:
+            limit = budget.limit(name, dense_cost(profile, name))
+            assert limit is not None
+            running[name] = limit
+    return Limits(budget_bytes(budget, profile), running)
 
 
 def budget_bytes(budget: Budget, profile: Profile) -> int:
-    """The limit on the file in bytes. Raises BudgetError for limits that are not on the file's size."""
-    return limit_bytes(budget, profile.template)
+    """The limit on the file in bytes; where the budget has none, the length of the largest file there is."""
+    limit = limit_bytes(budget, profile.template)
+    return size_range(profile)[1] if limit is None else limit
 
 
-def limit_bytes(budget: Budget, template: Template) -> int:
-    """The same before there is a profile."""
-    other = [n for n in ("macs", "bops", "latency_ms") if getattr(budget, n) is not None]
-    limit = budget.bytes(template.dense_bytes, template.parameters)
-    if other or limit is None:
+def limit_bytes(budget: Budget, template: Template) -> int | None:
+    """The limit on the file before there is a profile; None where the budget has none."""
+    return budget.bytes(template.dense_bytes, template.parameters)
+
+
+def row_costs(profile: Profile, name: str) -> dict[str, np.ndarray]:
+    """What every option of every layer takes of a running cost, int64: MACs, BOPs, nanoseconds over the dense model's.
+
+    Raises BudgetError where there is no table of times.
+    """
+    if name == "macs":
+        return {n: np.full(len(x.rows), profile.macs(n), np.int64) for n, x in profile.layers.items()}
+    if name == "bops":
+        return {n: np.array([profile.bops(n, row) for row in x.rows], np.int64) for n, x in profile.layers.items()}
+    if profile.latency is None:
         raise BudgetError(
-            f"budget {str(budget)!r} limits {', '.join(other)}; this version allocates the file's size only"
+            "a budget in milliseconds needs a measured table of times: compress makes one, plan with --task too, "
+            "and in Python timing.timed(profile, model, example)"
         )
-    return limit
+    extra = profile.latency.extra_ms
+    return {
+        n: np.array([math.ceil(NANOSECONDS * extra[n][row.option]) for row in x.rows], np.int64)
+        for n, x in profile.layers.items()
+    }
+
+
+def fixed_cost(profile: Profile, name: str) -> int:
+    """What of a running cost no choice changes, in the units of `row_costs`."""
+    return math.ceil(NANOSECONDS * profile.latency.dense_ms) if name == "latency_ms" and profile.latency else 0
+
+
+def dense_cost(profile: Profile, name: str) -> float:
+    """What the dense model takes of a running cost, in the budget's unit."""
+    if name == "macs":
+        return sum(profile.macs(n) for n in profile.layers)
+    if name == "bops":
+        return sum(costs.bops(profile.macs(n)) for n in profile.layers)
+    row_costs(profile, name)
+    assert profile.latency is not None
+    return profile.latency.dense_ms
+
+
+def running_cost(profile: Profile, name: str, layers: Mapping[str, Option]) -> float:
+    """What a choice of options takes of a running cost, in the budget's unit, rounded up."""
+    cost = _total_of(profile, name)(layers)
+    return cost / NANOSECONDS if name == "latency_ms" else cost
+
+
+def cost_facts(profile: Profile, budget: Budget, layers: Mapping[str, Option]) -> dict[str, dict[str, float | None]]:
+    """By running cost: what a choice of options takes (`predicted`), what the dense model takes, and the limit, if any;
+    milliseconds only where the profile has a table of them.
+    """
+    found = {}
+    for name in RUNNING_COSTS:
+        if name != "latency_ms" or profile.latency is not None:
+            dense = dense_cost(profile, name)
+            taken = running_cost(profile, name, layers)
+            found[name] = {"predicted": taken, "dense": dense, "limit": budget.limit(name, dense)}
+    return found
+
+
+def _total_of(profile: Profile, name: str) -> Callable[[Mapping[str, Option]], int]:
+    """What choices of options take of a running cost, in the units of `row_costs`."""
+    found, fixed = row_costs(profile, name), fixed_cost(profile, name)
+    table = {
+        n: {row.option: int(cost) for row, cost in zip(x.rows, found[n], strict=True)}
+        for n, x in profile.layers.items()
+    }
+    return lambda layers: fixed + sum(table[n][option] for n, option in layers.items())
+
+
+def _scaled(name: str, limit: float) -> int:
+    """A limit in the units of `row_costs`, rounded down from the number as it was written."""
+    return math.floor(exact(limit) * (NANOSECONDS if name == "latency_ms" else 1))
+
+
+def _amount(name: str, value: float) -> str:
+    """A running cost for people; rounded so that a limit of what is said can be met."""
+    return WORDS[name].format(value if name == "latency_ms" else math.ceil(value))
 
 
 def within(profile: Profile, budget: int) -> Profile:
@@ -188,37 +303,56 @@ def energy_losses(profile: Profile) -> dict[str, np.ndarray]:
 
 def allocate(
     profile: Profile,
-    budget: int,
+    budget: Limits | int,
     losses: Mapping[str, np.ndarray],
     solver: str = "exact",
 ) -> Allocation:
-    """Choose one row per layer with the least sum of losses such that the whole file is at most `budget` bytes.
+    """Choose one row per layer with the least sum of losses such that the whole file is at most `budget` bytes, and
+    running costs are within their limits.
 
     The header's length depends a little on the choice, in a way that no solver knows. So payloads get what the leanest
     header leaves, and then less, until the file fits: more budget never makes an exact answer worse. The bound is one
-    on all allocations whose payloads fit into what the header of this one leaves.
+    on all allocations whose payloads fit into what the header of this one leaves. Where running costs are limited too,
+    a solver that takes a single resource is replaced by `milp`, and the answer's `solver` says so.
     Raises InfeasibleError, with the smallest budget that is not, where even the smallest options do not fit.
     """
+    limits = Limits.of(budget)
+    found = _allocate(profile, limits, losses, solver)
+    if found is None:
+        raise _infeasible_together(profile, limits)
+    return found
+
+
+def _allocate(
+    profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray], solver: str = "exact"
+) -> Allocation | None:
+    """The same; None where limits that can be met one by one cannot be met at once, or running costs not at all."""
     names = list(profile.layers)
     rows = [profile.layers[n].rows for n in names]
     smallest = {n: min(r, key=lambda row: row.bytes) for n, r in zip(names, rows, strict=True)}
     smallest_file = profile.template.file_bytes(smallest)
-    if smallest_file > budget:
+    if smallest_file > limits.bytes:
         smallest, smallest_file = _smallest(profile)
-    if smallest_file > budget:
-        raise infeasible(profile, budget, smallest_file)
+    if smallest_file > limits.bytes:
+        raise infeasible(profile, limits.bytes, smallest_file)
     losses = {n: np.asarray(losses[n]) for n in names}
+    running = {name: row_costs(profile, name) for name in limits.running}
+    rest = [_scaled(name, limit) - fixed_cost(profile, name) for name, limit in limits.running.items()]
 
     def answer(payload: int) -> tuple[Solution, dict[str, Measured] | None]:
+        sizes = [np.array([row.bytes for row in r], np.int64) for r in rows]
         problem = Problem(
             loss=[losses[n] for n in names],
-            cost=[np.array([row.bytes for row in r], np.int64) for r in rows],
-            budget=payload,
-            resources=("bytes",),
+            cost=[
+                np.stack([size, *(each[n] for each in running.values())], 1)
+                for n, size in zip(names, sizes, strict=True)
+            ],
+            budget=np.array([payload, *rest], np.int64),
+            resources=("bytes", *running),
             names=names,
             options=[[str(row.option) for row in r] for r in rows],
         )
-        solution = solve(problem, solver)
+        solution = solve(problem, "milp" if running and SOLVERS[solver].why_not(problem) else solver)
         if not solution.found:
             return solution, None
         return solution, {n: r[int(i)] for n, r, i in zip(names, rows, solution.choice, strict=True)}
@@ -226,20 +360,55 @@ def allocate(
     # Payloads are tried in steps that depend on the profile alone; what lies between an answer's own payload and its
     # allowance has the same answer.
     grain = max(1, profile.template.dense_bytes >> 22)
-    allowed = (budget - _leanest_header(profile)) // grain * grain
+    allowed = (limits.bytes - _leanest_header(profile)) // grain * grain
     while True:
         solution, chosen = answer(allowed)
         if chosen is None:
+            if running:
+                return None
             loss = _total(losses, profile, smallest)
-            return Allocation(smallest, loss, -math.inf, math.inf, smallest_file, budget - _header(profile, smallest))
+            room = limits.bytes - _header(profile, smallest)
+            return Allocation(smallest, loss, -math.inf, math.inf, smallest_file, room)
         size = profile.template.file_bytes(chosen)
-        if size <= budget:
+        if size <= limits.bytes:
             break
         allowed = (_payload(chosen) - 1) // grain * grain
-    room = budget - _header(profile, chosen)
+    room = limits.bytes - _header(profile, chosen)
     bound = solution.bound if room <= allowed else answer(room)[0].bound
     loss = float(solution.loss)
     return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
+
+
+def _infeasible_together(profile: Profile, limits: Limits) -> InfeasibleError:
+    """The refusal of limits that no choice keeps at once. It names the running costs that are too tight by themselves,
+    and the least that they can be; or else each limit that would do if it alone gave way, and how far.
+    """
+    free = Limits(size_range(profile)[1])
+    alone = {name: value for name in limits.running if (value := _least(profile, name, free)) is not None}
+    together = {n: value for n in ("bytes", *limits.running) if (value := _least(profile, n, limits)) is not None}
+    tight = [name for name, value in alone.items() if value > limits.running[name]]
+    smallest = int(together.get("bytes", size_range(profile)[0]))
+    if tight:
+        which = " and ".join(_amount(n, limits.running[n]) for n in tight)
+        texts = [_amount(n, together.get(n, alone[n])) for n in tight]
+        note = " (zeros count as MACs; limit BOPs for a cost that leaves them out)" if "macs" in tight else ""
+        return InfeasibleError(
+            f"no allocation is within {which}: the least possible is {' and '.join(texts)}{note}", smallest
+        )
+    ways = [f"{int(value):,} bytes" if n == "bytes" else _amount(n, value) for n, value in together.items()]
+    advice = f"with the other limits as they are, {' or '.join(ways)} would do" if ways else "more than one has to give"
+    return InfeasibleError(f"no allocation is within {limits}: {advice}", smallest)
+
+
+def _least(profile: Profile, name: str, limits: Limits) -> float | None:
+    """The least of one cost, in the budget's unit, that some choice within the other limits has; None for no choice."""
+    if name == "bytes":
+        losses = {n: np.array([float(row.bytes) for row in x.rows]) for n, x in profile.layers.items()}
+        found = _allocate(profile, Limits(size_range(profile)[1], limits.running), losses)
+        return None if found is None else found.file_bytes
+    losses = {n: cost.astype(np.float64) for n, cost in row_costs(profile, name).items()}
+    found = _allocate(profile, limits.without(name), losses)
+    return None if found is None else running_cost(profile, name, found.options)
 
 
 def _payload(rows: Mapping[str, Measured]) -> int:
@@ -266,7 +435,7 @@ def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[s
     return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in chosen.items()))
 
 
-def single_options(profile: Profile, budget: int, undominated: bool = True) -> list[dict[str, Measured]]:
+def single_options(profile: Profile, budget: Limits | int, undominated: bool = True) -> list[dict[str, Measured]]:
     """Every single-option plan that fits and that no other one beats in every layer, smallest predicted loss first.
 
     A single-option plan gives every layer the same option; layers that calibration never reached have their
@@ -276,13 +445,16 @@ def single_options(profile: Profile, budget: int, undominated: bool = True) -> l
     tables = [{row.option: row for row in layer.rows} for layer in reached]
     shared = [o for o in tables[0] if all(o in t for t in tables)]
     rest = [layer for layer in profile.layers.values() if layer not in reached]
+    limits = Limits.of(budget)
+    keeps = _keeps(profile, limits)
     plans: list[dict[str, Measured]] = []
     for option in shared:
         plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)}
         for layer in rest:
             known = {row.option: row for row in layer.rows}
             plan[layer.layer.name] = known.get(option) or min(layer.rows, key=lambda row: row.bytes)
-        if sum(row.bytes for row in plan.values()) <= budget and profile.template.file_bytes(plan) <= budget:
+        fits = _payload(plan) <= limits.bytes and profile.template.file_bytes(plan) <= limits.bytes
+        if fits and keeps({n: row.option for n, row in plan.items()}):
             plans.append({name: plan[name] for name in profile.layers})
     errors = np.array(
         [[plan[layer.layer.name].error / max(layer.energy, 1e-300) for layer in reached] for plan in plans]
@@ -290,6 +462,12 @@ def single_options(profile: Profile, budget: int, undominated: bool = True) -> l
     keep = _undominated(errors) if undominated else range(len(plans))
     order = sorted(keep, key=lambda i: (float(errors[i].sum()), i))
     return [plans[i] for i in order]
+
+
+def _keeps(profile: Profile, limits: Limits) -> Callable[[Mapping[str, Option]], bool]:
+    """Whether a choice of options is within the limits on running costs."""
+    totals = {name: (_total_of(profile, name), _scaled(name, limit)) for name, limit in limits.running.items()}
+    return lambda layers: all(total(layers) <= limit for total, limit in totals.values())
 
 
 def _undominated(errors: np.ndarray) -> Sequence[int]:

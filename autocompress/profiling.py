@@ -28,8 +28,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from autocompress import costs
 from autocompress.calibration import Statistics
 from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
+from autocompress.costs import Latency
 from autocompress.engines import run_tasks
 from autocompress.errors import MismatchError, StoreError
 from autocompress.files import atomic_path
@@ -37,7 +39,7 @@ from autocompress.layers import Layer, Layers, find_layers, model_digest
 from autocompress.records import Template, make_template
 from autocompress.storage import VERSION as FORMAT_VERSION
 from autocompress.threads import default_workers
-from autocompress.types import DENSE, Option
+from autocompress.types import DENSE, Option, Plan
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
@@ -72,7 +74,7 @@ class LayerProfile:
 @dataclass(frozen=True)
 class Profile:
     """Every option of every layer. `table` is the same as a DataFrame; `fingerprint` covers all of it but the clock
-    times.
+    times. `latency`: a table of times, where one was measured (`timing.timed`).
     """
 
     layers: Mapping[str, LayerProfile]
@@ -81,6 +83,7 @@ class Profile:
     fields: Mapping[str, str]
     template: Template
     store: Store | None = field(default=None, compare=False)
+    latency: Latency | None = field(default=None, compare=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -89,7 +92,11 @@ class Profile:
         for name, layer in self.layers.items():
             digest.update(
                 json.dumps(
-                    [name, layer.energy.hex(), [[str(r.option), r.error.hex(), r.bytes] for r in layer.rows]]
+                    [
+                        name,
+                        layer.energy.hex(),
+                        [[str(r.option), r.error.hex(), r.bytes, r.width, r.nonzero] for r in layer.rows],
+                    ]
                 ).encode()
             )
             for array in (layer.order, layer.losses):
@@ -106,9 +113,24 @@ class Profile:
             found.__dict__["fingerprint"] = self.fingerprint
         return found
 
+    def with_realised(self, plan: Plan) -> Profile:
+        """The profile with what sequential mode made of a plan's layers as rows of theirs, under the plan's options."""
+        layers = dict(self.layers)
+        for name, made in ((n, made) for n, made in plan.realised.items() if n in layers):
+            option = plan.layers[name]
+            size, width, nonzero = (int(made[key]) for key in ("bytes", "width", "nonzero"))
+            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero)
+            rows = (*(r for r in layers[name].rows if r.option != option), row)
+            layers[name] = dataclasses.replace(layers[name], rows=rows)
+        found = dataclasses.replace(self, layers=layers)
+        found.__dict__["fingerprint"] = self.fingerprint
+        return found
+
     @property
     def table(self) -> pd.DataFrame:
-        """One row per (layer, option): error, relative error, bytes, bits per weight, seconds."""
+        """One row per (layer, option): error, relative error, bytes, bits per weight, MACs, BOPs, seconds; where the
+        profile has a table of times, extra_ms.
+        """
         records = [
             {
                 "layer": name,
@@ -117,12 +139,25 @@ class Profile:
                 "relative_error": row.error / layer.energy if layer.energy > 0 else 0.0,
                 "bytes": row.bytes,
                 "bits_per_weight": 8 * row.bytes / layer.layer.size,
+                "macs": self.macs(name),
+                "bops": self.bops(name, row),
                 "seconds": row.seconds,
+                **({} if self.latency is None else {"extra_ms": self.latency.extra_ms[name][row.option]}),
             }
             for name, layer in self.layers.items()
             for row in layer.rows
         ]
         return pd.DataFrame.from_records(records)
+
+    def macs(self, name: str) -> int:
+        """MACs of a layer for one sample, whatever its option; 0 where calibration never reached it."""
+        stats = self.statistics.layers.get(name)
+        positions = 0 if stats is None else stats.positions
+        return costs.macs(self.layers[name].layer.size, positions, self.statistics.samples)
+
+    def bops(self, name: str, row: Measured) -> int:
+        """BOPs of a layer for one sample with one of its options."""
+        return costs.bops(self.macs(name), row.width, row.nonzero, self.layers[name].layer.size)
 
     def check_model(self, model: nn.Module) -> None:
         """Raise MismatchError unless the model's weights are the ones that were profiled."""
@@ -212,6 +247,8 @@ def _save_layer(
         "errors": np.array([r.error for r in rows]),
         "bytes": np.array([r.bytes for r in rows], np.int64),
         "seconds": np.array([r.seconds for r in rows]),
+        "widths": np.array([r.width for r in rows], np.int64),
+        "nonzero": np.array([r.nonzero for r in rows], np.int64),
         "energy": np.array(energy),
     }
     if order is not None and losses is not None:
@@ -225,10 +262,10 @@ def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarr
     try:
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
-            columns = zip(names, data["errors"].tolist(), data["bytes"].tolist(), data["seconds"].tolist(), strict=True)
+            numbers = (data[key].tolist() for key in ("errors", "bytes", "seconds", "widths", "nonzero"))
             rows = [
-                Measured(Option.parse(option), error, size, codec, step, seconds)
-                for (option, codec, step), error, size, seconds in columns
+                Measured(Option.parse(option), error, size, codec, step, seconds, width, nonzero)
+                for (option, codec, step), error, size, seconds, width, nonzero in zip(names, *numbers, strict=True)
             ]
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
             return rows, order, losses, float(data["energy"])

@@ -105,7 +105,10 @@ def apply_sequentially(
         layers={name: rows[name].option for name in plan.layers},
         predicted_bytes=size,
         fixed_bytes=size - sum(row.bytes for row in rows.values()),
-        realised={name: {"bytes": rows[name].bytes, "error": rows[name].error} for name in plan.layers},
+        realised={
+            name: {key: getattr(rows[name], key) for key in ("error", "bytes", "width", "nonzero")}
+            for name in plan.layers
+        },
         measured={},
     )
     return with_records(small, final, profile, done)

@@ -17,7 +17,7 @@ from typing import Any
 
 from autocompress.errors import BudgetError, MismatchError, OptionError
 
-__all__ = ["DENSE", "Budget", "Option", "Plan", "option_sort_key"]
+__all__ = ["DENSE", "RUNNING_COSTS", "Budget", "Option", "Plan", "exact", "option_sort_key"]
 
 
 def _number(value: float) -> str:
@@ -211,6 +211,7 @@ def option_sort_key(option: Option) -> tuple[bool, str]:
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _BUDGET = re.compile(rf"\s*(?P<value>{_NUM})\s*(?P<unit>[a-zA-Z]*)\s*")
+RUNNING_COSTS = ("macs", "bops", "latency_ms")  # of a forward pass; everything else that a budget limits is bytes
 
 
 @dataclass(frozen=True)
@@ -219,24 +220,29 @@ class Budget:
 
     `size` in bytes of the whole file; `ratio`: the dense file's bytes divided by it (see `types.Budget.bytes`);
     `bits_per_weight`: bits of the whole file over the number of parameters in it; `macs`, `bops`, `latency_ms` of one
-    forward pass.
+    forward pass of one sample (see `costs`), each a number or a percentage of what the dense model takes (`"60%"`).
 
     >>> str(Budget.parse("64 kB")), Budget.parse("12x").ratio, Budget.parse("64 KiB").size
     ('64000', 12.0, 65536)
+    >>> Budget.parse("12x, bops=5%").limit("bops", dense=1000)
+    50.0
     """
 
     size: int | None = None
     ratio: float | None = None
     bits_per_weight: float | None = None
-    macs: float | None = None
-    bops: float | None = None
-    latency_ms: float | None = None
+    macs: float | str | None = None
+    bops: float | str | None = None
+    latency_ms: float | str | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
         if not given:
             raise BudgetError('an empty budget; give one, for example size=64_000, or "64 kB", "12x", "3.2bpw"')
         for name, value in given.items():
+            if name in RUNNING_COSTS and isinstance(value, str):
+                object.__setattr__(self, name, _share(name, value))
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 raise BudgetError(f"budget {name} is {value!r}; needed a positive, finite number")
         if self.size is not None and self.size != int(self.size):
@@ -258,17 +264,17 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Inverse of `str`: `64000`, `64 kB` (1000), `64 KiB` (1024), `12x`, `3.2bpw`; several joined by `,`.
+        """Inverse of `str`: `64000`, `64 kB` (1000), `64 KiB` (1024), `12x`, `3.2bpw`, `macs=1e9`, `bops=5%`,
+        `latency_ms=3`; several joined by `,`.
 
         Raises BudgetError.
         """
         fields: dict[str, Any] = {}
+        value: Any
         for part in str(text).split(","):
             key, _, rest = part.partition("=")
-            if rest and key.strip() in {"macs", "bops", "latency_ms"}:
-                match = re.fullmatch(_NUM, rest.strip())
-                name, value = key.strip(), float(match[0]) if match else math.nan
-            else:
+            name, value = key.strip(), rest.strip()
+            if not (rest and name in RUNNING_COSTS):
                 name, value = cls._parse_size(part, text)
             if name in fields:
                 raise BudgetError(f"budget {text!r} gives {name} twice")
@@ -299,10 +305,17 @@ class Budget:
             parts.append(f"{_number(self.ratio)}x")
         if self.bits_per_weight is not None:
             parts.append(f"{_number(self.bits_per_weight)}bpw")
-        for name in ("macs", "bops", "latency_ms"):
+        for name in RUNNING_COSTS:
             if (value := getattr(self, name)) is not None:
-                parts.append(f"{name}={_number(value)}")
+                parts.append(f"{name}={value if isinstance(value, str) else _number(value)}")
         return ",".join(parts)
+
+    def limit(self, name: str, dense: float) -> float | None:
+        """The limit on `macs`, `bops` or `latency_ms`, of which the dense model takes `dense`; None where there is
+        none.
+        """
+        value = getattr(self, name)
+        return float(value[:-1]) * dense / 100.0 if isinstance(value, str) else value
 
     def bytes(self, dense_bytes: int, parameters: int) -> int | None:
         """The tightest limit on the file in bytes, rounded down; None if only other costs are limited.
@@ -313,15 +326,24 @@ class Budget:
         if self.size is not None:
             limits.append(int(self.size))
         if self.ratio is not None:
-            limits.append(math.floor(dense_bytes / _exact(self.ratio)))
+            limits.append(math.floor(dense_bytes / exact(self.ratio)))
         if self.bits_per_weight is not None:
-            limits.append(math.floor(_exact(self.bits_per_weight) * parameters / 8))
+            limits.append(math.floor(exact(self.bits_per_weight) * parameters / 8))
         return min(limits) if limits else None
 
 
-def _exact(value: float) -> Fraction:
+def exact(value: float) -> Fraction:
     """The number as it was written, 2.3 and not 2.29999..., so that rounding down never loses a byte to the float."""
     return Fraction(repr(float(value)))
+
+
+def _share(name: str, text: str) -> float | str:
+    """A limit on a running cost as it is kept: a number, or a percentage as its shortest text."""
+    match = re.fullmatch(rf"\s*({_NUM})\s*(%?)\s*", text)
+    value = float(match[1]) if match else math.nan
+    if match is None or not math.isfinite(value) or value <= 0:
+        raise BudgetError(f"budget {name} is {text!r}; needed a positive number, or a percentage such as 60%")
+    return f"{_number(value)}%" if match[2] else value
 
 
 def _whole(value: float, text: object) -> int:
@@ -341,8 +363,8 @@ class Plan:
     choice changes. `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
-    `realised` is empty unless sequential mode compressed the layers anew: {layer: {"bytes": ..., "error": ...}} of what
-    it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan it began from.
+    `realised` is empty unless sequential mode compressed the layers anew: {layer: {error, bytes, width, nonzero}} of
+    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan it began from.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """
@@ -397,7 +419,8 @@ class Plan:
             body["measured"] = {k: float(v) for k, v in body["measured"].items()}
             body["notes"] = tuple(body["notes"])
             body["realised"] = {
-                k: {"bytes": int(v["bytes"]), "error": float(v["error"])} for k, v in body.get("realised", {}).items()
+                name: {"error": float(made["error"]), **{key: int(made[key]) for key in ("bytes", "width", "nonzero")}}
+                for name, made in body.get("realised", {}).items()
             }
             for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed", "vector_bits"):
                 if type(body.get(name)) is not int:

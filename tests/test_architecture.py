@@ -42,6 +42,7 @@ ORDER = [
     "saving",
     "verifying",
     "exporting",
+    "timing",
     "training",
     "reporting",
     "pipeline",

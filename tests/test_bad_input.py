@@ -39,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("0x", "budget is '0x'; needed a positive"),
         ("", "'' is not a budget"),
         ("4x,4x", "gives ratio twice"),
-        ("macs=1000000", "limits macs; this version allocates the file's size only"),
+        ("4x,macs=ten", "budget macs is 'ten'; needed a positive number, or a percentage"),
     ],
 )
 @pytest.mark.parametrize("verb", ["compress", "plan"])
@@ -248,7 +248,7 @@ def test_verify_names_a_layer_whose_bytes_are_not_those_that_were_realised(tmp_p
     with read(tmp_path / "model.acz") as archive:
         size = archive["head.weight"].bytes
     for claimed in (size, size + 1):
-        changed = plan.replace(realised={"head": {"bytes": claimed, "error": 0.0}})
+        changed = plan.replace(realised={"head": {"bytes": claimed, "error": 0.0, "width": 4, "nonzero": 5}})
         (tmp_path / "plan.json").write_text(changed.to_json())
         if claimed == size:
             assert call("verify", tmp_path).code == 0

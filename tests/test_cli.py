@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
     assert "compress" in call("--help").out
     assert call("--version").out.strip() == ac.__version__
-    for verb in ("demo", "compress", "profile", "plan", "verify", "unpack", "inspect", "report", "doctor"):
+    for verb in ("demo", "compress", "profile", "plan", "verify", "unpack", "inspect", "report", "costs", "doctor"):
         assert "Usage" in call(verb, "--help").out
 
 
@@ -255,6 +256,83 @@ def test_a_budget_that_asks_for_nothing_says_so(done: Path, tmp_path: Path, budg
     assert outcome.code == 0, outcome.err
     assert "the budget has room for the network as it is" in outcome.out
     assert call("verify", tmp_path, "--task", done / "task.py").code == 0
+
+
+@pytest.fixture
+def quick_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Times of one short turn each, kept in a cache of its own."""
+    from autocompress import timing
+
+    full = timing.in_turns
+    short = timing.Runtime(turns=1, slice_ms=0.1)
+    monkeypatch.setattr(timing, "in_turns", lambda runs, runtime: full(runs, short))
+    monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("quick_clock")
+def test_budgets_on_several_costs(done: Path, tmp_path: Path) -> None:
+    out, store = tmp_path / "out", done / "out" / "profile"
+    limits = ("--budget", "3x", "--max-bops", "20%", "--max-macs", "100%", "--max-latency-ms", "1e4")
+    outcome = call("compress", done / "task.py", *limits, "--out", out, "--store", store)
+    assert outcome.code == 0, outcome.err
+    for words in ("BOPs", "at most 1,818,624 asked", "ms", "predicted", "measured, per sample in onnxruntime"):
+        assert words in outcome.out
+        assert words in (out / "report.html").read_text()
+    costs = json.loads((out / "metrics.json").read_text())["costs"]
+    assert costs["macs"] == {"predicted": 8880, "dense": 8880, "limit": 8880}
+    assert 0 < costs["bops"]["predicted"] <= costs["bops"]["limit"] == 0.2 * 32 * 32 * 8880
+    assert costs["latency_ms"]["limit"] == 1e4
+    assert min(costs["latency_ms"][name] for name in ("predicted", "measured", "dense")) > 0
+    plan = ac.Plan.from_json((out / "plan.json").read_text())
+    assert str(plan.budget) == "3x,macs=100%,bops=20%,latency_ms=10000"
+    marks = call("verify", out, "--task", done / "task.py")
+    assert marks.code == 0, marks.out
+    for words in ("ok   macs", "ok   bops", "ok   latency_ms"):
+        assert words in marks.out
+    refused = call(
+        "compress", done / "task.py", "--budget", "3x", "--max-latency-ms", "1e-5", "--out", out, "--store", store
+    )
+    assert re.search(r"no allocation is within 0.000010 ms: the least possible is 0\.\d+ ms", refused.refused(3))
+
+
+def test_verify_counts_bops_again(done: Path, tmp_path: Path) -> None:
+    store = done / "out" / "profile"
+    call("compress", done / "task.py", "--budget", "3x", "--max-bops", "20%", "--out", tmp_path, "--store", store)
+    assert ac.verify(tmp_path).good
+    text = (tmp_path / "metrics.json").read_text()
+    metrics = json.loads(text)
+    for change in ({"predicted": 1.0}, {"dense": 10.0}, {"dense": None}):
+        metrics["costs"]["bops"] = json.loads(text)["costs"]["bops"] | change
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+        assert "bops" in call("verify", tmp_path).refused(2)
+    plan = (tmp_path / "plan.json").read_text()
+    (tmp_path / "metrics.json").write_text(text)
+    (tmp_path / "plan.json").write_text(plan.replace("bops=20%", "bops=1%"))
+    assert "at most 90,931.2 allowed" in call("verify", tmp_path).refused(2)
+
+
+def test_plan_takes_the_same_limits(done: Path) -> None:
+    outcome = call("plan", done / "out", "--budget", "3x", "--max-bops", "5%")
+    assert outcome.code == 0, outcome.err
+    assert "at most 454,656 asked" in outcome.out
+    assert "exact(milp)" in outcome.out
+    assert "the least possible is 8,880 MACs" in call("plan", done / "out", "--budget", "3x", "--max-macs", 99).refused(
+        3
+    )
+    assert "plan with --task" in call("plan", done / "out", "--budget", "3x", "--max-latency-ms", 9).refused(2)
+    assert "budget bops is '0'" in call("plan", done / "out", "--budget", "3x", "--max-bops", "").refused(2)
+
+
+@pytest.mark.usefixtures("quick_clock")
+def test_costs_prints_the_table_of_times(done: Path) -> None:
+    found = json.loads(call("costs", done / "task.py", "--json").out)
+    assert found["dense_ms"] > 0
+    assert found["macs"] == {"conv": 1944, "wide": 6912, "head": 24}
+    assert len(found["cells"]) == 15
+    table = call("costs", done / "task.py").out
+    for words in ("Conv2d 8x6x3x3", "int4 QDQ, a step per row", "float16", "8,880", "the dense model:", "onnxruntime"):
+        assert words in table
+    assert f"{found['dense_ms']:.3f} ms" in table, "the second call finds the first one's times"
 
 
 def test_the_demo(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(strategy: 
 
 
 def test_every_kind_of_layer_goes_the_whole_way(tmp_path: Path) -> None:
-    """Calibrated, profiled, planned, applied, saved, loaded, verified; the file's tensors are the model's, bit for bit."""
+    """Calibrated, profiled, planned, applied, saved, verified, loaded: the same outputs, bit for bit."""
     model, data = kinds()
     dense = copy.deepcopy(model.state_dict())
     options = [*OPTIONS, "w8", "w3", "s50w5"]
@@ -315,6 +315,14 @@ def test_effort_and_a_choice_say_what_is_tried(
     context = ac.Context(convnet(), images())
     assert found.plan.measured["kl"] == context.divergence_of(ac.load(tmp_path / "model.acz", convnet()))
     assert found.plan.measured["kl"] <= found.plan.measured["single_option_kl"]
+
+
+def test_other_limits_and_sequential_mode_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(StrategyError, match="keeps to a size only, and the budget limits macs too"):
+        run(tmp_path, budget="5x,macs=1e9", sequential=True)
+    found = run(tmp_path, budget="5x,macs=1e9", effort="normal")
+    assert not found.plan.realised
+    assert [note.partition(":")[0] for note in found.plan.notes][-1] == "tune"
 
 
 def _noise(small: nn.Module) -> nn.Module:

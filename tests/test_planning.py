@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,22 @@ from hypothesis import strategies as st
 from networks import OPTIONS, convnet, images, profiled, small_profile
 
 import autocompress as ac
-from autocompress.compressors import Measured
+from autocompress.compressors import Measured, realise
+from autocompress.costs import Latency
 from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.layers import dense_file_bytes
-from autocompress.planning import allocate, budget_bytes, energy_losses, make_plan, single_options
+from autocompress.planning import (
+    allocate,
+    budget_bytes,
+    dense_cost,
+    energy_losses,
+    fixed_cost,
+    limits_of,
+    make_plan,
+    row_costs,
+    running_cost,
+    single_options,
+)
 from autocompress.profiling import Profile
 from autocompress.types import Budget
 
@@ -93,10 +106,141 @@ def test_the_ratio_counts_the_dense_file() -> None:
     assert budget_bytes(Budget.parse("3.2bpw"), profile) == int(3.2 * floats / 8)
 
 
-@pytest.mark.parametrize("text", ["macs=1e6", "64 kB,latency_ms=3"])
-def test_limits_on_other_costs_are_refused_by_name(text: str) -> None:
-    with pytest.raises(BudgetError, match=r"limits .*; this version allocates the file's size only"):
-        budget_bytes(Budget.parse(text), small_profile()[2])
+def with_times(profile: Profile, dense_ms: float = 2.0) -> Profile:
+    """The small profile with a table of times: four-bit codes and half precision are fast, other codes slow."""
+    extra = {
+        name: {
+            row.option: dense_ms * layer.layer.size / 1000 * (-0.25 if str(row.option) in ("w4", "fp16") else 0.5)
+            if not row.option.is_dense
+            else 0.0
+            for row in layer.rows
+        }
+        for name, layer in profile.layers.items()
+    }
+    return dataclasses.replace(profile, latency=Latency(dense_ms, extra, (), {}))
+
+
+def taken(profile: Profile, choice: Mapping[str, Measured]) -> dict[str, float]:
+    """The running costs of a choice, added up here: BOPs from the weights themselves."""
+    model = small_profile()[0]
+    assert profile.latency is not None
+    bops, macs = 0, 0
+    for name, row in choice.items():
+        layer = profile.layers[name]
+        weight = realise(profile.problem(name, model.get_parameter(layer.layer.key)), row.option)
+        width = {"dense": 32, "fp16": 16}.get(str(row.option))
+        if width is None:
+            assert weight.codes is not None
+            width = next(
+                b for b in range(1, 33) if -(2 ** (b - 1)) <= weight.codes.min() <= weight.codes.max() < 2 ** (b - 1)
+            )
+        positions = 1 if name == "linear" else 36
+        macs += layer.layer.size * positions
+        bops += 32 * width * positions * int((weight.weight() != 0).sum())
+    ms = profile.latency.dense_ms + sum(profile.latency.extra_ms[n][row.option] for n, row in choice.items())
+    return {"macs": macs, "bops": bops, "latency_ms": ms}
+
+
+def test_costs_of_a_choice_are_what_its_weights_say() -> None:
+    profile = with_times(small_profile()[2])
+    for _, _, choice in everything()[::97]:
+        layers = {name: row.option for name, row in choice.items()}
+        for name, value in taken(profile, choice).items():
+            assert running_cost(profile, name, layers) == pytest.approx(value, abs=4e-6), name
+    dense = {name: ac.Option() for name in profile.layers}
+    assert running_cost(profile, "bops", dense) == 32 * 32 * dense_cost(profile, "macs") == dense_cost(profile, "bops")
+
+
+def test_percentages_are_of_the_dense_model() -> None:
+    profile = with_times(small_profile()[2])
+    limits = limits_of(Budget.parse("700,macs=50%,bops=10%,latency_ms=50%"), profile)
+    assert limits.bytes == 700
+    macs = dense_cost(profile, "macs")
+    assert limits.running == {"macs": macs / 2, "bops": macs * 1024 / 10, "latency_ms": 1.0}
+    assert limits_of(Budget.parse("macs=1e9"), profile).bytes == max(size for size, _, _ in everything())
+
+
+@pytest.mark.parametrize(
+    "budget", ["600,bops=10%", "600,bops=9%,latency_ms=2.1", "latency_ms=1.85,macs=100%", "bops=3e6"]
+)
+def test_several_limits_against_every_plan_there_is(budget: str) -> None:
+    profile = with_times(small_profile()[2])
+    limits = limits_of(Budget.parse(budget), profile)
+    losses = energy_losses(profile)
+    found = allocate(profile, limits, losses)
+    assert found.solution is not None
+    assert found.solution.solver == "milp"
+    assert found.file_bytes <= limits.bytes
+
+    names, tables = list(limits.running), [row_costs(profile, name) for name in limits.running]
+    fixed = [fixed_cost(profile, name) for name in names]
+
+    def fits(choice: Mapping[str, Measured], room: int) -> bool:
+        at = {n: profile.layers[n].rows.index(row) for n, row in choice.items()}
+        used = [base + sum(int(t[n][i]) for n, i in at.items()) for base, t in zip(fixed, tables, strict=True)]
+        units = [1e6 if name == "latency_ms" else 1 for name in names]
+        within = all(u <= limits.running[n] * unit for n, u, unit in zip(names, used, units, strict=True))
+        return within and payload(choice) <= room
+
+    assert fits(found.rows, found.payload_bytes)
+    best = min(loss for _, loss, choice in everything() if fits(choice, found.payload_bytes))
+    assert found.bound <= best + 1e-12
+    assert best <= found.loss + 1e-12
+    least = min(loss for size, loss, choice in everything() if size <= limits.bytes and fits(choice, size))
+    assert found.loss == pytest.approx(least, rel=1e-4), "the gap that milp proves by default"
+    assert found.loss > allocate(profile, limits.bytes, losses).loss, "the other limits do bind"
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("700,macs=60%", r"no allocation is within 9,183 MACs: the least possible is 15,304 MACs \(zeros count"),
+        ("700,latency_ms=0.3", r"no allocation is within 0.300000 ms: the least possible is 1.768000 ms$"),
+        (
+            "380,latency_ms=1.9",
+            r"within 380 bytes and 1.900000 ms: with the other limits as they are, \S+ bytes or \S+ ms",
+        ),
+        (
+            "700,bops=2%,latency_ms=1.8,macs=100%",
+            r"and 1.800000 ms: with the other limits as they are, \S+ BOPs or \S+ ms would do",
+        ),
+        ("700,bops=1,latency_ms=0.1", r"within 1 BOPs and 0.100000 ms: the least possible is \S+ BOPs and \S+ ms"),
+    ],
+)
+def test_infeasible_limits_name_the_least_that_can_be_met(budget: str, words: str) -> None:
+    profile = with_times(small_profile()[2])
+    with pytest.raises(InfeasibleError, match=words) as caught:
+        ac.plan(profile, budget)
+    assert caught.value.exit_code == 3
+    numbers = {
+        unit: text for text, unit in re.findall(r"([\d.,]+) (bytes|MACs|BOPs|ms)", str(caught.value).split(": ")[1])
+    }
+    for unit, text in numbers.items():
+        key = {"bytes": "size", "MACs": "macs", "BOPs": "bops", "ms": "latency_ms"}[unit]
+        number = float(text.replace(",", ""))
+        change: Any = {key: int(number) if key == "size" else number}
+        asked = dataclasses.replace(Budget.parse(budget), **change)
+        if len(numbers) == 1 or "or" in str(caught.value).split(": ")[1]:
+            plan = ac.plan(profile, asked)  # it would do, as said
+            assert key != "size" or plan.predicted_bytes <= number
+
+
+def test_single_options_keep_every_limit() -> None:
+    profile = with_times(small_profile()[2])
+    names = {str(r["conv1"].option) for r in single_options(profile, 10**6, undominated=False)}
+    limits = limits_of(Budget.parse("latency_ms=2"), profile)
+    kept = {str(r["conv1"].option) for r in single_options(profile, limits, undominated=False)}
+    assert names == {"dense", *OPTIONS}
+    assert kept == {"dense", "fp16", "w4"}
+    plan = ac.plan(profile, "600,latency_ms=100%", "uniform")
+    assert {str(o) for o in plan.layers.values()} == {"w4"}
+    with pytest.raises(InfeasibleError, match=r"no single option .* takes is 300 bytes and 2\.\d+ ms"):
+        ac.plan(profile, "300,latency_ms=2", "uniform")
+
+
+def test_milliseconds_need_a_table() -> None:
+    with pytest.raises(BudgetError, match="needs a measured table of times: compress makes one, plan with --task too"):
+        ac.plan(small_profile()[2], "700,latency_ms=3")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

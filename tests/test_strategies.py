@@ -16,12 +16,12 @@ from autocompress import digits
 from autocompress.applying import encoded_of
 from autocompress.calibration import calibrate
 from autocompress.errors import InfeasibleError, MismatchError
-from autocompress.planning import budget_bytes, make_plan, single_options, within
+from autocompress.planning import budget_bytes, limits_of, make_plan, running_cost, single_options, within
 from autocompress.profiling import Profile, profile
 from autocompress.strategies import STRATEGIES, StrategyError
 from autocompress.types import Budget, Plan
 
-BUDGETS = ["3x", "6x", "9x", "420", "5bpw"]
+BUDGETS = ["3x", "6x", "9x", "420", "5bpw", "6x,bops=9%", "bops=40%,macs=100%"]
 
 
 def context(model: nn.Module | None = None) -> ac.Context:
@@ -39,6 +39,8 @@ def test_a_plan_keeps_its_budget_and_says_how_good_it_is(strategy: str, budget: 
     small = ac.apply(model, plan, found, data)
     info = ac.save(small, plan, tmp_path / "model.acz")
     assert info.bytes == plan.predicted_bytes == (tmp_path / "model.acz").stat().st_size <= plan.budget_bytes
+    for name, limit in limits_of(Budget.parse(budget), found).running.items():
+        assert running_cost(found, name, plan.layers) <= limit
     assert plan.bound <= plan.predicted_loss * (1 + 1e-12)
     assert plan.gap >= 0
     assert plan.fingerprint == found.fingerprint

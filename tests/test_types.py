@@ -43,9 +43,7 @@ budgets = st.fixed_dictionaries(
         "size": st.integers(1, 10**30),
         "ratio": positive,
         "bits_per_weight": positive,
-        "macs": positive,
-        "bops": positive,
-        "latency_ms": positive,
+        **dict.fromkeys(("macs", "bops", "latency_ms"), st.one_of(positive, positive.map(lambda x: f"{x!r}%"))),
     },
 ).filter(bool)
 figures = st.one_of(st.floats(allow_nan=False), st.just(-math.inf), st.just(math.inf))
@@ -191,6 +189,14 @@ def test_every_limit_holds_at_once() -> None:
     assert Budget(macs=1e6).bytes(1_092_520, 269_722) is None
 
 
+def test_running_costs_take_numbers_and_percentages() -> None:
+    budget = Budget.parse("12x, macs=60 %, bops=1e9, latency_ms=2.50")
+    assert budget == Budget(ratio=12, macs="60.0%", bops=1e9, latency_ms="2.5")
+    assert str(budget) == "12x,macs=60%,bops=1000000000,latency_ms=2.5"
+    assert [budget.limit(name, dense=200.0) for name in ("macs", "bops", "latency_ms")] == [120.0, 1e9, 2.5]
+    assert Budget(ratio=12).limit("macs", dense=200.0) is None
+
+
 def test_limits_are_rounded_down_exactly() -> None:
     assert Budget(bits_per_weight=2.3).bytes(10**6, 80) == 23  # the float 2.3 is a little less than 2.3
     assert Budget(ratio=3).bytes(10**17 + 1, 80) == (10**17 + 1) // 3  # more digits than a float has
@@ -205,7 +211,23 @@ def test_twelve_times_of_resnet20_is_the_published_number_of_bytes() -> None:
     "value",
     [
         *("12 parsecs", "", "kB", "64 kB 2", "1e999", "1e999x", "nan", "inf", "0", "0x", "-5", "-5 kB", "12x,12x"),
-        *("macs=", "macs=z", "macs=-1", 0, -5, 0.4, math.nan, math.inf, -math.inf, True),
+        *(
+            "macs=",
+            "macs=z",
+            "macs=-1",
+            "macs=0%",
+            "bops=nan",
+            "latency_ms=1e999",
+            "macs=5x",
+            "ratio=5",
+            0,
+            -5,
+            0.4,
+            math.nan,
+            math.inf,
+            -math.inf,
+            True,
+        ),
         *({}, {"ratio": 0}, {"size": "big"}, {"ratio": True}),
     ],
 )
@@ -223,6 +245,7 @@ def test_a_budget_that_is_not_one_is_refused(value: object) -> None:
         (math.nan, "budget is nan; needed a positive, finite number of bytes"),
         ("0x", "budget is '0x'; needed a positive, finite number"),
         ("12x,12x", "gives ratio twice"),
+        ("12x,macs=-5%", "budget macs is '-5%'; needed a positive number, or a percentage such as 60%"),
         ({"sise": 5}, "'sise' is not a budget; known are size, ratio, bits_per_weight, macs, bops, latency_ms"),
         (None, "budget is None; needed bytes, or text like '64 kB'"),
     ],

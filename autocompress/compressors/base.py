@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from autocompress import obs
+from autocompress.costs import FLOAT_BITS, code_bits
 from autocompress.storage import Entry, codec_named, float_entry, weight_entry, weight_size
 from autocompress.types import Option
 
@@ -56,6 +57,15 @@ class LayerProblem:
             return self.hessian
         return obs.RowHessian(self.row_weights, self.hessian[0] if len(self.hessian) else None)
 
+    @property
+    def step_scales(self) -> np.ndarray | None:
+        """Factors for the steps of rows that weigh differently (see `RowHessian.step_scales`); None where one step is
+        for all.
+        """
+        hessian = self.known_hessian()
+        scales = hessian.step_scales() if isinstance(hessian, obs.RowHessian) else None
+        return None if scales is None or (scales == 1.0).all() else scales
+
     def counts(self, percent: float) -> np.ndarray:
         """Weights that each row loses at a sparsity in percent, int64 (groups, rows)."""
         if percent not in self._found:
@@ -76,7 +86,7 @@ class LayerProblem:
         return hessian
 
     def takes(self, structure: Option) -> bool:
-        """Whether the layer can have a structure: rows of a table, which weigh differently, only lose single weights."""
+        """Whether the layer can have a structure: rows that weigh differently only lose single weights."""
         return self.row_weights is None or structure == Option(sparsity=structure.sparsity)
 
     def kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
@@ -158,6 +168,13 @@ class Realised:
             return "none"
         return ("tensor", "row", f"group{self.group}")[np.ndim(self.step)]
 
+    @property
+    def width(self) -> int:
+        """Bits of a weight when it is multiplied: what holds every code, 16 or 32 for floats."""
+        if self.codes is None:
+            return 16 if self.codec == "fp16" else FLOAT_BITS
+        return code_bits(self.codes)
+
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape."""
         if self.codes is None:
@@ -195,6 +212,8 @@ class Measured:
     it.
 
     `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
+    `width`: the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see
+    `costs.bops`).
     """
 
     option: Option
@@ -203,6 +222,8 @@ class Measured:
     codec: str
     step: str
     seconds: float = field(compare=False)
+    width: int
+    nonzero: int
 
 
 class Compressor(Protocol):
@@ -238,11 +259,11 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         if realised is None:
             continue
         start = time.perf_counter()
-        error = 0.0 if problem.hessian is None else problem.error(realised.weight())
-        size = realised.bytes()
-        rows.append(
-            Measured(option, error, size, realised.codec, realised.step_kind, each + time.perf_counter() - start)
-        )
+        weight = realised.weight()
+        error = 0.0 if problem.hessian is None else problem.error(weight)
+        size, nonzero = realised.bytes(), int(np.count_nonzero(weight))
+        seconds = each + time.perf_counter() - start
+        rows.append(Measured(option, error, size, realised.codec, realised.step_kind, seconds, realised.width, nonzero))
     return rows
 
 

@@ -19,11 +19,12 @@ class RateDistortion:
     """Uniform grid with one step per layer, entropy-coded, after exact pruning to a structure; see
     `obs.rate_distortion_cells`.
 
-    step is in units of the layer's root mean square weight, so that one option means the same for every layer.
+    step is in units of the layer's root mean square weight, so that one option means the same for every layer. Rows of
+    a table have steps that go with how often they are used.
     Source: engine.md section 4 (OBS error feedback with entropy-constrained scalar quantisation).
     """
 
-    version = 1
+    version = 2
     source = "this project: entropy-constrained quantisation inside OBS"
 
     def offers(self, option: Option) -> bool:
@@ -34,7 +35,9 @@ class RateDistortion:
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
         hessian = problem.known_hessian()
-        rms = problem.rms
+        rms, scales = problem.rms, problem.step_scales
+        if scales is not None and not _in_half(rms * scales, options):
+            scales = None
         found: dict[Option, Realised | None] = {}
         for structure, wanted in by_structure(options):
             if not problem.takes(structure):
@@ -43,11 +46,19 @@ class RateDistortion:
             steps = [float(np.float32((o.step or 0.0) * rms)) for o in wanted]
             order, counts = problem.kept(structure)
             grid = [(s, o.lam or 0.0) for o, s in zip(wanted, steps, strict=True)]
-            cells = obs.rate_distortion_cells(problem.weight, hessian, order, counts, grid, threads=1)
+            cells = obs.rate_distortion_cells(problem.weight, hessian, order, counts, grid, threads=1, scales=scales)
             codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)
-            for o, s, q in zip(wanted, steps, codes, strict=True):
-                found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=s)
+            for o, s, cell, q in zip(wanted, steps, cells, codes, strict=True):
+                own = s if scales is None else cell.step.reshape(-1).astype(np.float16)
+                found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=own)
         return [found[o] for o in options]
+
+
+def _in_half(unit: np.ndarray, options: Sequence[Option]) -> bool:
+    """Whether half precision holds every step of every option, `unit` times its own."""
+    steps = [o.step or 0.0 for o in options]
+    limits = np.finfo(np.float16)
+    return min(steps) * unit.min() >= limits.tiny and max(steps) * unit.max() <= limits.max
 
 
 def default_grid() -> list[Option]:

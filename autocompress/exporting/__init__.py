@@ -83,9 +83,9 @@ def export(
         raise ExportError(f"{exporter.name} needs the model: its graph or configuration is not in the file")
     tensors = state_dict_of(entries)
     place = "the applied model" if isinstance(source, nn.Module) else str(source)
-    shell = None if model is None else fill(_single(copy.deepcopy(model)), tensors, place)
+    shell = None if model is None else fill(in_float32(copy.deepcopy(model)), tensors, place)
     exporter.check(_Tensors(tensors) if shell is None else shell, example)
-    aliases = _aliases(shell) if shell is not None else {name: name for name in entries}
+    aliases = aliases_of(shell) if shell is not None else {name: name for name in entries}
     held: dict[str, Held] = {}
     for name, entry in entries.items():
         if "option" in entry.params:
@@ -139,7 +139,7 @@ def _entries(source: str | Path | nn.Module) -> dict[str, Entry]:
         return dict(archive)
 
 
-def _single(model: nn.Module) -> nn.Module:
+def in_float32(model: nn.Module) -> nn.Module:
     """The model on the CPU, in float32 where it was in half precision: exports hold the file's values, not rounded."""
     model = model.cpu()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -148,7 +148,7 @@ def _single(model: nn.Module) -> nn.Module:
     return model
 
 
-def _aliases(model: nn.Module) -> dict[str, str]:
+def aliases_of(model: nn.Module) -> dict[str, str]:
     """Every name of the state dict -> the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
@@ -190,4 +190,4 @@ def _limit(budget: Budget, model: nn.Module) -> int | None:
     return budget.bytes(dense_file_bytes(model), parameters)
 
 
-__all__ += ["Weight", "exporter_named"]
+__all__ += ["Held", "Request", "Weight", "aliases_of", "exporter_named", "in_float32"]

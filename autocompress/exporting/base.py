@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
+from autocompress.costs import code_bits
 from autocompress.errors import AutocompressError
 from autocompress.layers import swap
 from autocompress.saving import swap_groups
@@ -109,16 +110,6 @@ def weight_of(entry: Entry, owners: Sequence[str]) -> Weight:
         option,
         values=values.astype(np.float16 if half else np.float32),
     )
-
-
-def code_bits(codes: np.ndarray) -> int:
-    """The least bits, at least 1, whose two's complement holds every code.
-
-    >>> code_bits(np.array([-8, 7])), code_bits(np.array([8])), code_bits(np.array([0]))
-    (4, 5, 1)
-    """
-    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-    return max((-low - 1).bit_length() if low < 0 else 0, high.bit_length()) + 1
 
 
 def requantised(weight: Weight, bits: int) -> Weight:

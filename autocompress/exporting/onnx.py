@@ -97,11 +97,7 @@ class Onnx:
     def write(self, request: Request, out: Path, admit: Callable[[int], None]) -> tuple[list[Path], dict[str, Any]]:
         import onnx
 
-        graph = Graph(trace(request.model, request.example, self.dynamic_batch), request, self.accuracy_level)
-        if self.fold_norms:
-            graph.fold_norms()
-        graph.lower()
-        proto = graph.finished()
+        proto = self.graph(trace(request.model, request.example, self.dynamic_batch), request)
         size = proto.ByteSize()
         external = self.external if self.external is not None else size > PROTOBUF_LIMIT
         if not external and size > PROTOBUF_LIMIT:
@@ -148,6 +144,14 @@ class Onnx:
         _forget_data(out, keep=blob.name)
         return [out, beside], facts
 
+    def graph(self, program: Any, request: Request) -> Any:
+        """What is written of a traced program, as an ONNX model; a program may be used again with other weights."""
+        graph = Graph(program, request, self.accuracy_level)
+        if self.fold_norms:
+            graph.fold_norms()
+        graph.lower()
+        return graph.finished()
+
     def _compared(self, model: bytes | str, request: Request) -> dict[str, Any]:
         """The largest difference between the runtime's outputs and the model's on the example, where there is one.
 
@@ -159,8 +163,8 @@ class Onnx:
             return {"max_difference": None}
         args, kwargs = arguments(request.example, self.dynamic_batch)
         with torch.no_grad():
-            wanted = _outputs(request.model(*args, **kwargs))
-        given = [t.numpy() for t in _outputs((args, kwargs))]
+            wanted = outputs_of(request.model(*args, **kwargs))
+        given = [t.numpy() for t in outputs_of((args, kwargs))]
 
         def run(entries: dict[str, str]) -> float:
             options = onnxruntime.SessionOptions()
@@ -257,14 +261,14 @@ def _quietly() -> Iterator[None]:
             each.setLevel(level)
 
 
-def _outputs(value: Any) -> list[torch.Tensor]:
+def outputs_of(value: Any) -> list[torch.Tensor]:
     """The tensors of whatever a model returns or takes, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
-        return [t for item in value.values() for t in _outputs(item)]
+        return [t for item in value.values() for t in outputs_of(item)]
     if isinstance(value, tuple | list):
-        return [t for item in value for t in _outputs(item)]
+        return [t for item in value for t in outputs_of(item)]
     return []
 
 

@@ -151,13 +151,15 @@ def rate_distortion_cells(
     counts: np.ndarray,
     grid: Sequence[tuple[float, float]],
     threads: int = 0,
+    scales: np.ndarray | None = None,
 ) -> list[Cell]:
     """Cells of rate-distortion OBS for (step, λ) pairs, with rate tables learned from a sample of the layer's rows.
 
     A code costs C_aa² (q step - target)²/2 + price · bits(q), price = λ · u · step²/2, u = exp(log det H / d) the
     geometric mean of the squared pivots of H: λ is the price of a bit in units of the error of one whole step. bits()
     is the symmetrised histogram of a first pass over at most 16 rows (pruned zeros included, for they are coded too),
-    mixed with 1% of a two-sided geometric law so that no code is free of charge or forbidden. Source: engine.md section
+    mixed with 1% of a two-sided geometric law so that no code is free of charge or forbidden. `scales` (rows,): row r
+    has the step scales[r] · step, rounded to half precision, at the same price. Source: engine.md section
     4; ECSQ (Chou, Lookabaugh, Gray 1989) inside OBS.
     """
     weight, hessian = as_groups(W, H)
@@ -166,12 +168,19 @@ def rate_distortion_cells(
     counts = np.asarray(counts).reshape(groups, rows)
     with single_threaded():
         if isinstance(hessian, RowHessian):
-            log_det = hessian.mean_log_det()
+            log_det = float(hessian.log_dets().mean())
         else:
             log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
     unit = 0.5 * float(np.exp(log_det))
     peak = float(np.abs(weight).max(initial=0.0))
     shape, sampled = (groups, rows), SAMPLE_ROWS
+
+    def steps(step: float) -> np.ndarray:
+        if scales is None:
+            return np.full(shape, step, np.float32)
+        return np.broadcast_to((step * scales).astype(np.float16), shape).astype(np.float32)
+
+    few = np.arange(rows)
     if isinstance(hessian, RowHessian):  # a table may have more rows than any histogram needs
         few = np.unique(np.linspace(0, rows - 1, min(rows, TABLE_ROWS)).astype(int))
         weight, hessian, order, counts = weight[:, few], hessian.take(few), order[:, few], counts[:, few]
@@ -186,9 +195,10 @@ def rate_distortion_cells(
     )
 
     def cell(step: float, lam: float, codes: np.ndarray) -> Cell:
-        size = int(min(np.ceil(1.25 * peak / step) + 2, CODE_LIMIT))
+        own = steps(step)
+        size = int(min(np.ceil(1.25 * peak / own.min()) + 2, CODE_LIMIT))
         return Cell(
-            step=np.full(shape, step, np.float32),
+            step=own,
             low=np.full(shape, -CODE_LIMIT),
             high=np.full(shape, CODE_LIMIT),
             price=lam * unit * step * step,
@@ -197,7 +207,8 @@ def rate_distortion_cells(
         )
 
     cells = [
-        cell(step, lam, np.rint(np.clip(zeroed / step, -CODE_LIMIT, CODE_LIMIT)).astype(np.int32)) for step, lam in grid
+        cell(step, lam, np.rint(np.clip(zeroed / at[..., None], -CODE_LIMIT, CODE_LIMIT)).astype(np.int32))
+        for (step, lam), at in ((pair, steps(pair[0])[:, few]) for pair in grid)
     ]
     priced = [i for i, (_, lam) in enumerate(grid) if lam > 0.0]
     if priced:
@@ -205,9 +216,9 @@ def rate_distortion_cells(
         some = np.unique(np.linspace(0, groups - 1, min(groups, SAMPLE_ROWS)).astype(int))
         sample = [
             Cell(
-                c.step[np.ix_(some, take)],
-                c.low[np.ix_(some, take)],
-                c.high[np.ix_(some, take)],
+                c.step[np.ix_(some, few[take])],
+                c.low[np.ix_(some, few[take])],
+                c.high[np.ix_(some, few[take])],
                 c.price,
                 c.bits,
                 c.offset,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RowHessian", "search_square"]
 
+STEP_EXPONENT = 0.5
 LEAST = 2.0**-8  # of the mean diagonal of the shared part: weights below it are all alike
 
 
@@ -46,12 +47,23 @@ class RowHessian:
             rows = np.flatnonzero(octave == value)
             yield rows, self.shared + float(self.weights[rows].mean()) * np.eye(len(self.shared))
 
-    def mean_log_det(self) -> float:
-        """Mean over rows and columns of the logarithms of the eigenvalues."""
+    def log_dets(self) -> np.ndarray:
+        """Mean logarithm of the eigenvalues of each row's Hessian, (rows,)."""
         if self.shared is None:
-            return float(np.log(self.weights).mean())
+            return np.log(self.weights)
         values = np.maximum(np.linalg.eigvalsh(self.shared), 0.0)
-        return float(np.mean([np.log(values + c).mean() for c in self.weights]))
+        return np.array([np.log(values + c).mean() for c in self.weights])
+
+    def step_scales(self, exponent: float = STEP_EXPONENT) -> np.ndarray:
+        """Factors (rows,) for the steps of rows: (u/u_r)^exponent, u_r the geometric mean of a row's eigenvalues and u
+        that over all rows, as powers of √2 between 1/64 and 4.
+
+        At high rate the least sum of errors for the bits has steps ∝ u_r^(-1/2). On MiniLM's embedding that saves 1.1
+        bits per weight at a relative error of 1% over one step for all (experiments/results/row_steps.csv).
+        """
+        logs = self.log_dets()
+        halves = np.rint(2.0 * exponent * (logs.mean() - logs) / np.log(2.0))
+        return 2.0 ** (np.clip(halves, -12, 4) / 2.0)
 
     def error(self, delta: np.ndarray) -> float:
         """½ tr(ΔW shared ΔWᵀ) + ½ Σ_r weights[r] |ΔW_r|² of delta (1, rows, d), float64."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from autocompress.compressors import Measured
 from autocompress.profiling import LayerProfile
 from autocompress.reporting.rows import FilePart, LayerRow
+from autocompress.types import Option
 
 __all__ = ["allocation_chart", "bytes_bar", "error_curve", "nice_steps"]
 
@@ -68,7 +68,7 @@ def nice_steps(top: float, count: int = 4) -> list[float]:
     return [i * step for i in range(int(top / step + 1e-9) + 1)]
 
 
-def error_curve(layer: LayerProfile, row: Measured) -> str:
+def error_curve(layer: LayerProfile, chosen: Option) -> str:
     """Error (log) over bytes of a layer's undominated options, with the chosen one marked."""
     points = sorted((row.bytes, row.error / layer.energy) for row in layer.rows if row.error > 0 < layer.energy)
     front: list[tuple[int, float]] = []
@@ -77,6 +77,7 @@ def error_curve(layer: LayerProfile, row: Measured) -> str:
             front.append((size, error))
     if len(front) < 2:
         return ""
+    row = layer.row(chosen)
     here = max(row.error / layer.energy, front[-1][1])
     low, high = math.log10(front[-1][1]), math.log10(front[0][1])
     wide = front[-1][0]
@@ -88,9 +89,7 @@ def error_curve(layer: LayerProfile, row: Measured) -> str:
 
     path = "M" + "L".join("{:.1f} {:.1f}".format(*place(size, error)) for size, error in front)
     x, y = place(row.bytes, here)
-    text = (
-        f"error against bytes; chosen: {row.option}, {row.bytes:,} bytes, relative error {row.error / layer.energy:.3g}"
-    )
+    text = f"error against bytes; chosen: {chosen}, {row.bytes:,} bytes, relative error {row.error / layer.energy:.3g}"
     return (
         f'<svg width="{CURVE_WIDTH}" height="{CURVE_HEIGHT}" role="img"><title>{escape(text)}</title>'
         f'<path class="curve" d="{path}"/><circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/></svg>'

@@ -14,7 +14,7 @@ from typing import Any
 
 from autocompress.profiling import Profile
 from autocompress.reporting.charts import allocation_chart, bytes_bar, error_curve
-from autocompress.reporting.rows import FilePart, LayerRow, amount, chosen_row, file_parts, layer_rows, ratio_text
+from autocompress.reporting.rows import FilePart, LayerRow, amount, cost_rows, file_parts, layer_rows, ratio_text
 from autocompress.reporting.style import CSS
 from autocompress.storage import read
 from autocompress.types import Plan
@@ -29,6 +29,7 @@ def render_report(plan: Plan, profile: Profile, metrics: Mapping[str, Any], file
     """The report of a finished result. file: its model.acz. Raises FormatError, MismatchError for what does not fit."""
     with read(file) as archive:
         parts = file_parts(archive)
+    profile = profile.with_realised(plan)
     rows = layer_rows(plan, profile)
     asked = metrics.get("asked", {})
     title = str(asked.get("task") or "A network")
@@ -93,6 +94,7 @@ def _asked(plan: Plan, metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> 
         "Delivered": f"{amount(metrics['bytes'])}, exactly as long as predicted, read back and verified after writing",
         "Original": f"{amount(metrics['original_bytes'])} as fp32 in safetensors",
         "Metric": f"{metric}; no choice depends on it",
+        **cost_rows(metrics.get("costs", {})),
         "Strategy": f"{plan.strategy}"
         + (f" (asked: {asked['strategy']}, effort {asked['effort']})" if "strategy" in asked else ""),
     }
@@ -122,7 +124,7 @@ def _allocation(plan: Plan, profile: Profile, rows: Sequence[LayerRow]) -> str:
                     _number(f"{row.bytes:,}", _bar(row.bytes / peak_bytes, "b")),
                     _number(error),
                     _number(f"{100 * row.share:.1f} %"),
-                    _cell(error_curve(profile.layers[row.name], chosen_row(plan, profile.layers[row.name]))),
+                    _cell(error_curve(profile.layers[row.name], plan.layers[row.name])),
                 ],
             )
         )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autocompress.compressors import Measured
-from autocompress.profiling import LayerProfile, Profile
+from autocompress.profiling import Profile
 from autocompress.storage import Archive, step_bytes
 from autocompress.types import Plan
 
-__all__ = ["FilePart", "LayerRow", "amount", "file_parts", "layer_rows", "ratio_text"]
+__all__ = ["FilePart", "LayerRow", "amount", "cost_rows", "file_parts", "layer_rows", "ratio_text"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,11 @@ class FilePart:
         return asdict(self)
 
 
-def chosen_row(plan: Plan, layer: LayerProfile) -> Measured:
-    """What the plan gives a layer: what sequential mode made of it, or its row in the profile, or MismatchError."""
-    name = layer.layer.name
-    if (made := plan.realised.get(name)) is not None:
-        return Measured(plan.layers[name], made["error"], int(made["bytes"]), "", "", 0.0)
-    return layer.row(plan.layers[name])
-
-
 def layer_rows(plan: Plan, profile: Profile) -> list[LayerRow]:
     """The plan's layers in the order of the model. Raises MismatchError if the profile has no such option."""
     found = []
-    for layer in profile.layers.values():
-        row = chosen_row(plan, layer)
+    for name, layer in profile.with_realised(plan).layers.items():
+        row = layer.row(plan.layers[name])
         error = row.error / layer.energy if layer.reached and layer.energy > 0 else (0.0 if layer.reached else None)
         found.append((layer.layer, row, error))
     total = sum(error for *_, error in found if error is not None)
@@ -101,6 +93,31 @@ def file_parts(archive: Archive) -> list[FilePart]:
             )
         )
     return parts
+
+
+def cost_rows(costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
+    """What a forward pass of one sample takes, a line for each cost of `planning.cost_facts`; of MACs and BOPs only
+    those that were limited or that differ from the dense model's.
+    """
+    found = {}
+    for name, (label, form) in {
+        "macs": ("MACs", ",.0f"),
+        "bops": ("BOPs", ",.0f"),
+        "latency_ms": ("ms", ".3f"),
+    }.items():
+        cost = costs.get(name)
+        if cost is None or (cost["limit"] is None and cost["predicted"] == cost["dense"]):
+            continue
+        predicted, dense, limit, measured = (cost.get(key) for key in ("predicted", "dense", "limit", "measured"))
+        assert predicted is not None
+        assert dense is not None
+        text = f"{predicted:{form}} per sample"
+        if name == "latency_ms":
+            text = f"{predicted:{form}} predicted" + ("" if measured is None else f", {measured:{form}} measured")
+            text += ", per sample in onnxruntime on one thread"
+        text += f"; the dense model {dense:{form}}" + ("" if limit is None else f", at most {limit:{form}} asked")
+        found[label] = text
+    return found
 
 
 def amount(count: int) -> str:

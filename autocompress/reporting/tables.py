@@ -10,7 +10,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from autocompress.reporting.rows import FilePart, LayerRow, amount, ratio_text
+from autocompress.costs import Cell
+from autocompress.planning import cost_facts
+from autocompress.reporting.rows import FilePart, LayerRow, amount, cost_rows, ratio_text
 
 if TYPE_CHECKING:
     from autocompress.profiling import Profile
@@ -25,7 +27,10 @@ __all__ = [
     "plan_facts",
     "plan_table",
     "result_facts",
+    "times_table",
 ]
+
+SHOWN_FACTS = ("processor", "threads", "onnxruntime")  # of what a table of times was measured with
 
 
 def _table(*columns: str, left: int = 1, title: str | None = None) -> Table:
@@ -68,6 +73,17 @@ def file_table(parts: Sequence[FilePart]) -> Table:
     return table
 
 
+def times_table(dense_ms: float, cells: Sequence[Cell], macs: Mapping[str, int], facts: Mapping[str, str]) -> Table:
+    """What each form of each layer shape adds to the dense model's milliseconds, one line for each."""
+    table = _table("layer shape, of input", "layers", "MACs, each", "held as", "us more, each", left=1)
+    for cell in cells:
+        many = f"{len(cell.layers)}"
+        table.add_row(cell.shape, many, f"{macs[cell.layers[0]]:,}", cell.form, f"{1e3 * cell.extra_ms:+.1f}")
+    where = ", ".join(f"{facts[key]}" if key == "processor" else f"{key} {facts[key]}" for key in SHOWN_FACTS)
+    table.add_row(f"the dense model: {dense_ms:.3f} ms", "", f"{sum(macs.values()):,}", where, "", style="bold")
+    return table
+
+
 def facts_table(facts: Mapping[str, str], title: str | None = None) -> Table:
     """Names on the left, what is known on the right."""
     table = Table(box=None, show_header=False, pad_edge=False, title=title, title_justify="left", title_style="bold")
@@ -101,6 +117,7 @@ def result_facts(plan: Plan, metrics: Mapping[str, Any], where: str = "") -> dic
     }
     if metrics.get("metric") is not None:
         facts["metric"] = f"{metrics['baseline_metric']:g} before, {metrics['metric']:g} after {where}".rstrip()
+    facts |= cost_rows(metrics.get("costs", {}))
     facts |= {"gap": gap_text(plan.gap, plan.bound), "measured": measured_text(plan)}
     facts["strategy"] = plan.strategy + (f", {metrics['seconds']:.1f} s" if "seconds" in metrics else "")
     if limit >= metrics["original_bytes"]:
@@ -114,6 +131,7 @@ def plan_facts(plan: Plan, profile: Profile) -> dict[str, str]:
     return {
         "budget": f"{amount(plan.budget_bytes)}, from the budget {plan.budget}",
         "file": f"{amount(size)}, {ratio_text(profile.template.dense_bytes / size)} less than dense",
+        **cost_rows(cost_facts(profile, plan.budget, plan.layers)),
         "loss": f"{plan.predicted_loss:.6g} predicted, {bound_text(plan.bound)}",
         "gap": gap_text(plan.gap, plan.bound),
         "measured": measured_text(plan),

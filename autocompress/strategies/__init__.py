@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping
 from autocompress.compressors import Measured
 from autocompress.errors import AutocompressError
 from autocompress.measuring import Context
-from autocompress.planning import Allocation, allocate, budget_bytes, energy_losses, make_plan, single_options, within
+from autocompress.planning import (
+    Allocation,
+    allocate,
+    budget_bytes,
+    energy_losses,
+    limits_of,
+    make_plan,
+    single_options,
+    within,
+)
 from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
@@ -82,12 +91,12 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     def loss(rows: Mapping[str, Measured]) -> float:
         return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
 
-    limit = budget_bytes(budget, profile)
+    limits = limits_of(budget, profile)
     near = RIVALS * max(loss({n: profile.layers[n].row(o) for n, o in found.layers.items()}), NOISE)
-    best_of_all = single_options(profile, limit)
+    best_of_all = single_options(profile, limits)
     chosen = best_of_all + [
         rows
-        for i, rows in enumerate(single_options(profile, limit, undominated=False))  # smallest loss first
+        for i, rows in enumerate(single_options(profile, limits, undominated=False))  # smallest loss first
         if rows not in best_of_all and (i < LEAST_RIVALS or loss(rows) <= near)
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
@@ -105,7 +114,7 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
     narrowed = _no_worse_than(profile, single)
-    better = allocate(narrowed, limit, energy_losses(narrowed))
+    better = allocate(narrowed, limits, energy_losses(narrowed))
     better_kl = context.measure(profile, better.options)
     if better_kl <= measured[best]:
         rows, name, final = dict(better.rows), "uniform, topped up", better_kl
@@ -113,9 +122,9 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     else:
         rows, name, final = single, "uniform", measured[best]
     size, total = profile.template.file_bytes(rows), loss(rows)
-    bound = min(allocate(profile, limit, losses).bound, total)
+    bound = min(allocate(profile, limits, losses).bound, total)
     gap = (total - bound) / abs(bound) if bound else 0.0 if total == bound else float("inf")
-    room = limit - size + sum(row.bytes for row in rows.values())
+    room = limits.bytes - size + sum(row.bytes for row in rows.values())
     best_plan = Allocation(rows, total, bound, gap, size, room)
     plan = make_plan(profile, budget, best_plan, name)
     return plan.replace(seed=found.seed, measured={**figures, "kl": final}, notes=(*found.notes, note))

@@ -10,7 +10,7 @@ import numpy as np
 
 from autocompress.batches import batch_samples
 from autocompress.measuring import Context
-from autocompress.planning import allocate, budget_bytes, energy_losses, make_plan
+from autocompress.planning import allocate, energy_losses, limits_of, make_plan
 from autocompress.profiling import Profile
 from autocompress.types import Budget, Plan
 
@@ -31,14 +31,14 @@ class Auto:
         self.mixtures = mixtures
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        limit = budget_bytes(budget, profile)
+        limits = limits_of(budget, profile)
         if context is None or not context.held:
-            return make_plan(profile, budget, allocate(profile, limit, energy_losses(profile)), "auto(energy)")
+            return make_plan(profile, budget, allocate(profile, limits, energy_losses(profile)), "auto(energy)")
         held, fit = context.held_samples, sum(batch_samples(b) for b in context.fit)
         best: tuple[float, Plan] | None = None
         notes = []
         for label, losses in self.objectives(profile, context).items():
-            plan = make_plan(profile, budget, allocate(profile, limit, losses), f"auto({label})")
+            plan = make_plan(profile, budget, allocate(profile, limits, losses), f"auto({label})")
             small = context.build(profile, plan.layers)
             kl = context.divergence_of(small)
             overall = (kl * held + context.divergence_of(small, "fit") * fit) / (held + fit)

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from autocompress.errors import MismatchError
+from autocompress.errors import InfeasibleError, MismatchError
 from autocompress.measuring import LEVELS, Context
 from autocompress.planning import (
     Allocation,
+    Limits,
     allocate,
-    budget_bytes,
     energy_losses,
     infeasible,
+    limits_of,
     make_plan,
+    running_cost,
     single_options,
     within,
 )
@@ -34,8 +36,9 @@ class Solved:
         self.solver = solver
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        found = allocate(profile, budget_bytes(budget, profile), energy_losses(profile), self.solver)
-        return make_plan(profile, budget, found, self.solver)
+        found = allocate(profile, limits_of(budget, profile), energy_losses(profile), self.solver)
+        used = self.solver if found.solution is None else found.solution.solver
+        return make_plan(profile, budget, found, self.solver if used == self.solver else f"{self.solver}({used})")
 
 
 class SingleOption:
@@ -44,24 +47,32 @@ class SingleOption:
     """
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        limit = budget_bytes(budget, profile)
-        plans = single_options(profile, limit)
+        limits = limits_of(budget, profile)
+        plans = single_options(profile, limits)
+        if not plans and (fitting := single_options(profile, limits.bytes, undominated=False)):
+            choices = [{n: row.option for n, row in rows.items()} for rows in fitting]
+            least = {n: min(running_cost(profile, n, c) for c in choices) for n in limits.running}
+            raise InfeasibleError(
+                f"no single option for all layers is within {limits}: the least that one of them within the bytes "
+                f"takes is {Limits(limits.bytes, least)}",
+                limits.bytes,
+            )
         if not plans:
             # Where calibration reached no layer there is nothing to choose, and one allocation: everything dense.
             every = single_options(profile, 1 << 62, undominated=False) or [
                 {name: layer.rows[0] for name, layer in profile.layers.items()}
             ]
-            smallest = limit
-            while (least := min(map(within(profile, smallest).template.file_bytes, every))) > smallest:
-                smallest = least  # a larger budget may store norms in more bits
-            raise infeasible(profile, limit, smallest, "no single option for all layers")
+            smallest = limits.bytes
+            while (size := min(map(within(profile, smallest).template.file_bytes, every))) > smallest:
+                smallest = size  # a larger budget may store norms in more bits
+            raise infeasible(profile, limits.bytes, smallest, "no single option for all layers")
         rows = plans[0]
         losses = energy_losses(profile)
         loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
-        bound = allocate(profile, limit, losses, "lagrangian").bound
+        bound = allocate(profile, limits, losses, "lagrangian").bound
         gap = (loss - bound) / abs(bound) if bound > 0 else (0.0 if loss == bound else float("inf"))
         size = profile.template.file_bytes(rows)
-        found = Allocation(rows, loss, bound, gap, size, limit - size + sum(r.bytes for r in rows.values()))
+        found = Allocation(rows, loss, bound, gap, size, limits.bytes - size + sum(r.bytes for r in rows.values()))
         return make_plan(profile, budget, found, "uniform")
 
 
@@ -85,4 +96,4 @@ class Sensitivity:
             slopes = [kl / error for error, kl in points[name]]
             slope = float(np.median(slopes)) if slopes else 0.0
             losses[name] = np.array([slope * row.error for row in layer.rows])
-        return make_plan(profile, budget, allocate(profile, budget_bytes(budget, profile), losses), "kl")
+        return make_plan(profile, budget, allocate(profile, limits_of(budget, profile), losses), "kl")

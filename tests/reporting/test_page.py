@@ -118,7 +118,7 @@ def test_the_page_holds_the_numbers_of_the_files(result: ac.Result) -> None:
 
 def test_what_sequential_mode_made_stands_beside_what_the_proof_is_about(result: ac.Result) -> None:
     head = result.profile.layers["head"]
-    made = {"head": {"bytes": 4321, "error": 0.5 * head.energy}}
+    made = {"head": {"bytes": 4321, "error": 0.5 * head.energy, "width": 4, "nonzero": 5}}
     for realised in ({}, made):
         plan = result.plan.replace(realised=realised)
         words = " ".join(parsed(render_report(plan, result.profile, result.metrics, result.info.path)).words)
