@@ -26,6 +26,7 @@ _HOME = {
     "Result": "pipeline",
     "Statistics": "calibration",
     "apply": "applying",
+    "apply_sequentially": "sequential",
     "calibrate": "calibration",
     "compress": "pipeline",
     "export": "exporting",
@@ -34,6 +35,7 @@ _HOME = {
     "plan": "strategies",
     "profile": "profiling",
     "save": "saving",
+    "tune": "tuning",
     "unpack": "saving",
     "verify": "verifying",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "apply",
+    "apply_sequentially",
     "calibrate",
     "compress",
     "export",
@@ -58,6 +61,7 @@ __all__ = [
     "plan",
     "profile",
     "save",
+    "tune",
     "unpack",
     "verify",
 ]
@@ -71,8 +75,10 @@ if TYPE_CHECKING:
     from autocompress.pipeline import Result, compress
     from autocompress.profiling import Profile, load_profile, profile
     from autocompress.saving import load, save, unpack
+    from autocompress.sequential import apply_sequentially
     from autocompress.storage import FormatError
     from autocompress.strategies import plan
+    from autocompress.tuning import tune
     from autocompress.types import Budget, Option, Plan
     from autocompress.verifying import verify
 

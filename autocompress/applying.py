@@ -23,7 +23,17 @@ from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
 
-__all__ = ["CORRECTION_SAMPLES", "Encoded", "apply", "encoded_of", "realise_layers", "with_weights"]
+__all__ = [
+    "CORRECTION_SAMPLES",
+    "Encoded",
+    "apply",
+    "carrying",
+    "check_plan",
+    "encoded_of",
+    "realise_layers",
+    "with_records",
+    "with_weights",
+]
 
 CORRECTION_SAMPLES = 512
 _ATTRIBUTE = "_autocompress_encoded"
@@ -58,24 +68,41 @@ def apply(
     a shift and, if there are batches, statistics are corrected on them (`correct_statistics`, on the part that
     `calibrate` saw). Raises MismatchError if the plan is of another profile or the profile of other weights.
     """
-    profile.check_model(model)
-    if plan.fingerprint != profile.fingerprint:
-        raise MismatchError("field 'fingerprint': the plan was made from another profile")
-    if other := set(plan.layers) ^ set(profile.layers):
-        raise MismatchError(f"field 'layers': the plan and the profile differ in {', '.join(map(repr, sorted(other)))}")
+    check_plan(model, plan, profile)
     profile = profile.with_vectors(plan.vector_bits)
-    layers = {name: found.layer for name, found in profile.layers.items()}
     weights = realise_layers(model, profile, plan.layers)
     data = None
     if batches is not None:
         data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
     small = with_weights(model, profile, {n: r.weight() for n, r in weights.items()}, data)
-    entries = records(
-        small,
-        {layers[n].key: r.entry(layers[n].key, plan.layers[n], layers[n].params) for n, r in weights.items()},
-        profile.template.half,
-        profile.template.bits,
-    )
+    return with_records(small, plan, profile, weights)
+
+
+def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
+    """Raise MismatchError unless the plan is one of this profile, which made no weights yet, and the profile of this
+    model.
+    """
+    profile.check_model(model)
+    if plan.realised:
+        raise MismatchError(
+            "field 'realised': this plan records what sequential mode made, which no profile can make again; load the "
+            "file it belongs to, or compress again"
+        )
+    if plan.fingerprint != profile.fingerprint:
+        raise MismatchError("field 'fingerprint': the plan was made from another profile")
+    if other := set(plan.layers) ^ set(profile.layers):
+        raise MismatchError(f"field 'layers': the plan and the profile differ in {', '.join(map(repr, sorted(other)))}")
+
+
+def with_records(small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised]) -> nn.Module:
+    """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands."""
+    layers = {name: found.layer for name, found in profile.layers.items()}
+    compressed = {layers[n].key: r.entry(layers[n].key, plan.layers[n], layers[n].params) for n, r in weights.items()}
+    return carrying(small, records(small, compressed, profile.template.half, profile.template.bits), plan)
+
+
+def carrying(small: nn.Module, entries: Iterable[Entry], plan: Plan) -> nn.Module:
+    """The model itself, now carrying these records and the plan that they realise: what `save` writes."""
     setattr(small, _ATTRIBUTE, Encoded(tuple(entries), plan))
     return small
 

@@ -159,7 +159,7 @@ def calibrate(
         "damping": repr(damping),
         "calibration_version": str(CALIBRATION_VERSION),
     }
-    collector = _Collector(model, list(layers))
+    collector = Collector(model, list(layers))
     with evaluating(model), torch.no_grad(), slow_attention(), collector, single_threaded():
         for batch in fit:
             feed(model, batch)
@@ -240,7 +240,7 @@ class _Accumulator:
 Inputs = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, list[torch.Tensor]]]
 
 
-class _Collector:
+class Collector:
     """Forward hooks on every owner of every layer, for the time of a `with` block."""
 
     def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
@@ -252,7 +252,7 @@ class _Collector:
         # product.
         self.products: dict[tuple[Any, ...], tuple[Any, torch.Tensor]] = {}
 
-    def __enter__(self) -> _Collector:
+    def __enter__(self) -> Collector:
         wanted: dict[str, dict[str, _Accumulator]] = {}
         for layer in self.layers:
             for owner in layer.owners:

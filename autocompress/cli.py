@@ -96,8 +96,15 @@ LatencyOption = Annotated[
     str | None, typer.Option(metavar="MS", help="At most so many ms per sample in onnxruntime here, or a percentage.")
 ]
 StrategyOption = Annotated[str, typer.Option(help="uniform, greedy, lagrangian, dp, exact, kl or auto.")]
-EffortOption = Annotated[str, typer.Option(help="fast (one exact solve), normal or max.")]
+EffortOption = Annotated[str, typer.Option(help="fast (one exact solve, nothing tuned), normal or max.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Picks the calibration sample and what of it is held out.")]
+SequentialOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--no-sequential",
+        help="Compress layers anew on what the compressed ones before them produce (default: unless fast).",
+    ),
+]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; the result does not depend on it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
@@ -162,6 +169,7 @@ def compress(
     store: Annotated[Path | None, typer.Option(help="Where the profile is kept (default: OUT/profile).")] = None,
     strategy: StrategyOption = "auto",
     effort: EffortOption = "normal",
+    sequential: SequentialOption = None,
     options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
@@ -195,6 +203,7 @@ def compress(
             loss=found.loss,
             progress=progress,
             task=task,
+            sequential=sequential,
             example=None if found.example_input is None else found.example_input(),
         )
     _show_result(result, as_json)

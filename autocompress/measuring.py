@@ -33,7 +33,7 @@ from autocompress.layers import model_digest
 from autocompress.profiling import Profile
 from autocompress.types import Option
 
-__all__ = ["LEVELS", "Context", "divergence"]
+__all__ = ["LEVELS", "Context", "class_axis", "divergence", "logits"]
 
 CACHE_BYTES = 1 << 30
 SENSITIVITY_VERSION = 2
@@ -65,7 +65,7 @@ class Context:
         self.evaluations = 0
         self._pieces = {
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
-            for part, batches in (("fit", self.fit), ("held", self.held))
+            for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
         }
         self._correction = join_batches(self.fit, CORRECTION_SAMPLES)
         self._digest = model_digest(model)
@@ -77,6 +77,10 @@ class Context:
     @property
     def held_samples(self) -> int:
         return sum(batch_samples(b) for b in self.held)
+
+    def pieces(self, part: str = "held") -> list[Batch]:
+        """The held-out slice, `fit` or `all`, in forward passes of at most `PASS_SAMPLES` samples."""
+        return self._pieces[part]
 
     def check(self, profile: Profile) -> None:
         """Raise MismatchError unless the profile is of this model and its Hessians never saw the held-out slice."""
@@ -119,7 +123,9 @@ class Context:
         return self.divergence_of(self.build(profile, layers))
 
     def divergence_of(self, model: nn.Module, part: str = "held") -> float:
-        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, or on `fit`."""
+        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, `fit` or
+        `all`.
+        """
         pieces = self._pieces[part]
         if not pieces:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
@@ -130,7 +136,7 @@ class Context:
 
     def _forward(self, model: nn.Module, pieces: list[Batch]) -> list[torch.Tensor]:
         with torch.no_grad(), evaluating(model):
-            return [_logits(feed(model, piece)) for piece in pieces]
+            return [logits(feed(model, piece)) for piece in pieces]
 
     def sensitivities(
         self, profile: Profile, levels: tuple[float, ...] = LEVELS
@@ -188,7 +194,7 @@ def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:
     return list(chosen.items())
 
 
-def _logits(output: Any) -> torch.Tensor:
+def logits(output: Any) -> torch.Tensor:
     """The tensor that a model's output is judged by: itself, its `logits`, or the first tensor in it."""
     if isinstance(output, torch.Tensor):
         return output
@@ -204,6 +210,14 @@ def _logits(output: Any) -> torch.Tensor:
     )
 
 
+def class_axis(output: torch.Tensor) -> int | None:
+    """The dimension of the classes: the last one of (N, C) and (N, T, C), 1 of images (N, C, H, W); None for a single
+    class.
+    """
+    axis = 1 if output.ndim >= 4 else -1
+    return None if output.ndim < 2 or output.shape[axis] == 1 else axis
+
+
 def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
     """How far outputs are from the dense model's, per sample: mean KL(dense ‖ compressed) of the softmax over classes.
 
@@ -213,8 +227,8 @@ def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
     """
     if not bool(torch.isfinite(output).all()):
         return float("inf")
-    axis = 1 if reference.ndim >= 4 else -1
-    if reference.ndim < 2 or reference.shape[axis] == 1:
+    axis = class_axis(reference)
+    if axis is None:
         scale = float(reference.double().square().mean()) or 1.0
         return float((reference.double() - output.double()).square().mean()) / scale
     log_p, log_q = F.log_softmax(reference.double(), axis), F.log_softmax(output.double(), axis)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress.applying import apply
+from autocompress.applying import apply, carrying, encoded_of
 from autocompress.batches import Batch, batch_samples, feed, materialise
 from autocompress.calibration import Statistics, calibrate
 from autocompress.compressors import default_options
@@ -29,9 +29,11 @@ from autocompress.planning import allocate, coarsest, cost_facts, energy_losses,
 from autocompress.profiling import Profile, profile
 from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
+from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
 from autocompress.timing import measured_ms, require_runtime, timed
-from autocompress.types import Budget, Option, Plan
+from autocompress.tuning import tune
+from autocompress.types import RUNNING_COSTS, Budget, Option, Plan
 
 __all__ = [
     "EFFORTS",
@@ -46,6 +48,8 @@ __all__ = [
 ]
 
 EFFORTS = ("fast", "normal", "max")
+TUNING_STEPS = {"fast": 0, "normal": 120, "max": 600}
+MADE = ("layers", "predicted_bytes", "fixed_bytes", "realised")  # what sequential mode changes of a plan
 RESULTS = ("report.html", "metrics.json", "plan.json", "model.acz")
 Progress = Callable[[str, int, int], None]
 
@@ -79,6 +83,7 @@ def compress(
     loss: Callable[[nn.Module, Batch], Any] | None = None,
     progress: Progress | None = None,
     task: str | None = None,
+    sequential: bool | None = None,
     example: Batch | None = None,
 ) -> Result:
     """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
@@ -86,7 +91,9 @@ def compress(
 
     evaluate (higher is better) only reports: it is called on a copy of the dense model and on the model read back from
     the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
-    portfolio. store: where the profile is kept (default: out/profile), so that the next budget finds it. progress:
+    portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
+    each kept only if the held-out slice says better. sequential: whether the first of these is tried; None leaves it to
+    the effort. store: where the profile is kept (default: out/profile), so that the next budget finds it. progress:
     called with (stage, done, total). task: what the report calls the model. example: a batch of which one sample is
     timed where the budget limits milliseconds (default: the first of `batches`); those are predicted from a measured
     table, and what the result takes stands beside it in metrics.json. Raises the errors of the stages; whatever was in
@@ -94,6 +101,8 @@ def compress(
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
+    if sequential and (limits := _other_limits(wanted)):
+        raise StrategyError(f"sequential mode keeps to a size only, and the budget limits {', '.join(limits)} too")
     say = _Clock(progress)
     folder = Path(out)
     with _result_folder(folder):
@@ -112,8 +121,8 @@ def compress(
         with say.stage("plan"):
             context = Context(model, data, loss=loss, seed=seed)
             chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
-        with say.stage("apply"):
-            small = apply(model, chosen, found, data, seed=seed)
+        small = _finished(model, chosen, found, data, context, effort, sequential, say)
+        chosen = encoded_of(small).plan
         with tempfile.TemporaryDirectory(dir=folder, prefix=".result-") as scratch:
             with say.stage("save and verify"):
                 info = save(small, chosen, Path(scratch) / "model.acz")
@@ -121,7 +130,7 @@ def compress(
             if evaluate is not None:
                 with say.stage("evaluate the file"):
                     metric = _score(evaluate, restored)
-            costs = cost_facts(found, wanted, chosen.layers)
+            costs = cost_facts(found.with_realised(chosen), wanted, chosen.layers)
             if "latency_ms" in costs:
                 with say.stage("time the result"):
                     costs["latency_ms"]["measured"] = measured_ms(small, given)
@@ -145,6 +154,7 @@ def compress(
                     "budget": str(wanted),
                     "strategy": strategy if isinstance(strategy, str) else type(strategy).__name__,
                     "effort": effort,
+                    "sequential": sequential,
                 },
                 "seconds": time.perf_counter() - began,
                 "stage_seconds": say.seconds,
@@ -154,6 +164,53 @@ def compress(
             result = Result(small, chosen, found, final, metrics, folder)
             write_results(result, Path(scratch))
     return result
+
+
+def _finished(
+    model: nn.Module,
+    chosen: Plan,
+    profile: Profile,
+    data: list[Batch],
+    context: Context,
+    effort: str,
+    sequential: bool | None,
+    say: _Clock,
+) -> nn.Module:
+    """The compressed model of a plan: applied, compressed again layer by layer, and tuned, as far as that measures
+    better on the slice that none of it saw. The plan that it carries says so.
+    """
+    with say.stage("apply"):
+        small = apply(model, chosen, profile, data, seed=context.seed)
+    if not context.held:
+        return small
+    trials: list[tuple[str, Callable[[Callable[[int, int], None]], nn.Module]]] = []
+    if sequential or (sequential is None and effort != "fast" and not _other_limits(chosen.budget)):
+        trials.append(
+            ("sequential", lambda tell: apply_sequentially(model, chosen, profile, data, context.seed, tell)),
+        )
+    if TUNING_STEPS[effort]:
+        trials.append(("tune", lambda tell: tune(model, small, context, TUNING_STEPS[effort], context.seed, tell)))
+    plan, kl = chosen, context.divergence_of(small)
+    for name, attempt in trials:
+        with say.stage(name) as advance:
+            trial = attempt(advance)
+            found = context.divergence_of(trial)
+        better = found < kl
+        note = f"{name}: KL {found:.6g} on the held-out slice, {kl:.6g} without: {'kept' if better else 'not used'}"
+        if better:
+            small, kl = trial, found
+            made = encoded_of(small).plan
+            plan = plan.replace(**{f: getattr(made, f) for f in MADE})
+        plan = plan.replace(notes=(*plan.notes, note))
+    measured = {**plan.measured, "kl": kl}
+    if "kl_all" in measured:
+        measured["kl_all"] = context.divergence_of(small, "all")
+    return carrying(small, encoded_of(small).entries, plan.replace(measured=measured))
+
+
+def _other_limits(budget: Budget) -> list[str]:
+    """What a budget limits beside the size: options that are near in bytes may be far in these."""
+    return [name for name in RUNNING_COSTS if getattr(budget, name) is not None]
 
 
 def check_request(budget: Budget | str | int, strategy: str | Strategy = "auto", effort: str = "normal") -> Budget:
@@ -325,10 +382,17 @@ class _Clock:
         self.progress(stage, done, total)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
+        """What it yields is told how much is done, and where only the work itself knows, of how much."""
         began = time.perf_counter()
         self(name, 0, total)
-        yield lambda done: self(name, done, total)
+
+        def advance(done: int, of: int | None = None) -> None:
+            nonlocal total
+            total = of or total
+            self(name, done, total)
+
+        yield advance
         self(name, total, total)
         self.seconds[name] = time.perf_counter() - began
 

@@ -40,7 +40,7 @@ from autocompress.obs import EXACT_LIMIT, exact_operations
 from autocompress.records import Template, make_template
 from autocompress.storage import VERSION as FORMAT_VERSION
 from autocompress.threads import default_workers
-from autocompress.types import DENSE, Option
+from autocompress.types import DENSE, Option, Plan
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
@@ -116,6 +116,19 @@ class Profile:
         found = dataclasses.replace(self, template=self.template.at(bits))
         if "fingerprint" in self.__dict__:  # which the template is no part of
             found.__dict__["fingerprint"] = self.fingerprint
+        return found
+
+    def with_realised(self, plan: Plan) -> Profile:
+        """The profile with what sequential mode made of a plan's layers as rows of theirs, under the plan's options."""
+        layers = dict(self.layers)
+        for name, made in ((n, made) for n, made in plan.realised.items() if n in layers):
+            option = plan.layers[name]
+            size, width, nonzero = (int(made[key]) for key in ("bytes", "width", "nonzero"))
+            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero)
+            rows = (*(r for r in layers[name].rows if r.option != option), row)
+            layers[name] = dataclasses.replace(layers[name], rows=rows)
+        found = dataclasses.replace(self, layers=layers)
+        found.__dict__["fingerprint"] = self.fingerprint
         return found
 
     @property

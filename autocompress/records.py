@@ -100,7 +100,7 @@ class VectorStore:
             return values
         if not self.template.on_grid(key, values.numel()):
             return values.clamp(-65504.0, 65504.0).half()  # what is beyond the range becomes its largest number
-        codes, step = grid_codes(values.detach().cpu().numpy(), self.template.bits)
+        codes, step = grid_codes(values.detach().double().cpu().numpy(), self.template.bits)  # numpy has no bfloat16
         self.codes[key] = codes, step
         return torch.from_numpy(codes.astype(np.float32) * step).to(values.device)
 

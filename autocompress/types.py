@@ -363,6 +363,8 @@ class Plan:
     choice changes. `predicted_loss` is the objective of `strategy`; `bound` a lower bound on it over all allocations of
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
+    `realised` is empty unless sequential mode compressed the layers anew: {layer: {error, bytes, width, nonzero}} of
+    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan it began from.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """
@@ -381,6 +383,7 @@ class Plan:
     vector_bits: int = 16
     measured: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    realised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def is_measured(self) -> bool:
@@ -415,6 +418,10 @@ class Plan:
             body["budget"] = Budget.parse(body["budget"])
             body["measured"] = {k: float(v) for k, v in body["measured"].items()}
             body["notes"] = tuple(body["notes"])
+            body["realised"] = {
+                name: {"error": float(made["error"]), **{key: int(made[key]) for key in ("bytes", "width", "nonzero")}}
+                for name, made in body.get("realised", {}).items()
+            }
             for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed", "vector_bits"):
                 if type(body.get(name)) is not int:
                     raise MismatchError(f"this is not a plan: {name} is {body.get(name)!r}, needed a whole number")

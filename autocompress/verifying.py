@@ -134,7 +134,7 @@ def _size_checks(archive: Archive, plan: Plan) -> list[Check]:
 
 
 def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
-    options, values = {}, 0
+    options, sizes, values = {}, {}, 0
     try:
         for name in archive.names:
             entry = archive[name]
@@ -144,7 +144,8 @@ def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
                 if not np.isfinite(tensor).all():
                     return [Check("contents", False, f"{name} holds weights that are NaN or infinite")]
                 owner, _, field = name.rpartition(".")
-                options[owner if field == "weight" else name] = str(entry.params["option"])
+                layer = owner if field == "weight" else name
+                options[layer], sizes[layer] = str(entry.params["option"]), entry.bytes
     except FormatError as error:
         return [Check("contents", False, str(error))]
     wanted = {name: str(option) for name, option in plan.layers.items()}
@@ -152,6 +153,11 @@ def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
         f"{name}: {options.get(name, 'nothing')} in the file, {wanted.get(name, 'nothing')} in plan.json"
         for name in sorted(set(options) | set(wanted))
         if options.get(name) != wanted.get(name)
+    ]
+    differ += [
+        f"{name}: {sizes.get(name, 0):,} bytes in the file, {made['bytes']:,} in plan.json"
+        for name, made in sorted(plan.realised.items())
+        if sizes.get(name) != made["bytes"]
     ]
     return [
         Check("contents", True, f"checksums hold; {len(archive)} tensors decode to {values:,} values"),

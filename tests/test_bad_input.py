@@ -16,6 +16,7 @@ import pytest
 from tiny_tasks import CALIBRATION, MODEL, call, contents, write_task
 
 import autocompress as ac
+from autocompress.storage import read
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,22 @@ def test_verify_names_an_option_that_is_not_the_plans(tmp_path: Path, done: Path
     (tmp_path / "plan.json").write_text(changed.to_json())
     assert "options: head: " in (message := call("verify", tmp_path).refused(2))
     assert "in the file, s42w3 in plan.json" in message
+
+
+def test_verify_names_a_layer_whose_bytes_are_not_those_that_were_realised(tmp_path: Path, done: Path) -> None:
+    for path in contents(done / "out"):
+        (tmp_path / path).write_bytes((done / "out" / path).read_bytes())
+    plan = ac.Plan.from_json((tmp_path / "plan.json").read_text())
+    with read(tmp_path / "model.acz") as archive:
+        size = archive["head.weight"].bytes
+    for claimed in (size, size + 1):
+        changed = plan.replace(realised={"head": {"bytes": claimed, "error": 0.0, "width": 4, "nonzero": 5}})
+        (tmp_path / "plan.json").write_text(changed.to_json())
+        if claimed == size:
+            assert call("verify", tmp_path).code == 0
+        else:
+            words = f"options: head: {size:,} bytes in the file, {claimed:,} in plan.json"
+            assert words in call("verify", tmp_path).refused(2)
 
 
 def test_a_file_of_another_architecture(tmp_path: Path, done: Path) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 import autocompress as ac
+from autocompress import pipeline
 from autocompress.errors import InfeasibleError, TaskError
 from autocompress.layers import model_digest
 from autocompress.pipeline import RESULTS
@@ -45,7 +46,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(out: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {"budget": "5x", "options": list(OPTIONS), "workers": 1, **changes}
+    given: dict[str, Any] = {"budget": "5x", "options": list(OPTIONS), "workers": 1, "effort": "fast", **changes}
     return ac.compress(given.pop("model", None) or convnet(), given.pop("data", None) or images(), out=out, **given)
 
 
@@ -60,10 +61,10 @@ def same(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("strategy", ["auto", "exact"])
 def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(strategy: str, tmp_path: Path) -> None:
     for name, workers in [("once", 1), ("twice", 1), ("two", 2)]:
-        run(tmp_path / name, workers=workers, strategy=strategy)
+        run(tmp_path / name, workers=workers, strategy=strategy, effort="normal")
     assert same(tmp_path / "once", tmp_path / "twice")
     assert same(tmp_path / "once", tmp_path / "two")
-    run(tmp_path / "another", seed=1, strategy=strategy)
+    run(tmp_path / "another", seed=1, strategy=strategy, effort="normal")
     assert not same(tmp_path / "once", tmp_path / "another")
 
 
@@ -143,8 +144,8 @@ def test_evaluate_reports_and_decides_nothing(tmp_path: Path) -> None:
     model = convnet()
     digest = model_digest(model)
     with torch.random.fork_rng(devices=[]):
-        found = run(tmp_path / "with", evaluate=evaluate, model=model)
-    run(tmp_path / "without")
+        found = run(tmp_path / "with", evaluate=evaluate, model=model, effort="normal")
+    run(tmp_path / "without", effort="normal")
     assert same(tmp_path / "with", tmp_path / "without")
     assert model_digest(model) == digest
     assert len(calls) == 2, "the dense model and the final one, no other"
@@ -180,6 +181,7 @@ def test_evaluate_decides_nothing_on_a_real_network(
             "9x",
             evaluate,
             "exact",
+            "fast",
             out=tmp_path / name,
             store=tmp_path / "store",
             options=options,
@@ -192,7 +194,7 @@ def test_evaluate_decides_nothing_on_a_real_network(
 
 
 def test_what_is_written_agrees_with_itself(tmp_path: Path) -> None:
-    found = run(tmp_path / "deep" / "out", evaluate=lambda model: 1)
+    found = run(tmp_path / "deep" / "out", evaluate=lambda model: 1, effort="normal")
     out = tmp_path / "deep" / "out"
     assert sorted(p.name for p in out.iterdir()) == sorted([*RESULTS, "profile"])
     metrics = json.loads((out / "metrics.json").read_text())
@@ -279,19 +281,80 @@ def test_a_folder_that_cannot_be_one_is_named_before_the_work(tmp_path: Path) ->
 
 
 def test_fast_is_one_exact_solve(tmp_path: Path) -> None:
-    fast, exact = run(tmp_path / "fast", effort="fast"), run(tmp_path / "exact", strategy="exact")
-    assert same(tmp_path / "fast", tmp_path / "exact")
+    fast, exact = (run(tmp_path / name, strategy=name) for name in ("auto", "exact"))
+    assert same(tmp_path / "auto", tmp_path / "exact")
     assert fast.plan.strategy == exact.plan.strategy
     assert fast.plan.is_measured
 
 
 def test_stages_are_told_in_order_and_to_their_end(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    run(tmp_path, progress=lambda *call: told.append(call))
+    run(tmp_path, progress=lambda *call: told.append(call), effort="normal")
     stages = list(dict.fromkeys(stage for stage, _, _ in told))
-    assert stages[:3] == ["calibrate", "profile", "plan"]
+    assert stages == ["calibrate", "profile", "plan", "apply", "sequential", "tune", "save and verify"]
     for stage in stages:
         mine = [(done, total) for name, done, total in told if name == stage]
         assert mine[0][0] == 0
         assert mine[-1][0] == mine[-1][1]
         assert mine == sorted(mine)
+
+
+@pytest.mark.parametrize(
+    ("effort", "sequential", "stages"),
+    [
+        ("fast", None, set()),
+        ("fast", True, {"sequential"}),
+        ("normal", False, {"tune"}),
+        ("normal", None, {"sequential", "tune"}),
+    ],
+)
+def test_effort_and_a_choice_say_what_is_tried(
+    effort: str, sequential: bool | None, stages: set[str], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    found = run(tmp_path, effort=effort, sequential=sequential, progress=lambda *call: told.append(call[0]))
+    assert set(told) & {"sequential", "tune"} == stages
+    assert {note.partition(":")[0] for note in found.plan.notes} & {"sequential", "tune"} == stages
+    assert ("sequential" in stages) or not found.plan.realised
+    # The plan's figure is that of the model in the file, not of the plan that it began as.
+    context = ac.Context(convnet(), images())
+    assert found.plan.measured["kl"] == context.divergence_of(ac.load(tmp_path / "model.acz", convnet()))
+    assert found.plan.measured["kl"] <= found.plan.measured["single_option_kl"]
+
+
+def test_other_limits_and_sequential_mode_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(StrategyError, match="keeps to a size only, and the budget limits macs too"):
+        run(tmp_path, budget="5x,macs=1e9", sequential=True)
+    found = run(tmp_path, budget="5x,macs=1e9", effort="normal")
+    assert not found.plan.realised
+    assert [note.partition(":")[0] for note in found.plan.notes][-1] == "tune"
+
+
+def _noise(small: nn.Module) -> nn.Module:
+    """A model whose file is worse than that of `small`."""
+    from autocompress.applying import carrying, encoded_of
+    from autocompress.storage import float_entry
+
+    encoded = encoded_of(small)
+    worse = [
+        float_entry(e.name, e.dequantise() + np.float32(1.0), codec=e.codec, params=e.params)
+        if e.name == "linear.bias"
+        else e
+        for e in encoded.entries
+    ]
+    model: Any = copy.deepcopy(small)
+    with torch.no_grad():
+        model.linear.bias.add_(torch.arange(5.0))
+    return carrying(model, worse, encoded.plan)
+
+
+def test_what_measures_worse_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run(tmp_path / "plain", sequential=False)
+    apply = pipeline.apply
+    monkeypatch.setattr(pipeline, "apply_sequentially", lambda m, p, f, d, s, tell: _noise(apply(m, p, f, d, s)))
+    monkeypatch.setattr(pipeline, "tune", lambda model, small, *rest: _noise(small))
+    found = run(tmp_path / "tried", effort="normal", strategy="exact")
+    assert (tmp_path / "plain" / "model.acz").read_bytes() == (tmp_path / "tried" / "model.acz").read_bytes()
+    assert found.plan.measured["kl"] == plain.plan.measured["kl"]
+    assert [note.rpartition(": ")[2] for note in found.plan.notes[-2:]] == ["not used", "not used"]
+    assert found.plan.replace(notes=(), measured={}) == plain.plan.replace(notes=(), measured={})

@@ -26,6 +26,7 @@ __all__ = [
     "Realised",
     "compressor_of",
     "default_options",
+    "measure",
     "named_options",
     "profile_layer",
     "realise",

@@ -29,6 +29,7 @@ def render_report(plan: Plan, profile: Profile, metrics: Mapping[str, Any], file
     """The report of a finished result. file: its model.acz. Raises FormatError, MismatchError for what does not fit."""
     with read(file) as archive:
         parts = file_parts(archive)
+    profile = profile.with_realised(plan)
     rows = layer_rows(plan, profile)
     asked = metrics.get("asked", {})
     title = str(asked.get("task") or "A network")
@@ -163,6 +164,11 @@ def _judged(plan: Plan, metrics: Mapping[str, Any]) -> str:
             "There is no guarantee: no bound is known for this choice, so nothing is said about how much better "
             "another one could be."
         )
+    if plan.realised:
+        words += (
+            " All of that is about the plan as it was chosen. Every layer was then compressed anew, within its bytes, "
+            "on what the compressed layers before it put out; options, bytes and errors above are what came of it."
+        )
     text = f"<p>{words}</p>"
     measured = plan.measured
     if "kl" not in measured:
@@ -238,6 +244,8 @@ def _reproduce(plan: Plan, profile: Profile, metrics: Mapping[str, Any], asked: 
     if asked.get("task"):
         words = ["autocompress", "compress", str(asked["task"]), "--budget", f'"{plan.budget}"']
         words += ["--strategy", str(asked["strategy"]), "--effort", str(asked["effort"])]
+        if asked.get("sequential") is not None:
+            words.append("--sequential" if asked["sequential"] else "--no-sequential")
         command = " ".join([*words, "--seed", str(plan.seed), "--out", "DIR"])
         how = "<p>The same command with the same seed makes the same plan and the same bytes on the same machine:</p>"
     else:

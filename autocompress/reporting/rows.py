@@ -51,7 +51,7 @@ class FilePart:
 def layer_rows(plan: Plan, profile: Profile) -> list[LayerRow]:
     """The plan's layers in the order of the model. Raises MismatchError if the profile has no such option."""
     found = []
-    for name, layer in profile.layers.items():
+    for name, layer in profile.with_realised(plan).layers.items():
         row = layer.row(plan.layers[name])
         error = row.error / layer.energy if layer.reached and layer.energy > 0 else (0.0 if layer.reached else None)
         found.append((layer.layer, row, error))

@@ -116,6 +116,24 @@ def test_the_page_holds_the_numbers_of_the_files(result: ac.Result) -> None:
     assert result.profile.fingerprint in words
 
 
+def test_what_sequential_mode_made_stands_beside_what_the_proof_is_about(result: ac.Result) -> None:
+    head = result.profile.layers["head"]
+    made = {"head": {"bytes": 4321, "error": 0.5 * head.energy, "width": 4, "nonzero": 5}}
+    for realised in ({}, made):
+        plan = result.plan.replace(realised=realised)
+        words = " ".join(parsed(render_report(plan, result.profile, result.metrics, result.info.path)).words)
+        assert ("Every layer was then compressed anew" in words) == bool(realised)
+        if realised:
+            assert next(row for row in layer_rows(plan, result.profile) if row.name == "head").error == 0.5
+            assert "4,321" in words
+    plain = result.plan.replace(realised={})
+    asked = {**result.metrics["asked"], "sequential": False}
+    words = " ".join(
+        parsed(render_report(plain, result.profile, {**result.metrics, "asked": asked}, result.info.path)).words
+    )
+    assert "--no-sequential" in words
+
+
 def test_rows_add_up(result: ac.Result) -> None:
     rows = layer_rows(result.plan, result.profile)
     assert sum(row.bytes for row in rows) + result.plan.fixed_bytes == result.metrics["bytes"]
