@@ -31,6 +31,7 @@ __all__ = [
     "missing",
     "requantised",
     "weight_of",
+    "zero_points",
 ]
 
 
@@ -110,6 +111,18 @@ def code_bits(codes: np.ndarray) -> int:
     return max((-low - 1).bit_length() if low < 0 else 0, high.bit_length()) + 1
 
 
+def zero_points(codes: np.ndarray, step: np.ndarray, group: int | None, bits: int) -> np.ndarray:
+    """What to add to the codes of each step, int32 in its shape, so that they start at -2^(bits-1); 0 is among them.
+
+    >>> zero_points(np.array([[0, 15], [-3, 12]]), np.ones(2), None, 4).tolist()
+    [-8, -5]
+    """
+    rows = codes.reshape(codes.shape[0], -1)
+    low = np.minimum(np.minimum.reduceat(rows, np.arange(0, rows.shape[1], group or rows.shape[1]), axis=1), 0)
+    low = low.min() if step.ndim == 0 else low.reshape(step.shape)
+    return (-(2 ** (bits - 1)) - low).astype(np.int32)
+
+
 def requantised(weight: Weight, bits: int) -> Weight:
     """The weight rounded to the nearest of 2^bits - 1 symmetric levels per row; a row of zeros stays one."""
     dense = weight.dense().reshape(weight.rows, -1)
@@ -125,12 +138,14 @@ class Held:
     """How a format holds one weight: `kind` as the format calls it, `bits` per value, and the weight itself.
 
     `loses`: what a reader of the export does not get that a reader of the file does; empty where nothing is lost.
+    `shifted`: whether codes fit into `bits` only with `zero_points` added, one for each step.
     """
 
     weight: Weight
     kind: str
     bits: int
     loses: str = ""
+    shifted: bool = False
 
 
 @dataclass(frozen=True)
