@@ -7,7 +7,9 @@ offers none; the laws are those of compressors/base.py.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -430,3 +432,18 @@ def test_families_are_lists_of_options_that_compressors_offer() -> None:
     }.items():
         with pytest.raises(OptionError, match=words):
             named_options([text])
+
+
+def test_the_page_on_options_names_what_there_is() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "options.md").read_text()
+    assert re.findall(r"`(\w+)`", text[text.index("## Families") : text.index("    autocompress")]) == list(FAMILIES)
+    tables = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = re.findall(r"`([^`]+)`", " ".join(tables))
+    suffixes = [name for name in names if name in ("t", "a", "m", "g128")]
+    assert len(suffixes) == 4
+    for name in [*(name for name in names if name not in suffixes), *(f"w4{s}" for s in suffixes), "w4g128am", "w1a"]:
+        assert COMPRESSORS[compressor_of(Option.parse(name))[0]].offers(Option.parse(name)), name
+    for name in ("rank32", "k4r12"):
+        assert f"`{name}`" in text
+        with pytest.raises(OptionError, match="no compressor"):
+            compressor_of(Option.parse(name))
