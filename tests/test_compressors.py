@@ -6,6 +6,7 @@ offers none; the laws are those of compressors/base.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -76,6 +77,13 @@ def zeros() -> LayerProblem:
     return p
 
 
+def constant() -> LayerProblem:
+    """Every weight of a row the same: nothing but ties."""
+    p = problem()
+    p.weight[:] = np.linspace(-0.5, 0.75, 6).astype(np.float32)[None, :, None]
+    return p
+
+
 def kernel() -> LayerProblem:
     """A convolution's weight, stored in its own shape."""
     p = problem(d=18, groups=2, rows=3)
@@ -99,6 +107,7 @@ PROBLEMS: dict[str, Callable[[], LayerProblem]] = {
     "one weight": lambda: problem(rows=1, d=1),
     "zero layer": zeros,
     "zero row": zero_row,
+    "constant rows": constant,
     "1e-20": lambda: problem(scale=1e-20),
     "1e20": lambda: problem(scale=1e20),
     "grouped kernel": kernel,
@@ -123,6 +132,17 @@ def reference_error(p: LayerProblem, weight: np.ndarray) -> float:
 
 def realised(name: str, p: LayerProblem, option: Option) -> Realised | None:
     return COMPRESSORS[name].realise_all(p, [option])[0]
+
+
+@functools.cache
+def shared(case: str) -> LayerProblem:
+    """A problem that several tests look at, and leave alone; it remembers its trace and masks."""
+    return PROBLEMS[case]()
+
+
+@functools.cache
+def found_on(name: str, option: Option, case: str) -> Realised | None:
+    return realised(name, shared(case), option)
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -152,7 +172,7 @@ def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option) 
         p = make()
         rows, order, losses, energy = profile_layer(p, [option])
         np.testing.assert_allclose(energy, reference_error(p, np.zeros_like(p.weight)), rtol=1e-9)
-        again = realised(name, make(), option)
+        again = found_on(name, option, case)
         if again is None:  # allowed where a float format cannot hold the weights, for nothing else
             assert rows == []
             assert np.abs(p.weight).max() > np.finfo(np.float16).max
@@ -191,9 +211,8 @@ def test_options_do_not_influence_each_other(name: str, case: str) -> None:
 @pytest.mark.parametrize(("name", "option"), OFFERED)
 def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Option) -> None:
     """All zeros is a choice that every grid has; nothing may be worse than it by more than 5 percent."""
-    for case, make in PROBLEMS.items():
-        p = make()
-        found = realised(name, p, option)
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(name, option, case)
         if found is not None and (option.bits != 1 or option.asymmetric):  # between -1 and 1 there is no zero
             assert p.error(found.weight()) <= 1.05 * p.energy + FLOOR * p.energy, case
 
@@ -243,8 +262,7 @@ def test_error_feedback_is_no_worse_than_rounding(name: str, option: Option) -> 
     for case in ("random", "dead columns", "rank 2", "grouped kernel", "depthwise", "uneven rows", "1e20"):
         if case == "uneven rows" and option.bits == 1:
             continue  # one row is all of the error, and one bit a coin
-        p = PROBLEMS[case]()
-        found = realised(name, p, option)
+        p, found = shared(case), found_on(name, option, case)
         assert found is not None
         plain = rounded(p.weight.reshape(p.shape[0], -1), found, option) * ~gone(p, option.structure)
         assert p.error(found.weight()) <= 1.1 * reference_error(p, plain) + FLOOR * p.energy, case
@@ -263,9 +281,8 @@ STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None]
 
 @pytest.mark.parametrize("option", STRUCTURES, ids=str)
 def test_the_pattern_of_a_name_holds(option: Option) -> None:
-    for case, make in PROBLEMS.items():
-        p = make()
-        found = compressor_of(option)[1].realise_all(p, [option])[0]
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(compressor_of(option)[0], option, case)
         if found is None:
             continue
         positions = int(np.prod(p.shape[2:]))
@@ -298,9 +315,8 @@ def test_the_pattern_of_a_name_holds(option: Option) -> None:
 
 @pytest.mark.parametrize(("name", "option"), QUANTISED)
 def test_codes_are_on_the_grid_of_the_name(name: str, option: Option) -> None:
-    for case, make in PROBLEMS.items():
-        p = make()
-        found = realised(name, p, option)
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(name, option, case)
         assert found is not None
         assert found.codes is not None
         codes = found.codes.reshape(p.shape[0], -1)
