@@ -389,6 +389,29 @@ def test_transformers_loads_compressed_tensors(tmp_path: Path, build: Any, auto:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model.acz", "one"]
 
 
+def test_transformers_loads_groups_and_grids_that_are_not_symmetric(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra hf)")
+    model, data = seeded(llama), tokens()
+    small, plan = applied(model, data, ("w4a", "w3g4a", "w4tam", "w4g4", "s50w2a", "s75", "fp8", "w1"))
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    ac.export(path, model, "compressed-tensors", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    kinds = {(g["weights"]["num_bits"], g["weights"]["strategy"], g["weights"]["symmetric"])
+             for g in config["config_groups"].values()}  # fmt: skip
+    assert all(symmetric for _, _, symmetric in kinds)
+    assert {strategy for _, strategy, _ in kinds} == {"channel", "group", "tensor"}
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        back(**data[0])
+    wanted: Any = ac.load(path, copy.deepcopy(model))
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    small, _ = applied(model, data, ("w8a",))
+    with pytest.raises(ExportError, match=r"\(w8a\).*: its codes need more than 8 bits"):
+        ac.export(small, format="compressed-tensors", out=tmp_path / "no")
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [1, 31, 32, 45])
 def test_packing_is_the_librarys(bits: int, columns: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.exporting.base import Held, Request, Weight, zero_points
+from autocompress.exporting.base import Held, Request, Weight, with_zero_points
 
 __all__ = ["Graph", "nbits_blocks"]
 
@@ -184,10 +184,8 @@ class Graph:
         rows = codes if axis == 0 else codes.T
         zero: list[np.ndarray] = []
         if held.shifted:
-            zero = [zero_points(rows, step, held.weight.group, held.bits)]
-            shift = np.repeat(zero[0].reshape(rows.shape[0] if step.ndim else 1, -1), held.weight.group or 1, axis=1)
-            shift = shift[:, : rows[0].size] if step.ndim == 2 else shift
-            rows = (rows.reshape(rows.shape[0], -1) + shift).reshape(rows.shape)
+            rows, points = with_zero_points(rows, step, held.weight.group, held.bits)
+            zero.append(points)
             codes = rows if axis == 0 else rows.T
         if step.ndim < 2:
             parts = [self._integers(f"{output}.codes", codes, held.bits), self._tensor(f"{output}.scale", step)]

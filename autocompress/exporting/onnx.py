@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.exporting.base import ExportError, Held, Request, Weight, code_bits, missing, requantised
+from autocompress.exporting.base import ExportError, Held, Request, Weight, least_bits, missing, requantised
 from autocompress.exporting.graph import Graph
 from autocompress.files import atomic_path
 
@@ -75,9 +75,7 @@ class Onnx:
             return Held(weight, "float16" if half else "float32", 16 if half else 32)
         if self.weights == "dense":
             return Held(weight, "float32", 32)
-        needed, fits = code_bits(weight.codes), weight.option.bits
-        shifted = weight.option.asymmetric and fits is not None and fits < needed
-        needed = fits if shifted and fits is not None else needed
+        needed, shifted = least_bits(weight)
         width = {"auto": 4 if needed <= 4 else 8, "int4": 4, "int8": 8}[self.weights]
         if needed <= width:
             return self._placed(Held(weight, f"int{width}", width, shifted=shifted), owner)
