@@ -169,6 +169,10 @@ class LayerProblem:
         """½ tr(ΔW H ΔWᵀ) of a weight of the layer's size."""
         return obs.layer_error(self.weight, weight.reshape(self.weight.shape), self.known_hessian())
 
+    def row_errors(self, weight: np.ndarray) -> np.ndarray:
+        """½ Δw H Δwᵀ of every row, (groups, rows)."""
+        return obs.row_losses(weight - self.weight, self.known_hessian())
+
     @property
     def energy(self) -> float:
         """½ tr(W H Wᵀ): the error of losing the whole layer."""
