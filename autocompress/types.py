@@ -27,7 +27,7 @@ def _number(value: float) -> str:
 
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _OPTION = re.compile(
-    rf"(?:rd\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
+    rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)|blk(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
     rf"|k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+)|ch(?P<channels>{_NUM}))?"
     r"(?:w(?P<bits>\d+)(?:g(?P<group>\d+))?)?"
@@ -43,7 +43,8 @@ class Option:
     groups (`k4r12`); `channels` percent of the input channels gone (`ch50`).
     Values, at most one: `bits` per weight, with a scale per output row or per `group` weights (`w4`, `w4g128`);
     rate-distortion codes `rd(step,lam)` with the step in units of the layer's root mean square weight and lam the price
-    of a bit in units of the mean error of a step (see `autocompress.obs.rd`); half precision (`fp16`); otherwise
+    of a bit in units of the mean error of a step (see `autocompress.obs.rd`), or the same with the codes on a `trellis`,
+    `tcq(step,lam)`, which takes no structure; half precision (`fp16`); otherwise
     float32 (`dense`). Raises OptionError where that does not hold.
 
     >>> str(Option(sparsity=75, bits=4)), Option.parse("rd(0.031,0.2)s60").lam
@@ -60,6 +61,7 @@ class Option:
     group: int | None = None
     step: float | None = None
     lam: float | None = None
+    trellis: bool = False
     half: bool = False
 
     def __post_init__(self) -> None:
@@ -68,7 +70,8 @@ class Option:
     def __str__(self) -> str:
         if self.half:
             return "fp16"
-        text = f"rd({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
+        coder = "tcq" if self.trellis else "rd"
+        text = f"{coder}({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
         if self.nm is not None:
             text += f"{self.nm[0]}:{self.nm[1]}"
         elif self.block is not None:
@@ -121,6 +124,7 @@ class Option:
             group=integer("group"),
             step=number("step"),
             lam=number("lam"),
+            trellis=got["coder"] == "tcq",
         )
 
     def _validate(self, text: str) -> None:
@@ -135,6 +139,8 @@ class Option:
         need(self.groups is None or self.rank is not None, "channel groups need a rank, as in k4r12")
         need(self.bits is not None or self.group is None, "a group of scales needs bits, as in w4g128")
         need((self.step is None) == (self.lam is None), "rate-distortion codes need both numbers, as in rd(0.25,0.1)")
+        need(not self.trellis or self.step is not None, "a trellis needs a step and lam, as in tcq(0.34,0.4)")
+        need(not self.trellis or not any(v is not None for v in structures), "tcq finds its zeros itself: no structure")
         need(not self.half or dataclasses.replace(self, half=False) == DENSE, "fp16 goes with nothing else")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")

@@ -28,7 +28,8 @@ from autocompress.types import DENSE, Option
 OPTIONS = [
     Option.parse(name)
     for name in ("dense fp16 w2 w3 w4 w8 s50w4 s90w2 s100w4 w4g8 s75 2:4 2:4w4 blk4@50w4 rank2w8 k2r2w8 ch50w4 "
-    "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100").split()
+    "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100 "
+    "tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2)").split()
 ]  # fmt: skip
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
 
@@ -132,7 +133,7 @@ def test_no_option_belongs_to_two_compressors_and_the_default_ones_to_one() -> N
 
 
 def test_an_option_that_nobody_offers_is_refused_by_name() -> None:
-    with pytest.raises(OptionError, match=r"no compressor realises 'blk4@50'; there are plain, obc, rd"):
+    with pytest.raises(OptionError, match=r"no compressor realises 'blk4@50'; there are plain, obc, rd, tcq"):
         compressor_of(Option.parse("blk4@50"))
 
 
@@ -237,7 +238,7 @@ def test_sparsity_is_at_least_what_the_name_says(case: str) -> None:
 def test_relative_errors_do_not_depend_on_the_scale(scale: float) -> None:
     """Up to the rounding of steps: rate-distortion steps are in units of the weights."""
     here, there = problem(), problem(scale=scale)
-    for option in (Option.parse("rd(0.5,0.3)s60"), Option.parse("rd(0.25,0.1)")):
+    for option in map(Option.parse, ("rd(0.5,0.3)s60", "rd(0.25,0.1)", "tcq(0.3,0.4)")):
         a, b = (p.error(realise(p, option).weight()) / p.energy for p in (here, there))
         assert b == pytest.approx(a, rel=0.02)
 

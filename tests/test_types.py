@@ -65,6 +65,7 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("2:4w8", Option(nm=(2, 4), bits=8)),
         ("blk4@50w8", Option(block=4, sparsity=50, bits=8)),
         ("rd(0.031,0.2)s60", Option(step=0.031, lam=0.2, sparsity=60)),
+        ("tcq(0.34,0.4)", Option(step=0.34, lam=0.4, trellis=True)),
         ("rank32w8", Option(rank=32, bits=8)),
         ("k4r12w8", Option(groups=4, rank=12, bits=8)),
         ("ch50w8", Option(channels=50, bits=8)),
@@ -96,6 +97,7 @@ def test_the_names_of_the_design(text: str, option: Option) -> None:
         ("rd(0,0.1)", "step is 0.0, needed a positive number"),
         ("rd(1e999,0.1)", "step is inf, needed a positive number"),
         ("rd(0.1,1e999)", "lam is inf, needed a number that is not negative"),
+        ("tcq(0.1,0.1)s60", "tcq finds its zeros itself: no structure"),
         ("rd(0.1,0.1)w4", "rate-distortion codes and fixed bits exclude each other"),
     ],
 )

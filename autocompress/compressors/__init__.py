@@ -8,6 +8,7 @@ from autocompress.compressors.base import Compressor, LayerProblem, Measured, Re
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.rd import RateDistortion, default_grid
+from autocompress.compressors.tcq import TrellisCoded, trellis_grid
 from autocompress.errors import OptionError
 from autocompress.threads import single_threaded
 from autocompress.types import DENSE, Option
@@ -24,7 +25,7 @@ __all__ = [
     "realise",
 ]
 
-COMPRESSORS: dict[str, Compressor] = {"plain": Plain(), "obc": ObcUniform(), "rd": RateDistortion()}
+COMPRESSORS: dict[str, Compressor] = {"plain": Plain(), "obc": ObcUniform(), "rd": RateDistortion(), "tcq": TrellisCoded()}
 
 
 def compressor_of(option: Option) -> tuple[str, Compressor]:
@@ -34,13 +35,13 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, rd(0.25,0.1)s60)"
+        "(dense, fp16, s75w4, rd(0.25,0.1)s60, tcq(0.34,0.4))"
     )
 
 
 def default_options() -> list[Option]:
     """What a profile offers every layer unless told otherwise."""
-    return [DENSE, Option(half=True), *(Option(bits=b) for b in range(2, 9)), *default_grid()]
+    return [DENSE, Option(half=True), *(Option(bits=b) for b in range(2, 9)), *default_grid(), *trellis_grid()]
 
 
 def profile_layer(

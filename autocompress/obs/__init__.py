@@ -13,6 +13,7 @@ from autocompress.obs.quantising import (
     salient_cells,
     search_scale,
 )
+from autocompress.obs.trellis import trellis_codes
 
 __all__ = [
     "Cell",
@@ -25,4 +26,5 @@ __all__ = [
     "rd_quantise",
     "salient_cells",
     "search_scale",
+    "trellis_codes",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -61,6 +62,14 @@ _ALL = (
     Codec("sparse", 5, "codes", integers.encode_sparse, _codes(integers.decode_sparse), integers.sparse_size),
     Codec("nm", 6, "codes", integers.encode_nm, _codes(integers.decode_nm), integers.nm_size),
     Codec("entropy", 7, "codes", encode_codes, _codes(decode_codes), coded_size),
+    Codec(
+        "trellis",
+        8,
+        "codes",
+        partial(encode_codes, dependent=True),
+        _codes(partial(decode_codes, dependent=True)),
+        partial(coded_size, dependent=True),
+    ),
 )
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
