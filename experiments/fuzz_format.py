@@ -29,6 +29,7 @@ if "--atheris" in sys.argv:  # coverage comes from instrumenting the storage mod
     with atheris.instrument_imports(include=["autocompress.storage"], exclude=["autocompress.storage.kernels"]):
         importlib.import_module("autocompress.storage")
 
+from autocompress.obs import trellis_codes
 from autocompress.storage import Entry, FormatError, float_entry, round_small, serialise, weight_entry
 from autocompress.storage.bits import Cursor, put_uint
 from autocompress.storage.container import SECTION_BYTES, Archive
@@ -67,6 +68,9 @@ def sample_entries(seed: int = 0) -> list[Entry]:
         weight_entry("linear.weight", codes(10, 16, scale=30), 0.01),
         weight_entry("zeros", np.zeros((64, 64), int), 1.0),
         *(weight_entry(f"plain.{c}", pairs, 0.2, codec=c) for c in ("packed", "bitmask", "sparse", "nm")),
+        weight_entry(
+            "trellis", trellis_codes(rng.laplace(size=(8, 27)), np.eye(27), [(0.4, 0.1)])[0], 0.4, codec="trellis"
+        ),
         float_entry("bn1.weight", vector),
         float_entry("bn1.bias", round_small(vector, 5), codec="smallfloat"),
         float_entry("counter", np.arange(6, dtype=np.int64), codec="raw"),

@@ -25,7 +25,12 @@ __all__ = [
     "realise",
 ]
 
-COMPRESSORS: dict[str, Compressor] = {"plain": Plain(), "obc": ObcUniform(), "rd": RateDistortion(), "tcq": TrellisCoded()}
+COMPRESSORS: dict[str, Compressor] = {
+    "plain": Plain(),
+    "obc": ObcUniform(),
+    "rd": RateDistortion(),
+    "tcq": TrellisCoded(),
+}
 
 
 def compressor_of(option: Option) -> tuple[str, Compressor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from reference_decoder import NEXT
 
 from autocompress.storage import CODECS, FormatError, encode_codes, nm_pattern, order0_bits, round_small
