@@ -44,7 +44,8 @@ class Option:
     Values, at most one: `bits` per weight, with a scale per output row or per `group` weights (`w4`, `w4g128`);
     rate-distortion codes `rd(step,lam)` with the step in units of the layer's root mean square weight and lam the price
     of a bit in units of the mean error of a step (see `autocompress.obs.rd`), or with the codes on a `trellis`
-    `tcq(step,lam)`, which goes with no structure; half precision (`fp16`); otherwise float32 (`dense`). Raises OptionError where that does not hold.
+    `tcq(step,lam)`, which goes with no structure; half precision (`fp16`); otherwise float32 (`dense`). Raises
+    OptionError where that does not hold.
 
     >>> str(Option(sparsity=75, bits=4)), Option.parse("rd(0.031,0.2)s60").lam
     ('s75w4', 0.2)
