@@ -1,6 +1,6 @@
 """Bytes at equal error, ResNet-20: trellis-coded options against scalar ones, and scalar grids against each other.
 
-    python experiments/trellis_trial.py              # about 10 minutes on one core; layers that are done are kept
+    python experiments/trellis_trial.py              # 20 minutes on a busy core; layers that are done are kept
     python experiments/trellis_trial.py --layers 3   # only the first three
 
 Every option of every set below is realised for every layer, with its bytes from the real codec and its error from the
@@ -31,7 +31,7 @@ from autocompress.layers import find_layers
 from autocompress.threads import single_threaded
 from autocompress.types import Option
 
-RATIOS = (8, 12, 16, 20, 24, 32)
+RATIOS = (8, 12, 16, 20, 24, 32, 48)
 DENSE_BYTES, FIXED_BYTES = 1_092_516, 3_150
 SPARSITIES = (0, 20, 35, 50, 60, 70, 77.5, 85, 90, 94, 97)
 QUARTERS = [round(0.2 * 2 ** (k / 4), 3) for k in range(15)]  # 0.2 ... 2.26
@@ -51,7 +51,7 @@ def tcq(steps, lambdas) -> set[Option]:
 
 
 def option_sets() -> dict[str, set[Option]]:
-    """What is compared; all have the options that need no rate (wN, fp16) left out."""
+    """What is compared: rate-distortion options alone, scalar and on the trellis, without wN and fp16."""
     default = {o for o in default_options() if o.step is not None}
     halves, odd = QUARTERS[::2], QUARTERS[1::2]
     sets = {
@@ -76,15 +76,26 @@ def option_sets() -> dict[str, set[Option]]:
     sets["rd quarter octaves, lam 0.1 0.2"] = rd(SPARSITIES, QUARTERS, (0.1, 0.2))
     sets["rd quarter octaves, lam 0.1 and 0.3 in turn"] = rd(SPARSITIES, halves, (0.1,)) | rd(SPARSITIES, odd, (0.3,))
     sets["rd quarter octaves, lam 0.1, no pruning first"] = rd((0,), QUARTERS, (0.1,))
-    half_steps = TRELLIS_STEPS[::2]
     for name, lambdas in (
         ("0.4", (0.4,)),
-        ("0.25 0.4 0.7", (0.25, 0.4, 0.7)),
         ("0.4 0.7", (0.4, 0.7)),
-        ("0.4 0.55 0.9", (0.4, 0.55, 0.9)),
+        ("0.25 0.55", (0.25, 0.55)),
+        ("0.25 0.4 0.7", (0.25, 0.4, 0.7)),
+        ("0.25 0.4 0.7 1.2", (0.25, 0.4, 0.7, 1.2)),
     ):
-        sets[f"tcq half octaves, lam {name}"] = tcq(half_steps, lambdas)
+        sets[f"tcq half octaves, lam {name}"] = tcq(TRELLIS_STEPS[::2], lambdas)
         sets[f"tcq quarter octaves, lam {name}"] = tcq(TRELLIS_STEPS, lambdas)
+    # how few scalar options do beside the trellis
+    steps = sorted({o.step for o in sets["rd default"]})
+    for sparsities, lambdas in (
+        ((0, 35, 60, 77.5, 90, 97), (0.1, 0.3, 0.7)),
+        ((0, 50, 77.5, 90, 97), (0.1, 0.7)),
+        ((0, 60, 85, 97), (0.1,)),
+    ):
+        fewer = rd(sparsities, steps, lambdas)
+        sets[f"rd s {' '.join(map(str, sparsities))}, lam {' '.join(map(str, lambdas))}; tcq default"] = (
+            fewer | sets["tcq default"]
+        )
     return sets
 
 

@@ -45,4 +45,4 @@ class TrellisCoded:
 def trellis_grid() -> list[Option]:
     """Step x λ offered by default."""
     steps = [round(0.12 * 2 ** (k / 2), 3) for k in range(9)]
-    return [Option(step=t, lam=lam, trellis=True) for t in steps for lam in (0.25, 0.4, 0.7, 1.2)]
+    return [Option(step=t, lam=lam, trellis=True) for t in steps for lam in (0.25, 0.4, 0.7)]

@@ -26,10 +26,12 @@ KEPT = 2  # survivors per state; the second costs as much time as the first and 
 BLOCK = 32  # columns that are decided together, once twice as many have been walked
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _enter(new, parent, value, state, cost, survivor, code) -> None:
     """Put a path into its state's list of KEPT, if it is cheaper than one of those."""
     end = (state + 1) * KEPT
+    if cost >= new[end - 1]:
+        return
     for i in range(end - KEPT, end):
         if cost < new[i]:
             for j in range(end - 1, i, -1):
@@ -59,8 +61,7 @@ def _quantise_rows(F, pivot, weight, step, price, bits, codes) -> None:
     offset = bits.shape[1] // 2
     cost, new = np.empty(count), np.empty(count)
     parent, value = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    error, error_new = np.zeros((count, 2 * BLOCK), np.float32), np.zeros((count, 2 * BLOCK), np.float32)
-    path, path_new = np.zeros((count, 2 * BLOCK), np.int32), np.zeros((count, 2 * BLOCK), np.int32)
+    path, path_new = np.zeros((count, 2 * BLOCK), np.float32), np.zeros((count, 2 * BLOCK), np.float32)
     decided = np.zeros(d, np.float32)
     for r in range(rows):
         cost[:] = np.inf
@@ -70,21 +71,21 @@ def _quantise_rows(F, pivot, weight, step, price, bits, codes) -> None:
             n = i - base
             if n == 2 * BLOCK:  # the best path decides the older half; survivors that disagree end
                 best = np.argmin(cost)
-                codes[r, base : base + BLOCK] = path[best, :BLOCK]
-                decided[base : base + BLOCK] = error[best, :BLOCK]
+                for j in range(BLOCK):
+                    codes[r, base + j] = path[best, j]
+                    decided[base + j] = path[best, j] * step - weight[r, base + j]
                 for h in range(count):
                     for j in range(BLOCK):
                         if path[h, j] != path[best, j]:
                             cost[h] = np.inf
                             break
                 for h in range(count):
-                    error[h, :BLOCK] = error[h, BLOCK:]
                     path[h, :BLOCK] = path[h, BLOCK:]
                 base += BLOCK
                 n = BLOCK
             row = F[i]
-            centre = weight[r, i] - _dot(row, decided, base)
             recent = row[base:]
+            centre = weight[r, i] - _dot(row, decided, base) + _dot(recent, weight[r, base:], n)
             unit = 0.5 * pivot[i] * step * step
             new[:] = np.inf
             for h in range(count):
@@ -92,7 +93,7 @@ def _quantise_rows(F, pivot, weight, step, price, bits, codes) -> None:
                     continue
                 state = h // KEPT
                 odd = state & 1
-                x = (centre - _dot(recent, error[h], n)) / step
+                x = centre / step - _dot(recent, path[h], n)
                 x = min(max(x, -CODE_LIMIT + 2.0), CODE_LIMIT - 2.0)
                 below = 2 * int(np.floor((x - odd) / 2)) + odd
                 for c in range(3):
@@ -108,14 +109,12 @@ def _quantise_rows(F, pivot, weight, step, price, bits, codes) -> None:
                     continue
                 g = parent[h]
                 for j in range(n):
-                    error_new[h, j] = error[g, j]
                     path_new[h, j] = path[g, j]
                 path_new[h, n] = value[h]
-                error_new[h, n] = value[h] * step - weight[r, i]
-            error, error_new = error_new, error
             path, path_new = path_new, path
         best = np.argmin(cost)
-        codes[r, base:] = path[best, : d - base]
+        for j in range(d - base):
+            codes[r, base + j] = path[best, j]
 
 
 @njit(nogil=True, cache=True)
