@@ -38,7 +38,7 @@ OPTIONS = [
         "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100 rd(0.5,0.3)2:4 "
         "s75 s75fp16 s100 2:4 1:4fp16 3:5 2:4w4 4:8w4a blk4@50 blk4@50w4 blk2x4@50fp16 blk3x2@70w3g5 ch50 ch50w4 "
         "out50 out50w4t w4g8 w1 w1a w1t w1g4 s50w1 w2a w3a w8a w4t w4m w8m w4am w4ta w4tm w2g5 w4g4a w3g32am w4g1000 "
-        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8"
+        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8 tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2)"
     ).split()
 ]
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
@@ -177,7 +177,9 @@ def test_no_option_belongs_to_two_compressors_and_the_default_ones_to_one() -> N
 
 
 def test_an_option_that_nobody_offers_is_refused_by_name() -> None:
-    with pytest.raises(OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"):
+    with pytest.raises(
+        OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"
+    ):
         compressor_of(Option.parse("rank2w8"))
 
 
@@ -427,7 +429,7 @@ def smallest(p: LayerProblem, option: Option) -> np.ndarray:
 def test_relative_errors_do_not_depend_on_the_scale(scale: float) -> None:
     """Up to the rounding of steps: rate-distortion steps are in units of the weights."""
     here, there = problem(), problem(scale=scale)
-    for option in (Option.parse("rd(0.5,0.3)s60"), Option.parse("rd(0.25,0.1)")):
+    for option in map(Option.parse, ("rd(0.5,0.3)s60", "rd(0.25,0.1)", "tcq(0.3,0.4)")):
         a, b = (p.error(realise(p, option).weight()) / p.energy for p in (here, there))
         assert b == pytest.approx(a, rel=0.02)
 

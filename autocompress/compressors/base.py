@@ -171,7 +171,7 @@ class LayerProblem:
 
     def row_errors(self, weight: np.ndarray) -> np.ndarray:
         """½ Δw H Δwᵀ of every row, (groups, rows)."""
-        return obs.row_losses(weight - self.weight, self.known_hessian())
+        return obs.row_losses(weight - self.weight, self.shared_hessian())
 
     @property
     def energy(self) -> float:

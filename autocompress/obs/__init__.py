@@ -17,6 +17,7 @@ from autocompress.obs.quantising import (
     salient_cells,
     search_scale,
 )
+from autocompress.obs.trellis import trellis_codes
 from autocompress.obs.weighted import RowHessian, search_square
 from autocompress.obs.wide import EXACT_LIMIT, exact_operations, shared_cells, shared_prune, shared_trace
 
@@ -49,6 +50,7 @@ __all__ = [
     "shared_cells",
     "shared_prune",
     "shared_trace",
+    "trellis_codes",
     "unit_mask",
     "unit_trace",
 ]
