@@ -20,7 +20,7 @@ from torch import nn
 from autocompress.applying import apply, carrying, encoded_of
 from autocompress.batches import Batch, batch_samples, feed, materialise
 from autocompress.calibration import Statistics, calibrate
-from autocompress.compressors import default_options
+from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
 from autocompress.errors import InfeasibleError, TaskError
 from autocompress.layers import find_layers
@@ -301,9 +301,7 @@ def _calibrated(
     with say.stage("calibrate"):
         stats = calibrate(model, data, seed=seed)
     if limit is not None and limit < least_bytes(template):
-        given = (
-            default_options() if options is None else [Option.parse(o) if isinstance(o, str) else o for o in options]
-        )
+        given = named_options(["default"] if options is None else options)
         small = profile(model, stats, options=coarsest(given), workers=workers)
         allocate(within(small, limit), limit, energy_losses(small))
     return stats

@@ -171,7 +171,10 @@ class LayerProblem:
 
     def row_errors(self, weight: np.ndarray) -> np.ndarray:
         """½ Δw H Δwᵀ of every row, (groups, rows)."""
-        return obs.row_losses(weight - self.weight, self.shared_hessian())
+        hessian = self.known_hessian()
+        if isinstance(hessian, obs.RowHessian):
+            return hessian.row_errors(weight - self.weight)
+        return obs.row_losses(weight - self.weight, hessian)
 
     @property
     def energy(self) -> float:

@@ -67,10 +67,14 @@ class RowHessian:
 
     def error(self, delta: np.ndarray) -> float:
         """½ tr(ΔW shared ΔWᵀ) + ½ Σ_r weights[r] |ΔW_r|² of delta (1, rows, d), float64."""
-        found = float(np.einsum("rd,rd,r->", delta[0], delta[0], self.weights))
+        return float(self.row_errors(delta).sum())
+
+    def row_errors(self, delta: np.ndarray) -> np.ndarray:
+        """What every row contributes to `error`, (1, rows)."""
+        found = np.einsum("rd,rd,r->r", delta[0], delta[0], self.weights)
         if self.shared is not None:
-            found += float(np.vdot(delta[0] @ self.shared, delta[0]))
-        return 0.5 * found
+            found += np.einsum("rd,rd->r", delta[0] @ self.shared, delta[0])
+        return 0.5 * found[None]
 
 
 def trace(weight: np.ndarray, H: RowHessian, core: Callable[..., tuple[np.ndarray, np.ndarray]]) -> tuple:
