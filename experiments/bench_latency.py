@@ -97,11 +97,11 @@ def measure(name: str, exporter: str, repeats: int, turns: int, out: Path) -> No
             sys.stdout.write(f"{name} {exporter} {repeat} {plan}: {run_ms:.3f} ms, {guess:.3f} predicted\n")
             sys.stdout.flush()
             keep_row(out, row | facts, KEYS)
-    for (shape, form), times in shares.items():
-        row = {"network": name, "exporter": exporter, "shape": shape, "form": form}
-        row |= {"extra_us": f"{1e3 * statistics.median(times):.2f}"}
-        row |= {"spread_us": f"{1e3 * (max(times) - min(times)):.2f}", "tables": len(times)}
-        keep_row(out.with_name(f"{out.stem}_table.csv"), row | facts, CELLS)
+        for (shape, form), times in shares.items():
+            row = {"network": name, "exporter": exporter, "shape": shape, "form": form}
+            row |= {"extra_us": f"{1e3 * statistics.median(times):.2f}"}
+            row |= {"spread_us": f"{1e3 * (max(times) - min(times)):.2f}", "tables": len(times)}
+            keep_row(out.with_name(f"{out.stem}_table.csv"), row | facts, CELLS)
 
 
 def table(path: Path) -> str:
