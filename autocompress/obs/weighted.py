@@ -65,12 +65,12 @@ class RowHessian:
         halves = np.rint(2.0 * exponent * (logs.mean() - logs) / np.log(2.0))
         return 2.0 ** (np.clip(halves, -12, 4) / 2.0)
 
-    def error(self, delta: np.ndarray) -> float:
-        """½ tr(ΔW shared ΔWᵀ) + ½ Σ_r weights[r] |ΔW_r|² of delta (1, rows, d), float64."""
-        found = float(np.einsum("rd,rd,r->", delta[0], delta[0], self.weights))
+    def row_errors(self, delta: np.ndarray) -> np.ndarray:
+        """½ ΔW_r H_r ΔW_rᵀ of every row of delta (1, rows, d), float64 (1, rows)."""
+        found = self.weights * np.einsum("rd,rd->r", delta[0], delta[0])
         if self.shared is not None:
-            found += float(np.vdot(delta[0] @ self.shared, delta[0]))
-        return 0.5 * found
+            found += np.einsum("rd,rd->r", delta[0] @ self.shared, delta[0])
+        return 0.5 * found[None]
 
 
 def trace(weight: np.ndarray, H: RowHessian, core: Callable[..., tuple[np.ndarray, np.ndarray]]) -> tuple:
