@@ -161,7 +161,7 @@ def layer_error(W: np.ndarray, W_hat: np.ndarray, H: np.ndarray | RowHessian) ->
     weight, hessian = as_groups(W, H)
     delta = np.asarray(W_hat, np.float64).reshape(weight.shape) - weight
     if isinstance(hessian, RowHessian):
-        return hessian.error(delta)
+        return float(hessian.row_errors(delta).sum())
     return 0.5 * float(sum(np.vdot(d @ h, d) for d, h in zip(delta, hessian, strict=True)))
 
 
