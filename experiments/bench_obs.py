@@ -74,8 +74,8 @@ Trace = tuple[NDArray[np.int32], NDArray[np.float64]]
 class Row:
     """What was measured on one layer; None where the baseline did not run.
 
-    Seconds are the median of `repeats` runs of the engine, and the best of three of the baseline (its first run, if
-    that took over 10 s), so that a busy machine favours the baseline.
+    Seconds are the median of `repeats` runs of the engine, one run of the baseline as published, and the best of three
+    of it in place (its first run, if that took over 10 s).
     `excess` is how much worse than the best alive the worst pivot was, relative to the score, judged in float64;
     `loss_error` the largest relative error of a recorded loss; `order_agrees` the share of equal entries in both
     orders; `loss_difference` the largest relative difference of the losses before the orders part; `large_errors` the
@@ -94,7 +94,9 @@ class Row:
     repeats: int
     published_s: float | None = None
     in_place_s: float | None = None
+    published_cpu_s: float | None = None
     speedup: float | None = None
+    cpu_speedup: float | None = None
     speedup_in_place: float | None = None
     engine_gflops: float
     matmul_gflops: float
@@ -284,14 +286,19 @@ def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: in
     if not baseline:
         return row
     theirs = published_trace(W, H, in_place=True)
-    published_s, in_place_s = (best_seconds(partial(published_trace, W, H, in_place=way)) for way in (False, True))
+    cpu = time.process_time()
+    published_s = seconds(partial(published_trace, W, H, in_place=False), 1)[0]
+    cpu = time.process_time() - cpu
+    in_place_s = best_seconds(partial(published_trace, W, H, in_place=True))
     same = np.logical_and.accumulate(trace[0] == theirs[0], axis=1)  # after a swapped near-tie, steps do not correspond
     published_excess, published_loss_error, published_large_errors = judge(W, H, theirs)
     return replace(
         row,
         published_s=published_s,
         in_place_s=in_place_s,
+        published_cpu_s=cpu,
         speedup=published_s / engine_s,
+        cpu_speedup=cpu / row.engine_cpu_s,
         speedup_in_place=in_place_s / engine_s,
         order_agrees=float(np.mean(trace[0] == theirs[0])),
         loss_difference=float(np.max(np.abs(trace[1] / theirs[1] - 1)[same], initial=0.0)),
@@ -374,9 +381,10 @@ def measure_obq(rows: int, d: int, bits: int, seed: int, repeats: int) -> dict[s
     step, high = obs.search_scale(W, bits), 2 ** (bits - 1) - 1
     results: list[NDArray[np.int32]] = [obs.obq(W, H, step, -high - 1, high, threads=THREADS)]
     times = seconds(lambda: results.append(obs.obq(W, H, step, -high - 1, high, threads=THREADS)), repeats)
-    start = time.perf_counter()
+    cpu_s = min(cpu_seconds(lambda: obs.obq(W, H, step, -high - 1, high, threads=THREADS), repeats))
+    start, cpu = time.perf_counter(), time.process_time()
     theirs = published_obq(W, H, step, bits)
-    published_s = time.perf_counter() - start
+    published_s, cpu = time.perf_counter() - start, time.process_time() - cpu
     errors = [obs.layer_error(W, q * step[:, None], H) for q in (results[0], theirs)]
     return {
         "layer": f"random {rows} x {d}",
@@ -386,6 +394,9 @@ def measure_obq(rows: int, d: int, bits: int, seed: int, repeats: int) -> dict[s
         "repeats": repeats,
         "published_s": f"{published_s:.6g}",
         "speedup": f"{published_s / statistics.median(times):.6g}",
+        "engine_cpu_s": f"{cpu_s:.6g}",
+        "published_cpu_s": f"{cpu:.6g}",
+        "cpu_speedup": f"{cpu / cpu_s:.6g}",
         "codes_agree": f"{np.mean(results[0] == theirs):.6g}",
         "rows_agree": f"{np.mean((results[0] == theirs).all(axis=1)):.6g}",
         "error_ratio": f"{errors[0] / errors[1]:.6g}",
@@ -393,6 +404,11 @@ def measure_obq(rows: int, d: int, bits: int, seed: int, repeats: int) -> dict[s
         "load": f"{os.getloadavg()[0]:.3g}",
         **environment(),
     }
+
+
+def shown(value: Any) -> Any:
+    """A value as a results file has it."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
 def main(
@@ -420,7 +436,7 @@ def main(
         row = measure(name, *make(), seed, baseline, max(1, repeats if d < 2304 else repeats // 4))
         results.append(row)
         if not quick:
-            keep_row(path, {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}, KEYS)
+            keep_row(path, {k: shown(v) for k, v in asdict(row).items()}, KEYS)
     show(results)
     if only in (None, 0):
         rows, d, bits = QUICK_OBQ if quick else OBQ_SHAPE

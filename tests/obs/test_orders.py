@@ -14,7 +14,7 @@ from .test_engine import KINDS, make_layer
 
 LAWS = settings(max_examples=25, deadline=None, derandomize=True)
 #: Relative margin within which float32 may prefer another weight, as for the golden layers.
-TIE = 1e-3
+TIE = 1e-4
 
 
 @LAWS
