@@ -364,7 +364,7 @@ class Plan:
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
     `realised` is empty unless sequential mode compressed the layers anew: {layer: {error, bytes, width, nonzero}} of
-    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan it began from.
+    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan before it.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """
