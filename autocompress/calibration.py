@@ -41,8 +41,9 @@ __all__ = ["LayerStatistics", "Statistics", "calibrate"]
 
 CALIBRATION_VERSION = 2
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
-IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32)
-PANEL = 256  # rows of a panel of the symmetric product on a GPU, whose libraries offer no half product of two
+IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32), unless that is
+POSITIONS = 4096  # fewer positions than these or d: summing d x d products in float64 would take longer than they do
+PANEL = 256  # rows of a panel where symmetric matrices are worked on in panels
 
 
 @dataclass(frozen=True)
@@ -343,12 +344,12 @@ def _channels_last(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(module: nn.Module | None, x: torch.Tensor, output: Any = None) -> torch.Tensor:
-    """X Xᵀ of one input, float64 (groups, d, d): float32 products of chunks with at most IN_FLIGHT unfolded entries."""
+    """X Xᵀ of one input, float64 (groups, d, d): float32 products of `_in_flight` positions, or of one sample, each."""
     if module is None or isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1]).float()
         d = rows.shape[1]
         gram = torch.zeros(1, d, d, dtype=torch.float64, device=x.device)
-        for product in _products(rows.split(max(1, IN_FLIGHT // d)), lambda chunk: [chunk.t()]):
+        for product in _products(rows.split(_in_flight(d, d)), lambda chunk: [chunk.t()]):
             gram += product
         return _mirror(gram)
     m: Any = module
@@ -362,7 +363,7 @@ def _gram(module: nn.Module | None, x: torch.Tensor, output: Any = None) -> torc
     groups, d = m.groups, x.shape[1] // m.groups * int(np.prod(m.kernel_size))
     spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
     gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
-    per_chunk = max(1, IN_FLIGHT // max(1, d * groups * int(np.prod(spatial))))
+    per_chunk = max(1, _in_flight(d, d * groups) // max(1, int(np.prod(spatial))))
     for product in _products(x.split(per_chunk), lambda chunk: _windows(m, chunk, spatial)):
         gram += product
     gram = _mirror(gram)
@@ -391,6 +392,11 @@ def _stuffed(m: Any, x: torch.Tensor, spatial: Sequence[int]) -> tuple[torch.Ten
         sides += [before, spatial[i] + reach - before - size[i]]
     plain = SimpleNamespace(kernel_size=m.kernel_size, stride=(1,) * dims, dilation=m.dilation, groups=m.groups)
     return F.pad(wide, sides), plain
+
+
+def _in_flight(d: int, entries: int) -> int:
+    """Positions unfolded at a time by each core, for groups of d columns and so many entries per position."""
+    return max(1, IN_FLIGHT // entries, min(POSITIONS, d))
 
 
 def _windows(m: Any, x: torch.Tensor, spatial: list[int]) -> torch.Tensor:
@@ -436,7 +442,8 @@ def _products(
     """
 
     def product(chunk: torch.Tensor) -> torch.Tensor:
-        return torch.stack([_upper_product(X) for X in unfold(chunk)])
+        products = [_upper_product(X) for X in unfold(chunk)]
+        return torch.stack(products) if len(products) > 1 else products[0][None]
 
     if chunks[0].device.type != "cpu" or len(chunks) == 1:
         yield from map(product, chunks)
@@ -464,5 +471,10 @@ def _upper_product(X: torch.Tensor) -> torch.Tensor:
 
 
 def _mirror(gram: torch.Tensor) -> torch.Tensor:
-    """Symmetric (groups, d, d) from sums of upper halves."""
-    return gram.triu() + gram.triu(1).transpose(1, 2)
+    """Symmetric (groups, d, d) from sums of upper halves, in place: the lower half is written panel by panel."""
+    for start in range(0, gram.shape[1], PANEL):
+        stop = start + PANEL
+        square = gram[:, start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).transpose(1, 2))
+        gram[:, stop:, start:stop] = gram[:, start:stop, stop:].transpose(1, 2)
+    return gram

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autocompress.batches import Batch, evaluating, feed
+from autocompress.inputs import slow_attention
 from autocompress.layers import CONVOLUTIONS, NORMS, TRANSPOSED
 from autocompress.records import foldable_norms
 
@@ -99,7 +100,7 @@ def correct_statistics(
 
             handles.append(target.register_forward_hook(bias_hook))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), slow_attention():
             feed(small, data)
     finally:
         for handle in handles:
@@ -142,7 +143,7 @@ def _collect_moments(
 
         handles.append(module.register_forward_hook(hook))
     try:
-        with torch.no_grad(), evaluating(dense):
+        with torch.no_grad(), evaluating(dense), slow_attention():
             feed(dense, data)
     finally:
         for handle in handles:

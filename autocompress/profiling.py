@@ -36,6 +36,7 @@ from autocompress.engines import run_tasks
 from autocompress.errors import MismatchError, StoreError
 from autocompress.files import atomic_path
 from autocompress.layers import Layer, Layers, find_layers, model_digest
+from autocompress.obs import EXACT_LIMIT, exact_operations
 from autocompress.records import Template, make_template
 from autocompress.storage import VERSION as FORMAT_VERSION
 from autocompress.threads import default_workers
@@ -63,6 +64,10 @@ class LayerProfile:
     def reached(self) -> bool:
         """Whether calibration reached the layer; where it did not, its options are those that need no data."""
         return self.order is not None
+
+    def method(self, exact_limit: float) -> str:
+        """exact: an order of its own for every row; shared: one for all, as the layer is too wide (`obs.wide`)."""
+        return "exact" if exact_operations(self.layer.matrix_shape) <= exact_limit else "shared"
 
     def row(self, option: Option) -> Measured:
         for row in self.rows:
@@ -127,14 +132,20 @@ class Profile:
         return found
 
     @property
+    def exact_limit(self) -> float:
+        """Operations of a layer's exact trace above which one order is shared by its rows."""
+        return float(self.fields["exact_limit"])
+
+    @property
     def table(self) -> pd.DataFrame:
-        """One row per (layer, option): error, relative error, bytes, bits per weight, MACs, BOPs, seconds; where the
-        profile has a table of times, extra_ms.
+        """One row per (layer, option): method (exact or shared order), error, relative error, bytes, bits per weight,
+        MACs, BOPs, seconds; where the profile has a table of times, extra_ms.
         """
         records = [
             {
                 "layer": name,
                 "option": str(row.option),
+                "method": layer.method(self.exact_limit),
                 "error": row.error,
                 "relative_error": row.error / layer.energy if layer.energy > 0 else 0.0,
                 "bytes": row.bytes,
@@ -179,6 +190,7 @@ class Profile:
             found.order,
             found.losses,
             None if stats is None else stats.row_weights,
+            self.exact_limit,
         )
 
 
@@ -231,7 +243,7 @@ class Store:
 
 def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) -> str:
     """Digest of all that a layer's profile depends on."""
-    digest = hashlib.sha256(f"{versions}|{problem.shape}|{'|'.join(map(str, options))}".encode())
+    digest = hashlib.sha256(f"{versions}|{problem.exact}|{problem.shape}|{'|'.join(map(str, options))}".encode())
     digest.update(np.ascontiguousarray(problem.weight).tobytes())
     digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
     if problem.row_weights is not None:
@@ -282,6 +294,7 @@ def profile(
     options: Sequence[Option | str] | None = None,
     workers: int | None = None,
     progress: Any = None,
+    exact_limit: float = EXACT_LIMIT,
 ) -> Profile:
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
@@ -289,9 +302,10 @@ def profile(
     "default"); `dense` is always among them. A layer that calibration never reached has those that need no data
     (`dense`, `fp16`, `w8`), with errors of 0. store: a folder that is resumed if it was made for the same model, data,
     options and code versions; None keeps everything in memory.
-    workers: processes (default: one per core); the result does not depend on it. progress: called with (layers done,
-    layers in all, layer name). Raises MismatchError, naming the field, for a store or statistics of something else;
-    OptionError for an unknown option.
+    workers: processes (default: one per core); the result
+    does not depend on it. progress: called with (layers done, layers in all, layer name). exact_limit: a layer whose
+    exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. Raises
+    MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
@@ -301,6 +315,7 @@ def profile(
     fields = {
         **stats.fields,
         "options": hashlib.sha256("|".join(map(str, wanted)).encode()).hexdigest(),
+        "exact_limit": repr(float(exact_limit)),
         **versions,
     }
     problems = {}
@@ -312,6 +327,7 @@ def profile(
             layer.matrix(model.get_parameter(layer.key)),
             None if found is None else found.hessian,
             row_weights=None if found is None else found.row_weights,
+            exact_limit=exact_limit,
         )
     keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
     template = make_template(model, layers)
@@ -354,6 +370,7 @@ def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Pat
         "data": "other calibration data",
         "damping": "another damping",
         "options": "other options",
+        "exact_limit": "another limit of exact work on a layer",
         "compressors": "other versions of the compressors",
         "calibration_version": "another version of the calibration",
         "format_version": "another version of the file format",

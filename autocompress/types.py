@@ -27,7 +27,7 @@ def _number(value: float) -> str:
 
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _OPTION = re.compile(
-    rf"(?:rd\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
+    rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
     rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
     rf"|k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+)|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
@@ -55,6 +55,8 @@ class Option:
       `fp16`     `half`: binary16;  `fp8`: e4m3 times a scale per output row
       `rd(0.25,0.1)`  rate-distortion codes, before the structure: `step` in units of the layer's root mean square
                  weight, `lam` the price of a bit in units of the mean error of a step (see `obs.rate_distortion_cells`)
+      `tcq(0.34,0.4)`  the same on a `trellis`: each code's parity picks the quantiser of the next one (see
+                 `obs.trellis_codes`); goes with no structure
     Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
     does not hold.
 
@@ -72,6 +74,7 @@ class Option:
     group: int | None = None
     step: float | None = None
     lam: float | None = None
+    trellis: bool = False
     half: bool = False
     block_rows: int = 1
     out: float | None = None
@@ -84,7 +87,8 @@ class Option:
         self._validate(str(self))
 
     def __str__(self) -> str:
-        text = f"rd({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
+        coder = "tcq" if self.trellis else "rd"
+        text = f"{coder}({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
         if self.nm is not None:
             text += f"{self.nm[0]}:{self.nm[1]}"
         elif self.block is not None:
@@ -161,6 +165,7 @@ class Option:
             asymmetric=got["asymmetric"] is not None,
             minmax=got["minmax"] is not None,
             fp8=got["float"] == "8",
+            trellis=got["coder"] == "tcq",
         )
 
     def _validate(self, text: str) -> None:
@@ -188,6 +193,8 @@ class Option:
         need(self.group is None or not self.per_tensor, "one scale per tensor and one per group exclude each other")
         need(self.block is not None or self.block_rows == 1, "rows of a block need its columns, as in blk2x4@50")
         need((self.step is None) == (self.lam is None), "rate-distortion codes need both numbers, as in rd(0.25,0.1)")
+        need(not self.trellis or self.step is not None, "a trellis needs a step and lam, as in tcq(0.34,0.4)")
+        need(not self.trellis or not any(v is not None for v in structures), "tcq finds its zeros itself: no structure")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
         need(self.out is None or 0 <= self.out < 100, "out must be at least 0 and below 100 percent")
@@ -364,7 +371,7 @@ class Plan:
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
     `realised` is empty unless sequential mode compressed the layers anew: {layer: {error, bytes, width, nonzero}} of
-    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the plan before it.
+    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the first plan.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """

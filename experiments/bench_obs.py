@@ -1,6 +1,6 @@
-"""Times exact greedy pruning (`autocompress.obs.prune_trace`) against the published algorithm, same cores, same run.
+"""Times exact greedy pruning (`obs.prune_trace`) and greedy quantisation (`obs.obq`) against the published algorithm.
 
-    python experiments/bench_obs.py            # minutes, nearly all of them the published algorithm at 64 x 576
+    python experiments/bench_obs.py            # minutes; layers that results/bench_obs.csv has already are skipped
     python experiments/bench_obs.py --quick    # seconds: small layers only, nothing is written
 
 The baseline is the batched algorithm of OBC (arXiv 2208.11580) written again in plain torch: 32 rows at a time, each
@@ -10,43 +10,51 @@ far as plain torch goes without changing the algorithm. Its other output, the we
 the engine does without it.
 
 GFLOP/s of the engine count d^3 / 3 operations per row, the size of a Cholesky factorisation, and compare with a float32
-product of two 2048 x 2048 matrices (2 * 2048^3 operations) on the same threads, timed beside every layer; the highest
-rate of the run counts.
+product of two 2048 x 2048 matrices (2 * 2048^3 operations) on the same threads, timed before and after every layer; the
+higher rate counts. What is timed is the whole call, the inverse of the Hessian included. On a machine that does other
+work too, `load` is above `threads`, and wall times say little; `cpu_share_of_matmul` compares the same two by the CPU
+time of all threads (the least of the runs each).
 
 Both results are judged in float64: the order decision by decision (each pivot must be the best there was given those
-before it, up to a near-tie), the losses against those of the same order.
+before it, up to a near-tie), the losses against those of the same order. Of wide layers the first rows are judged.
 """
 
 from __future__ import annotations
 
-import csv
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numba
 import numpy as np
 import scipy.linalg
 import torch
 import typer
+from common import RESULTS, done_keys, environment, keep_row
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from autocompress import obs
 from autocompress.obs import prune_trace
 
 THREADS = 2
 BATCH_ROWS = 32
 DAMPING = 1e-2
 #: (rows, d, whether the baseline runs too: it would take a quarter of an hour and more on the wide ones)
-SHAPES = ((16, 144, True), (32, 288, True), (64, 576, True), (16, 1152, False), (8, 2304, False))
+SHAPES = (
+    (16, 144, True),
+    (32, 288, True),
+    (64, 576, True),
+    (128, 576, False),
+    (128, 1152, False),
+    (128, 2304, False),
+    (64, 4608, False),
+)
 QUICK_SHAPES = ((16, 144, True), (32, 288, False))
 #: Relative excess of a pivot's score over the best one alive that still passes for a near-tie.
 TIE_TOLERANCE = 1e-3
@@ -54,6 +62,10 @@ TIE_TOLERANCE = 1e-3
 #: be off by a multiple of 6e-8 times the condition of H; more than ten times that is a bug.
 LARGE_LOSS_ERROR = 1e-4
 FLOAT32_EPSILON = 6e-8
+JUDGED_WORK = 64 * 576**3  # rows x d^3 that are judged in float64: more takes minutes
+QUICK_OBQ = (32, 144, 3)
+KEYS = ["d", "rows", "layer"]
+OBQ_SHAPE = (64, 576, 3)  # rows, d, bits
 
 Trace = tuple[NDArray[np.int32], NDArray[np.float64]]
 
@@ -87,6 +99,8 @@ class Row:
     engine_gflops: float
     matmul_gflops: float
     share_of_matmul: float
+    engine_cpu_s: float
+    cpu_share_of_matmul: float
     order_agrees: float | None = None
     loss_difference: float | None = None
     engine_excess: float
@@ -95,14 +109,12 @@ class Row:
     published_excess: float | None = None
     published_loss_error: float | None = None
     published_large_errors: int | None = None
+    judged_rows: int
     threads: int
     load: float | None
-    cpu: str
-    python: str
-    numpy: str
-    torch: str
-    numba: str
     commit: str
+    cpu: str
+    versions: str
 
 
 def correlated_layer(rows: int, d: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -188,10 +200,31 @@ def seconds(function: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
+def cpu_seconds(function: Callable[[], object], repeats: int) -> list[float]:
+    """CPU time, all threads together, of each of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return times
+
+
 def best_seconds(function: Callable[[], object]) -> float:
     """Wall time of the fastest of three calls, or of the first if that took over ten seconds."""
     first = seconds(function, 1)[0]
     return first if first > 10.0 else min(first, *seconds(function, 2))
+
+
+def matmul_cpu_gflops(n: int = 2048, repeats: int = 7) -> float:
+    """Operations per CPU second of a float32 product of two n x n matrices on one thread: the best."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        return 2e-9 * n**3 / min(cpu_seconds(lambda: torch.mm(a, b), repeats))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def matmul_gflops(n: int = 2048, repeats: int = 15) -> float:
@@ -201,39 +234,28 @@ def matmul_gflops(n: int = 2048, repeats: int = 15) -> float:
     return 2e-9 * n**3 / statistics.median(seconds(lambda: torch.mm(a, b, out=out), repeats))
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to compare figures; the commit has a plus if the engine was changed since."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "threads": THREADS,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("+" if git("status", "--porcelain", "../autocompress/obs") else ""),
-    }
-
-
 def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: int, baseline: bool, repeats: int) -> Row:
     """Time one layer; raises RuntimeError if the engine's pivots or losses are not right."""
-    trace = prune_trace(W, H, threads=THREADS)  # the first call of a process loads the compiled code
-    times = seconds(lambda: prune_trace(W, H, threads=THREADS), repeats)
-    engine_s, matmul = statistics.median(times), matmul_gflops()
+    matmul = matmul_gflops()
+    prune_trace(W[:THREADS], H, threads=THREADS)  # the first call of a process loads the compiled code
+    results: list[Trace] = []
+    cpu_times: list[float] = []
+
+    def timed() -> None:
+        cpu_times.extend(cpu_seconds(lambda: results.append(prune_trace(W, H, threads=THREADS)), 1))
+
+    times = seconds(timed, repeats)
+    matmul = max(matmul, matmul_gflops())
+    trace = results[0]
+    engine_s = statistics.median(times)
     gflops = len(W) * len(H) ** 3 / 3e9 / engine_s
-    excess, loss_error, large_errors = judge(W, H, trace)
-    condition = float(np.linalg.cond(H))
+    judged = min(len(W), max(2, JUDGED_WORK // len(H) ** 3))
+    excess, loss_error, large_errors = judge(W[:judged], H, (trace[0][:judged], trace[1][:judged]))
+    eigenvalues = scipy.linalg.eigvalsh(H)
+    condition = float(eigenvalues[-1] / eigenvalues[0])
     if excess > TIE_TOLERANCE or loss_error > max(LARGE_LOSS_ERROR, 10 * FLOAT32_EPSILON * condition):
         raise RuntimeError(f"{layer}: a pivot is {excess:.1e} worse than the best, a loss {loss_error:.1e} wrong")
+    found = environment()
     row = Row(
         layer=layer,
         rows=len(W),
@@ -247,10 +269,17 @@ def measure(layer: str, W: NDArray[np.float64], H: NDArray[np.float64], seed: in
         engine_gflops=gflops,
         matmul_gflops=matmul,
         share_of_matmul=gflops / matmul,
+        engine_cpu_s=min(cpu_times),
+        cpu_share_of_matmul=len(W) * len(H) ** 3 / 3e9 / min(cpu_times) / matmul_cpu_gflops(),
         engine_excess=excess,
         engine_loss_error=loss_error,
         engine_large_errors=large_errors,
-        **environment(),
+        judged_rows=judged,
+        threads=THREADS,
+        load=os.getloadavg()[0],
+        commit=found["commit"],
+        cpu=found["cpu"],
+        versions=found["versions"],
     )
     if not baseline:
         return row
@@ -284,6 +313,7 @@ def show(results: list[Row]) -> None:
         "ratio",
         "GFLOP/s",
         "of matmul",
+        "by CPU",
         "loss error",
         "published",
     ):
@@ -298,6 +328,7 @@ def show(results: list[Row]) -> None:
             "-" if r.speedup_in_place is None else f"{r.speedup_in_place:.0f}",
             f"{r.engine_gflops:.1f}",
             f"{r.share_of_matmul:.2f}",
+            f"{r.cpu_share_of_matmul:.2f}",
             f"{r.engine_loss_error:.1e}",
             "-" if r.published_loss_error is None else f"{r.published_loss_error:.1e}",
         )
@@ -307,38 +338,96 @@ def show(results: list[Row]) -> None:
     )
 
 
-def write(results: list[Row], path: Path) -> None:
-    """One line per layer, narrowest first, so that two runs differ line by line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in sorted(results, key=lambda r: (r.d, r.rows, r.layer)):
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+@torch.inference_mode()
+def published_obq(W: NDArray[np.float64], H: NDArray[np.float64], step: NDArray[np.float64], bits: int) -> NDArray[Any]:
+    """Greedy quantisation as published, symmetric grid: OBC's `quantize` for batches of rows, with its outlier rule."""
+    weight, hessian = torch.tensor(W, dtype=torch.float32), torch.tensor(H, dtype=torch.float32)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    rows, d = weight.shape
+    low, high, scales = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.tensor(step, dtype=torch.float32)
+    codes = torch.empty(rows, d)
+    for start in range(0, rows, BATCH_ROWS):
+        w, scale = weight[start : start + BATCH_ROWS].clone(), scales[start : start + BATCH_ROWS, None]
+        G = inverse.expand(len(w), d, d).clone()
+        row, gone = torch.arange(len(w)), torch.zeros_like(w, dtype=torch.bool)
+        for _ in range(d):
+            level = (w / scale).round_().clamp_(low, high)
+            away = (w - level * scale) ** 2
+            diagonal = G.diagonal(dim1=1, dim2=2)
+            scores = (away / diagonal).masked_fill_(gone, torch.inf)
+            j = scores.argmin(dim=1)
+            far = away.masked_fill(gone, 0.0)
+            outlier = ((far > 0.25 * scale**2).sum(dim=1) > 0) & (w[row, j] != 0)
+            j = torch.where(outlier, far.argmax(dim=1), j)
+            codes[start + row, j] = level[row, j]
+            pivot, g = G[row, j], diagonal[row, j]
+            w -= pivot * ((w[row, j] - level[row, j] * scale[:, 0]) / g)[:, None]
+            gone[row, j] = True
+            pivot = pivot / g.sqrt()[:, None]
+            G -= torch.bmm(pivot[:, :, None], pivot[:, None, :])
+    return codes.numpy().astype(np.int32)
+
+
+def measure_obq(rows: int, d: int, bits: int, seed: int, repeats: int) -> dict[str, Any]:
+    """Time greedy quantisation of one layer against the published algorithm, and compare their codes and errors."""
+    W, H = correlated_layer(rows, d, seed)
+    step, high = obs.search_scale(W, bits), 2 ** (bits - 1) - 1
+    results: list[NDArray[np.int32]] = [obs.obq(W, H, step, -high - 1, high, threads=THREADS)]
+    times = seconds(lambda: results.append(obs.obq(W, H, step, -high - 1, high, threads=THREADS)), repeats)
+    start = time.perf_counter()
+    theirs = published_obq(W, H, step, bits)
+    published_s = time.perf_counter() - start
+    errors = [obs.layer_error(W, q * step[:, None], H) for q in (results[0], theirs)]
+    return {
+        "layer": f"random {rows} x {d}",
+        "bits": bits,
+        "seed": seed,
+        "engine_s": f"{statistics.median(times):.6g}",
+        "repeats": repeats,
+        "published_s": f"{published_s:.6g}",
+        "speedup": f"{published_s / statistics.median(times):.6g}",
+        "codes_agree": f"{np.mean(results[0] == theirs):.6g}",
+        "rows_agree": f"{np.mean((results[0] == theirs).all(axis=1)):.6g}",
+        "error_ratio": f"{errors[0] / errors[1]:.6g}",
+        "threads": THREADS,
+        "load": f"{os.getloadavg()[0]:.3g}",
+        **environment(),
+    }
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Small layers only; writes nothing unless --out is given.")] = False,
-    out: Annotated[Path | None, typer.Option(help="CSV to write; by default results/bench_obs.csv.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small layers only; writes nothing.")] = False,
+    only: Annotated[int | None, typer.Option(help="Only layers of this many columns; 0: only `obq`.")] = None,
+    again: Annotated[bool, typer.Option(help="Measure layers that have a row already, and replace it.")] = False,
     seed: int = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of the engine per layer.")] = 9,
 ) -> None:
     """Time the engine, and the published algorithm on the layers where that takes minutes at most."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(seed)
-    layers = [
-        (f"random {rows} x {d}", *correlated_layer(rows, d, seed), baseline)
+    path = RESULTS / "bench_obs.csv"
+    known = set() if again or quick else {key[0] for key in done_keys(path, ["layer"])}
+    makers: list[tuple[str, int, Callable[[], tuple[NDArray[np.float64], NDArray[np.float64]]], bool]] = [
+        (f"random {rows} x {d}", d, partial(correlated_layer, rows, d, seed), baseline)
         for rows, d, baseline in (QUICK_SHAPES if quick else SHAPES)
     ]
-    layers += [(f"{name} {W.shape[0]} x {W.shape[1]}", W, H, not quick) for name, (W, H) in golden_layers().items()]
-    results = [measure(name, W, H, seed, baseline, repeats) for name, W, H, baseline in layers]
-    peak = max(row.matmul_gflops for row in results)  # the others were disturbed
-    results = [replace(row, matmul_gflops=peak, share_of_matmul=row.engine_gflops / peak) for row in results]
+    for name, (W, H) in golden_layers().items():
+        makers.append((f"{name} {W.shape[0]} x {W.shape[1]}", W.shape[1], partial(lambda *x: x, W, H), not quick))
+    results = []
+    for name, d, make, baseline in makers:
+        if name in known or only not in (None, d):
+            continue
+        row = measure(name, *make(), seed, baseline, max(1, repeats if d < 2304 else repeats // 4))
+        results.append(row)
+        if not quick:
+            keep_row(path, {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}, KEYS)
     show(results)
-    if out is None and not quick:
-        out = Path(__file__).parent / "results" / "bench_obs.csv"
-    if out is not None:
-        write(results, out)
+    if only in (None, 0):
+        rows, d, bits = QUICK_OBQ if quick else OBQ_SHAPE
+        found = measure_obq(rows, d, bits, seed, repeats)
+        Console().print(found)
+        if not quick:
+            keep_row(RESULTS / "bench_obs_obq.csv", found, ["layer", "bits"])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 `relative_error` is the mean over the layers of ½ tr(ΔW H ΔWᵀ) over the layer's energy, `largest` the worst of them;
 `bytes` what the file holds of the weights (entropy-coded codes or masks, steps), `plain_bytes` what fixed fields need:
-see `plain_bytes`. `cpu_seconds`: processor time of mask, refit, quantisation and coding of all layers on one thread, the
-pruning trace not counted.
+see `plain_bytes`. `cpu_seconds`: processor time of mask, refit, quantisation and coding of all layers on one thread,
+without the pruning trace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from common import RESULTS, environment, keep_row
 import autocompress as ac
 from autocompress.compressors import LayerProblem, Measured, Realised, named_options, profile_layer, realise
 from autocompress.layers import find_layers
-from autocompress.storage import CODECS
 from autocompress.tasks import load_task
 from autocompress.threads import single_threaded
 from autocompress.types import Option
@@ -45,36 +44,33 @@ rd(0.5,0.1) rd(0.5,0.3) rd(0.5,0.3)s60 rd(0.5,0.3)2:4 rd(0.5,0.3)blk4@50 rd(0.5,
 
 
 def plain_bytes(found: Realised, option: Option) -> int:
-    """Bytes of the shortest layout of fixed fields: empty output and input channels dropped (a bit each says which),
-    then all values in as many bits as they need, or those that are not zero behind a bit per weight, or N of every M
-    with the number of their subset; and the steps as the file has them.
+    """Bytes of the shortest layout of fixed fields: all values; or a bit per weight and what is not zero; or the number
+    of the subset and the N values of every M input channels. Values have the bits of the option, or as many as the
+    codes need. Channels that go leave a smaller matrix and a bit for each channel. Steps as the file has them, with a
+    zero point of the same width as a code where the grid is not symmetric.
     """
-    weight = found.weight()
-    block = weight.reshape(*weight.shape[:2], -1) if weight.ndim > 1 else weight[:, None, None]
-    rows, channels = block.any(axis=(1, 2)), block.any(axis=(0, 2))
-    dropped = option.channels is not None or option.out is not None
-    kept = block[rows][:, channels] if dropped else block
-    flags = math.ceil(rows.size / 8) + math.ceil(channels.size / 8) if dropped else 0
-    if found.codes is None or found.codec == "fp8":
-        width = 8 if found.codec == "fp8" else 16 if option.half else 32
-        values = np.where(kept != 0, 1, 0).astype(np.int32)
+    weight = found.weight().reshape(*found.shape[:2], -1) != 0
+    extra = 0
+    if option.channels is not None or option.out is not None:
+        rows, channels = weight.any(axis=(1, 2)), weight.any(axis=(0, 2))
+        extra += math.ceil(rows.size / 8) + math.ceil(channels.size / 8)
+        weight = weight[rows][:, channels]
+    if option.step is not None and found.codes is not None:
+        width = max(int(found.codes.max()) - int(found.codes.min()), 1).bit_length()
     else:
-        codes = found.codes.reshape(block.shape)
-        values = (codes[rows][:, channels] if dropped else codes).astype(np.int32)
-        width = 0  # the codecs know it
-    flat = np.ascontiguousarray(np.moveaxis(values, 1, -1))
-    count, nonzero = flat.size, int(np.count_nonzero(flat))
-    sizes = [CODECS["packed"].size(flat), CODECS["bitmask"].size(flat)] if not width else [
-        math.ceil(count * width / 8),
-        math.ceil(count / 8) + math.ceil(nonzero * width / 8),
-    ]  # fmt: skip
-    if option.nm is not None and flat.shape[-1] % option.nm[1] == 0:
+        width = option.bits or (8 if option.fp8 else 16 if option.half else 32)
+    if found.codes is not None:
+        extra += 2 * np.size(found.step) if np.ndim(found.step) else 4
+        extra += math.ceil(np.size(found.step) * width / 8) if option.asymmetric else 0
+    count, kept = weight.size, int(np.count_nonzero(weight))
+    sizes = [math.ceil(count / 8) + math.ceil(kept * width / 8)]
+    if option.bits != 1 or kept == count:  # between -1 and 1 there is no zero
+        sizes.append(math.ceil(count * width / 8))
+    if option.nm is not None and weight.shape[1] % option.nm[1] == 0:
         n, m = option.nm
-        index = math.ceil(count // m * math.ceil(math.log2(math.comb(m, n))) / 8)
-        each = width or max(int(flat.max()) - int(flat.min()), 1).bit_length()
-        sizes.append(index + math.ceil(count // m * n * each / 8))
-    steps = 0 if found.codes is None else 4 if np.ndim(found.step) == 0 else 2 * np.size(found.step)
-    return min(sizes) + flags + steps
+        index = math.ceil(math.log2(math.comb(m, n)))
+        sizes.append(math.ceil(count // m * (index + n * width) / 8))
+    return min(sizes) + extra
 
 
 def main(
@@ -90,7 +86,7 @@ def main(
     layers = [layer for layer in find_layers(model) if layer.name in stats.layers]
     problems = []
     for layer in layers:
-        weight = layer.matrix(model.get_submodule(layer.name).weight.detach())
+        weight = layer.matrix(model.get_parameter(layer.key))
         problems.append(LayerProblem(layer.name, layer.shape, weight, stats.layers[layer.name].hessian))
     with single_threaded():
         for problem in problems:

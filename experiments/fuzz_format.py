@@ -29,6 +29,7 @@ if "--atheris" in sys.argv:  # coverage comes from instrumenting the storage mod
     with atheris.instrument_imports(include=["autocompress.storage"], exclude=["autocompress.storage.kernels"]):
         importlib.import_module("autocompress.storage")
 
+from autocompress.obs import trellis_codes
 from autocompress.storage import Entry, FormatError, float_entry, round_small, serialise, weight_entry
 from autocompress.storage.bits import Cursor, put_uint
 from autocompress.storage.container import SECTION_BYTES, Archive
@@ -70,6 +71,9 @@ def sample_entries(seed: int = 0) -> list[Entry]:
         weight_entry("groups", codes(6, 4, 3, 3), rng.random((6, 5)), group=8),
         weight_entry("eight", rng.choice([0.0, 0.25, -1.5, 448.0], (6, 40)), rng.random(6), codec="fp8"),
         float_entry("pruned", (vector * (vector > 0)).astype(np.float32), codec="masked"),
+        weight_entry(
+            "trellis", trellis_codes(rng.laplace(size=(8, 27)), np.eye(27), [(0.4, 0.1)])[0], 0.4, codec="trellis"
+        ),
         float_entry("bn1.weight", vector),
         float_entry("bn1.bias", round_small(vector, 5), codec="smallfloat"),
         float_entry("counter", np.arange(6, dtype=np.int64), codec="raw"),

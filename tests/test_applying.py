@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import ConvNet, batches, compressed, convnet, images, profiled, seeded, small_profile
@@ -17,7 +18,7 @@ import autocompress as ac
 from autocompress.applying import encoded_of, realise_layers
 from autocompress.errors import BudgetError, MismatchError
 from autocompress.layers import model_digest, stored_tensors
-from autocompress.storage import FormatError
+from autocompress.storage import FormatError, float_entry, write
 
 
 class Rich(nn.Module):
@@ -281,3 +282,12 @@ def test_a_correction_sees_what_calibration_saw_and_no_more() -> None:
     a, b = ac.apply(model, plan, found, data), ac.apply(model, plan, found, changed)
     assert same_outputs(a, b, data)
     assert not same_outputs(a, ac.apply(model, plan, found, shifted(3, 6, 6)), data)
+
+
+@pytest.mark.parametrize("groups", [-1, 3, "two", 1.5])
+def test_a_layout_that_makes_no_sense_is_a_damaged_file(groups: Any, tmp_path: Path) -> None:
+    for shape in ((4, 2, 3), (4,)):
+        values = np.zeros(shape, np.float32)
+        write(tmp_path / "m.acz", [float_entry("weight", values, codec="raw", params={"swapped": groups})])
+        with pytest.raises(FormatError, match=r"entry 'weight': .* groups"):
+            ac.load(tmp_path / "m.acz")

@@ -305,6 +305,16 @@ def test_statistics_survive_a_file(tmp_path: Path) -> None:
         Statistics.load(tmp_path / "noise.npz")
 
 
+def test_weights_of_rows_survive_a_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3))
+    stats = calibrate(model, [torch.tensor([[0, 1], [1, 3]])], holdout=0)
+    stats.save(tmp_path / "stats.npz")
+    again = Statistics.load(tmp_path / "stats.npz")
+    np.testing.assert_array_equal(again.layers["0"].row_weights, [1.5, 2.5, 0.5, 1.5, 0.5, 0.5])
+    assert again.layers["0"].hessian.shape == (0, 4, 4)
+    assert again.layers["1"].row_weights is None
+
+
 def test_refusals_name_the_layer_or_the_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(CalibrationError, match="no batches"):

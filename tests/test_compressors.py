@@ -6,8 +6,11 @@ offers none; the laws are those of compressors/base.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +38,7 @@ OPTIONS = [
         "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100 rd(0.5,0.3)2:4 "
         "s75 s75fp16 s100 2:4 1:4fp16 3:5 2:4w4 4:8w4a blk4@50 blk4@50w4 blk2x4@50fp16 blk3x2@70w3g5 ch50 ch50w4 "
         "out50 out50w4t w4g8 w1 w1a w1t w1g4 s50w1 w2a w3a w8a w4t w4m w8m w4am w4ta w4tm w2g5 w4g4a w3g32am w4g1000 "
-        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8"
+        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8 tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2)"
     ).split()
 ]
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
@@ -74,6 +77,13 @@ def zeros() -> LayerProblem:
     return p
 
 
+def constant() -> LayerProblem:
+    """Every weight of a row the same: nothing but ties."""
+    p = problem()
+    p.weight[:] = np.linspace(-0.5, 0.75, 6).astype(np.float32)[None, :, None]
+    return p
+
+
 def kernel() -> LayerProblem:
     """A convolution's weight, stored in its own shape."""
     p = problem(d=18, groups=2, rows=3)
@@ -105,6 +115,7 @@ PROBLEMS: dict[str, Callable[[], LayerProblem]] = {
     "one weight": lambda: problem(rows=1, d=1),
     "zero layer": zeros,
     "zero row": zero_row,
+    "constant rows": constant,
     "1e-20": lambda: problem(scale=1e-20),
     "1e20": lambda: problem(scale=1e20),
     "grouped kernel": kernel,
@@ -138,6 +149,17 @@ def realised(name: str, p: LayerProblem, option: Option) -> Realised | None:
     return COMPRESSORS[name].realise_all(p, [option])[0]
 
 
+@functools.cache
+def shared(case: str) -> LayerProblem:
+    """A problem that several tests look at, and leave alone; it remembers its trace and masks."""
+    return PROBLEMS[case]()
+
+
+@functools.cache
+def found_on(name: str, option: Option, case: str) -> Realised | None:
+    return realised(name, shared(case), option)
+
+
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_every_compressor_offers_something_that_is_tested_here(name: str) -> None:
     mine = [option for option in [*OPTIONS, *default_options()] if COMPRESSORS[name].offers(option)]
@@ -155,7 +177,9 @@ def test_no_option_belongs_to_two_compressors_and_the_default_ones_to_one() -> N
 
 
 def test_an_option_that_nobody_offers_is_refused_by_name() -> None:
-    with pytest.raises(OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"):
+    with pytest.raises(
+        OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"
+    ):
         compressor_of(Option.parse("rank2w8"))
 
 
@@ -165,7 +189,7 @@ def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option) 
         p = make()
         rows, order, losses, energy = profile_layer(p, [option])
         np.testing.assert_allclose(energy, reference_error(p, np.zeros_like(p.weight)), rtol=1e-9)
-        again = realised(name, make(), option)
+        again = found_on(name, option, case)
         if again is None:  # a float format cannot hold the weights, or a table has no such structure
             assert rows == []
             assert p.row_weights is not None or np.abs(p.weight).max() > np.finfo(np.float16).max
@@ -204,10 +228,9 @@ def test_options_do_not_influence_each_other(name: str, case: str) -> None:
 @pytest.mark.parametrize(("name", "option"), OFFERED)
 def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Option) -> None:
     """All zeros is a choice that every grid has; nothing may be worse than it by more than 5 percent."""
-    for case, make in PROBLEMS.items():
-        p = make()
-        found = realised(name, p, option)
-        if found is not None and option.bits != 1:  # between -1 and 1 there is no zero, and {0, 1} has one sign only
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(name, option, case)
+        if found is not None and (option.bits != 1 or option.asymmetric):  # between -1 and 1 there is no zero
             assert p.error(found.weight()) <= 1.05 * p.energy + FLOOR * p.energy, case
 
 
@@ -257,8 +280,7 @@ def test_error_feedback_is_no_worse_than_rounding(name: str, option: Option) -> 
     for case in (*cases, "table", "table and head"):
         if case == "uneven rows" and option.bits == 1:
             continue  # one row is all of the error, and one bit a coin
-        p = PROBLEMS[case]()
-        found = realised(name, p, option)
+        p, found = shared(case), found_on(name, option, case)
         if found is None:
             assert p.row_weights is not None
             continue
@@ -279,9 +301,8 @@ STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None]
 
 @pytest.mark.parametrize("option", STRUCTURES, ids=str)
 def test_the_pattern_of_a_name_holds(option: Option) -> None:
-    for case, make in PROBLEMS.items():
-        p = make()
-        found = compressor_of(option)[1].realise_all(p, [option])[0]
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(compressor_of(option)[0], option, case)
         if found is None:
             continue
         positions = int(np.prod(p.shape[2:]))
@@ -314,9 +335,8 @@ def test_the_pattern_of_a_name_holds(option: Option) -> None:
 
 @pytest.mark.parametrize(("name", "option"), QUANTISED)
 def test_codes_are_on_the_grid_of_the_name(name: str, option: Option) -> None:
-    for case, make in PROBLEMS.items():
-        p = make()
-        found = realised(name, p, option)
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(name, option, case)
         if found is None:
             assert p.row_weights is not None
             continue
@@ -409,7 +429,7 @@ def smallest(p: LayerProblem, option: Option) -> np.ndarray:
 def test_relative_errors_do_not_depend_on_the_scale(scale: float) -> None:
     """Up to the rounding of steps: rate-distortion steps are in units of the weights."""
     here, there = problem(), problem(scale=scale)
-    for option in (Option.parse("rd(0.5,0.3)s60"), Option.parse("rd(0.25,0.1)")):
+    for option in map(Option.parse, ("rd(0.5,0.3)s60", "rd(0.25,0.1)", "tcq(0.3,0.4)")):
         a, b = (p.error(realise(p, option).weight()) / p.energy for p in (here, there))
         assert b == pytest.approx(a, rel=0.02)
 
@@ -450,3 +470,18 @@ def test_families_are_lists_of_options_that_compressors_offer() -> None:
     }.items():
         with pytest.raises(OptionError, match=words):
             named_options([text])
+
+
+def test_the_page_on_options_names_what_there_is() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "options.md").read_text()
+    assert re.findall(r"`(\w+)`", text[text.index("## Families") : text.index("    autocompress")]) == list(FAMILIES)
+    tables = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = re.findall(r"`([^`]+)`", " ".join(tables))
+    suffixes = [name for name in names if name in ("t", "a", "m", "g128")]
+    assert len(suffixes) == 4
+    for name in [*(name for name in names if name not in suffixes), *(f"w4{s}" for s in suffixes), "w4g128am", "w1a"]:
+        assert COMPRESSORS[compressor_of(Option.parse(name))[0]].offers(Option.parse(name)), name
+    for name in ("rank32", "k4r12"):
+        assert f"`{name}`" in text
+        with pytest.raises(OptionError, match="no compressor"):
+            compressor_of(Option.parse(name))

@@ -67,6 +67,17 @@ def biases() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
 
 
+def upsampling() -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose2d(3, 6, 3, stride=2, padding=1, groups=3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 2),
+        nn.Flatten(2),
+        nn.Linear(144, 3),
+    )
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
 
@@ -78,6 +89,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (sequence, (3, 6)),
     "conv3d": (volume, (2, 3, 3, 3)),
     "biases": (biases, (3, 6, 6)),
+    "transposed convolutions": (upsampling, (3, 6, 6)),
     "no biases": (plain, (6,)),
 }
 
@@ -114,6 +126,41 @@ def moments(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[torch.Tensor, 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
     scale = float(a.abs().max())
     return float((a - b).abs().max()) <= tolerance * scale
+
+
+class Padded(nn.Module):
+    """An encoder over sequences of several lengths, which torch would run on nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 16), nn.Linear(16, 5)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+
+    def forward(self, tokens: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.words(tokens), src_key_padding_mask=padding)[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_norms_inside_an_encoder_are_corrected_although_torch_has_one_kernel_for_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 7, (5, 8, 1), generator=generator)
+    data = [
+        {"tokens": torch.randint(0, 20, (8, 6), generator=generator), "padding": torch.arange(6) >= n} for n in lengths
+    ]
+    model = seeded(Padded)
+    found = profiled(model, data)
+    assert found.statistics.unreached == ()
+    plan = ac.plan(found, "5x")
+    small, plain = (ac.apply(model, plan, found, given) for given in (data, None))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert not torch.equal(small.get_parameter(f"{name}.weight"), plain.get_parameter(f"{name}.weight"))
+
+    def loss(network: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float((network(**b) - model(**b)).square().sum()) for b in data)
+
+    assert 0 < loss(small) < loss(plain)
 
 
 @pytest.mark.parametrize("name", NETS)

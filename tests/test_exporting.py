@@ -190,17 +190,24 @@ def test_onnx_qdq_of_linear_layers_and_external_data(tmp_path: Path) -> None:
     assert "Transpose" not in kinds(out)  # integers are stored as MatMul wants them
 
 
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("nbits", [False, True], ids=["QDQ", "MatMulNBits"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_onnx_blocked_steps(tmp_path: Path, bits: int, nbits: bool) -> None:
+def test_onnx_blocked_steps(tmp_path: Path, bits: int, nbits: bool, asymmetric: bool) -> None:
     rng = np.random.default_rng(bits)
 
     def grouped(key: str, shape: tuple[int, ...], groups: int) -> Weight:
-        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int32)
+        group = int(np.prod(shape[1:])) // groups
+        low = (
+            -rng.integers(0, 2**bits, (shape[0], groups))
+            if asymmetric
+            else np.full((shape[0], groups), -(2 ** (bits - 1)))
+        )
+        codes = rng.integers(0, 2**bits, (shape[0], groups * group)) + np.repeat(low, group, axis=1)
         step = rng.random((shape[0], groups)).astype(np.float32)
-        group = codes[0].size // groups
+        option = Option(bits=bits, group=group, asymmetric=asymmetric)
         owners = (key.removesuffix(".weight"),)
-        return Weight(key, owners, shape, Option(bits=bits, group=group), codes, step, group=group)
+        return Weight(key, owners, shape, option, codes.astype(np.int32).reshape(shape), step, group=group)
 
     class Blocked(nn.Module):
         def __init__(self) -> None:
@@ -227,7 +234,7 @@ def test_onnx_blocked_steps(tmp_path: Path, bits: int, nbits: bool) -> None:
     np.testing.assert_allclose(onnx_outputs(out, x)[0], model(x).detach().numpy(), rtol=1e-4, atol=1e-3)
     blocks = [a.i for node in graph_of(out).node for a in node.attribute if a.name == "block_size"]
     assert blocks == [8, 16]
-    assert ("MatMulNBits" in kinds(out)) is nbits
+    assert ("MatMulNBits" in kinds(out)) is (nbits and not asymmetric)  # that has no zero points here
 
 
 def test_onnx_refuses_by_name_or_maps_with_a_warning(tmp_path: Path) -> None:
@@ -521,6 +528,29 @@ def test_transformers_loads_compressed_tensors(tmp_path: Path, build: Any, auto:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "model.acz", "one"]
 
 
+def test_transformers_loads_groups_and_grids_that_are_not_symmetric(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra hf)")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra hf)")
+    model, data = seeded(llama), tokens()
+    small, plan = applied(model, data, ("w4a", "w3g4a", "w4tam", "w4g4", "s50w2a", "s75", "fp8", "w1"))
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    ac.export(path, model, "compressed-tensors", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
+    kinds = {(g["weights"]["num_bits"], g["weights"]["strategy"], g["weights"]["symmetric"])
+             for g in config["config_groups"].values()}  # fmt: skip
+    assert all(symmetric for _, _, symmetric in kinds)
+    assert {strategy for _, strategy, _ in kinds} == {"channel", "group", "tensor"}
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        back(**data[0])
+    wanted: Any = ac.load(path, copy.deepcopy(model))
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    small, _ = applied(model, data, ("w8a",))
+    with pytest.raises(ExportError, match=r"\(w8a\).*: its codes need more than 8 bits"):
+        ac.export(small, format="compressed-tensors", out=tmp_path / "no")
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [1, 31, 32, 45])
 def test_packing_is_the_librarys(bits: int, columns: int) -> None:
@@ -744,13 +774,16 @@ def test_every_pattern_goes_through_file_memory_and_runtime(tmp_path: Path, opti
         loaded: Any = ac.load(path, copy.deepcopy(model), packed=packed)
         assert torch.equal(loaded(data[0]), small(data[0])), packed
     for name, layer in profile.layers.items():
-        weight = small.get_submodule(name).weight
-        assert isinstance(weight, torch.Tensor)
-        delta = weight.detach().double().numpy() - model.get_submodule(name).weight.detach().double().numpy()
+        before, after = (m.get_parameter(layer.layer.key).detach().double().numpy() for m in (model, small))
+        delta = after - before
         hessian = profile.statistics.layers[name].hessian
         delta = delta.reshape(hessian.shape[0], -1, hessian.shape[1])
         error = 0.5 * np.einsum("grd,gde,gre->", delta, hessian, delta)
         assert layer.row(plan.layers[name]).error == pytest.approx(error, rel=1e-4, abs=1e-7 * layer.energy)
     info = ac.export(path, copy.deepcopy(model), "onnx", tmp_path / "m.onnx", example=data[0][:1])
     close(onnx_outputs(info.path, data[0])[0], small(data[0]))
-    ac.export(path, None, "safetensors", tmp_path / "m.safetensors")
+    held = {option: kind for _, option, kind in info.layers}
+    for option, kind in {"w8a": "int8", "w4tam": "int4", "w3g7am": "int4", "w4a": "int4", "w4g5": "int4"}.items():
+        assert held.get(option, kind).startswith(kind)
+    assert held.get("s75", "float32") == "float32"
+    assert held.get("2:4fp16", "float16") == "float16"

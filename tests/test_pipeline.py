@@ -16,6 +16,7 @@ import pytest
 import torch
 from networks import KINDS, OPTIONS, Kinds, convnet, images, kinds, profiled, seeded
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import autocompress as ac
 from autocompress import pipeline
@@ -83,7 +84,11 @@ def test_every_kind_of_layer_goes_the_whole_way(tmp_path: Path) -> None:
         wanted = result.model(data[0])
         assert torch.equal(ac.load(result.info.path, seeded(Kinds, seed=1))(data[0]), wanted)
         for packed in (True, "bits"):
-            assert torch.equal(ac.load(result.info.path, seeded(Kinds, seed=1), packed=packed)(data[0]), wanted)
+            back: Any = ac.load(result.info.path, seeded(Kinds, seed=1), packed=packed)
+            assert torch.equal(back(data[0]), wanted)
+            for kind in (back.words, back.topic, back.encoder.self_attn, back.cell, back.up):
+                assert is_parametrized(kind)
+            assert not is_parametrized(back.lstm), "its weights would be decoded into a list that stays"
         assert 0 < float((wanted - model(data[0])).abs().max()) < float(model(data[0]).abs().max())
     for name, option in result.plan.layers.items():
         layer = result.profile.layers[name].layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -236,6 +237,17 @@ def test_single_options_keep_every_limit() -> None:
     assert {str(o) for o in plan.layers.values()} == {"w4"}
     with pytest.raises(InfeasibleError, match=r"no single option .* takes is 300 bytes and 2\.\d+ ms"):
         ac.plan(profile, "300,latency_ms=2", "uniform")
+
+
+def test_a_limit_of_exactly_what_is_taken_can_be_met() -> None:
+    """A number is taken as it is written: 0.000057 ms are 57 ns, though the product of the floats is less."""
+    awkward = [ns for ns in range(1, 10**5) if math.floor(ns / 1e6 * 1e6) < ns][::200]
+    assert awkward
+    for ns in awkward:
+        profile = with_times(small_profile()[2], dense_ms=0.0)
+        assert profile.latency is not None
+        profile = dataclasses.replace(profile, latency=dataclasses.replace(profile.latency, dense_ms=ns / 1e6))
+        assert ac.plan(profile, f"latency_ms={ns / 1e6!r}").predicted_loss == 0.0
 
 
 def test_milliseconds_need_a_table() -> None:

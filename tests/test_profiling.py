@@ -23,8 +23,9 @@ from torch import nn
 import autocompress as ac
 from autocompress import profiling
 from autocompress.calibration import Statistics, calibrate
-from autocompress.compressors import COMPRESSORS
+from autocompress.compressors import COMPRESSORS, realise
 from autocompress.errors import MismatchError, OptionError, StoreError
+from autocompress.obs import exact_operations
 from autocompress.planning import size_range
 from autocompress.profiling import Profile, Store, load_profile, profile
 
@@ -106,7 +107,6 @@ from pathlib import Path
 sys.path.append({tests!r})
 from networks import OPTIONS, convnet, images
 from autocompress.calibration import calibrate
-from autocompress.planning import size_range
 from autocompress.profiling import profile
 
 def progress(done, total, name):
@@ -311,6 +311,7 @@ class Unreached(nn.Module):
 
 
 def test_a_layer_that_calibration_never_reaches_has_what_needs_no_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     model = Unreached().eval()
     data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(0))]
     found = profiled(model, data, (*OPTIONS, "w8", "s50w8"), store=tmp_path)
@@ -370,3 +371,25 @@ def test_the_head_holds_no_clock(stored: Any) -> None:
     head = json.loads((stored[2] / "profile.json").read_text())
     assert set(head) == {"fields", "skipped", "layers", "template"}
     assert str(time.gmtime().tm_year) not in json.dumps(head["fields"])
+
+
+def test_layers_too_wide_for_exact_rows_offer_the_same_options(stored: Any, tmp_path: Path) -> None:
+    model, stats, store = stored
+    exact = load_profile(store)
+    assert set(exact.table["method"]) == {"exact"}
+    limit = min(exact_operations(x.layer.matrix_shape) for x in exact.layers.values())
+    wide = profile(model, stats, tmp_path / "wide", OPTIONS, workers=1, exact_limit=limit)
+    methods = dict(zip(wide.table["layer"], wide.table["method"], strict=True))
+    assert sorted(methods.values()) == ["exact", "shared", "shared", "shared"]
+    for name, layer in wide.layers.items():
+        assert [r.option for r in layer.rows] == [r.option for r in exact.layers[name].rows]
+        owner: Any = model.get_submodule(name)
+        for row in layer.rows:
+            realised = realise(wide.problem(name, owner.weight), row.option)
+            assert realised.bytes() == row.bytes
+            assert wide.problem(name, owner.weight).error(realised.weight()) == pytest.approx(row.error, rel=1e-9)
+        if methods[name] == "exact":
+            assert layer.rows == exact.layers[name].rows
+    assert load_profile(tmp_path / "wide").fingerprint == wide.fingerprint
+    with pytest.raises(MismatchError, match=r"field 'exact_limit': .* another limit of exact work"):
+        resume(model, stats, store, exact_limit=limit)

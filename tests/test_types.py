@@ -67,6 +67,7 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("2:4w8", Option(nm=(2, 4), bits=8)),
         ("blk4@50w8", Option(block=4, sparsity=50, bits=8)),
         ("rd(0.031,0.2)s60", Option(step=0.031, lam=0.2, sparsity=60)),
+        ("tcq(0.34,0.4)", Option(step=0.34, lam=0.4, trellis=True)),
         ("rank32w8", Option(rank=32, bits=8)),
         ("k4r12w8", Option(groups=4, rank=12, bits=8)),
         ("ch50w8", Option(channels=50, bits=8)),
@@ -113,6 +114,7 @@ def test_the_names_of_the_design(text: str, option: Option) -> None:
         ("fp8a", "is not an option"),
         ("out100", "out must be at least 0 and below 100 percent"),
         ("blk0x4@50", "block_rows is 0, needed at least 1"),
+        ("tcq(0.1,0.1)s60", "tcq finds its zeros itself: no structure"),
     ],
 )
 def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> None:

@@ -13,6 +13,7 @@ from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.pruned import Pruned
 from autocompress.compressors.rd import RateDistortion, default_grid
+from autocompress.compressors.tcq import TrellisCoded, trellis_grid
 from autocompress.errors import OptionError
 from autocompress.threads import single_threaded
 from autocompress.types import DENSE, Option
@@ -38,6 +39,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "obc": ObcUniform(),
     "fp8": Fp8(),
     "rd": RateDistortion(),
+    "tcq": TrellisCoded(),
 }
 
 
@@ -48,13 +50,13 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60)"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4))"
     )
 
 
 def default_options() -> list[Option]:
     """What a profile offers every layer unless told otherwise."""
-    return [DENSE, Option(half=True), *(Option(bits=b) for b in range(2, 9)), *default_grid()]
+    return [DENSE, Option(half=True), *(Option(bits=b) for b in range(2, 9)), *default_grid(), *trellis_grid()]
 
 
 # What a runtime supports, as lists of names; sparsity goes from a quarter to nine tenths.

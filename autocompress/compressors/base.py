@@ -39,12 +39,22 @@ class LayerProblem:
     order: np.ndarray | None = None
     losses: np.ndarray | None = None
     row_weights: np.ndarray | None = None
+    exact_limit: float = obs.EXACT_LIMIT
     _found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def exact(self) -> bool:
+        """Whether every row has its own order; else its trace would cost more than `exact_limit` operations."""
+        return self.row_weights is not None or obs.exact_operations(self.weight.shape) <= self.exact_limit
+
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
-        """Order and losses of exact greedy pruning. Raises ValueError where there is no Hessian."""
+        """Order and losses of exact greedy pruning, or of the first scores where the layer is too wide for it.
+
+        Raises ValueError where there is no Hessian.
+        """
         if self.order is None or self.losses is None:
-            order, losses = obs.prune_trace(self.weight, self.known_hessian(), threads=1)
+            trace: Any = obs.prune_trace if self.exact else obs.shared_trace
+            order, losses = trace(self.weight, self.known_hessian(), threads=1)
             # In units of the largest: a weight of 1e20 or 1e-20 has losses that float32 cannot hold.
             self.order, self.losses = order, (losses / (losses.max(initial=0.0) or 1.0)).astype(np.float32)
         return self.order, self.losses
@@ -85,9 +95,16 @@ class LayerProblem:
         assert isinstance(hessian, np.ndarray)
         return hessian
 
+    @property
+    def takes_levels(self) -> bool:
+        """Whether it can have `obs.quantise_levels`, which factors one Hessian for every row."""
+        return self.row_weights is None and self.exact
+
     def takes(self, structure: Option) -> bool:
-        """Whether the layer can have a structure: rows that weigh differently only lose single weights."""
-        return self.row_weights is None or structure == Option(sparsity=structure.sparsity)
+        """Whether the layer can have a structure: rows that weigh differently, and those of a layer too wide for an
+        order of their own, only lose single weights.
+        """
+        return self.takes_levels or structure == Option(sparsity=structure.sparsity)
 
     def kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
         """What a structure prunes: (order, counts), the first counts[g, r] columns of order[g, r] go, the least
@@ -130,11 +147,31 @@ class LayerProblem:
         order, counts = self.kept(structure)
         if not counts.any():
             return self.weight
-        return obs.prune(self.weight, self.known_hessian(), order, counts, threads=1)
+        prune: Any = obs.prune if self.exact else obs.shared_prune
+        return prune(self.weight, self.known_hessian(), order, counts, threads=1)
+
+    def quantised(self, structure: Option, cells: Sequence[obs.Cell]) -> np.ndarray:
+        """Codes of every cell on what a structure leaves, int32 (cells, groups, rows, d)."""
+        passes: Any = obs.salient_cells if self.exact else obs.shared_cells
+        return passes(self.weight, self.known_hessian(), *self.kept(structure), cells, threads=1)[0]
+
+    def rate_distortion_cells(
+        self, structure: Option, grid: Sequence[tuple[float, float]], scales: np.ndarray | None
+    ) -> list[obs.Cell]:
+        """Cells of (step, λ) pairs on what a structure leaves; scales: see `obs.rate_distortion_cells`."""
+        passes: Any = obs.salient_cells if self.exact else obs.shared_cells
+        hessian, (order, counts) = self.known_hessian(), self.kept(structure)
+        return obs.rate_distortion_cells(
+            self.weight, hessian, order, counts, grid, threads=1, scales=scales, passes=passes
+        )
 
     def error(self, weight: np.ndarray) -> float:
         """½ tr(ΔW H ΔWᵀ) of a weight of the layer's size."""
         return obs.layer_error(self.weight, weight.reshape(self.weight.shape), self.known_hessian())
+
+    def row_errors(self, weight: np.ndarray) -> np.ndarray:
+        """½ Δw H Δwᵀ of every row, (groups, rows)."""
+        return obs.row_losses(weight - self.weight, self.shared_hessian())
 
     @property
     def energy(self) -> float:

@@ -30,8 +30,8 @@ class Fp8:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        if problem.row_weights is not None:
-            return [None] * len(options)  # `quantise_levels` shares one Hessian
+        if not problem.takes_levels:
+            return [None] * len(options)
         levels = np.concatenate([-E4M3[:0:-1], E4M3])
         found: dict[Option, Realised] = {}
         for structure, wanted in by_structure(options):

@@ -46,19 +46,16 @@ class ObcUniform:
             grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4) for o in wanted}
             # One factorisation serves all grids with a step per row.
             plain = [o for o in wanted if grids[o].cell is not None]
-            codes, _ = obs.salient_cells(
-                problem.weight,
-                problem.known_hessian(),
-                *problem.kept(structure),
-                [c for o in plain if (c := grids[o].cell) is not None],
-                threads=1,
-            )
+            codes = problem.quantised(structure, [c for o in plain if (c := grids[o].cell) is not None])
             by_option = dict(zip(plain, codes, strict=True))
             for o, grid in grids.items():
-                if grid.cell is None and problem.row_weights is not None:
+                if grid.cell is None and not problem.takes_levels:
                     found[o] = None
                     continue
                 chosen = by_option[o] if o in by_option else grid.quantise(problem, structure)
+                if not grid.binary:  # 0 is on the grid: no row may lose more than all of it
+                    values = chosen * np.repeat(grid.stored, grid.size, axis=-1)[..., : chosen.shape[-1]]
+                    chosen[problem.row_errors(values) > problem.row_errors(np.zeros_like(values))] = 0
                 found[o] = Realised(
                     problem.shape, "entropy", codes=chosen.reshape(problem.shape), step=grid.step, group=grid.group
                 )
@@ -93,13 +90,13 @@ class _Grid:
         if isinstance(self.step, np.ndarray) and self.group is None:
             self.step = self.step[:, 0]
         full = (groups, rows, scale.shape[2])
-        self.steps = np.broadcast_to(np.where(scale > 0, steps.astype(np.float32), 0), full)
+        self.stored = np.broadcast_to(steps.astype(np.float32), full)
+        self.steps = np.where(np.broadcast_to(scale > 0, full), self.stored, 0)
         self.low = np.broadcast_to(low, full)
         self.high = self.low + 2**bits - 1
         self.size, self.cell = size, None
         if not self.binary and scale.shape[2] == 1:
-            positive = np.broadcast_to(steps.astype(np.float32), full)
-            self.cell = obs.Cell(positive[..., 0], self.low[..., 0], self.high[..., 0])
+            self.cell = obs.Cell(self.stored[..., 0], self.low[..., 0], self.high[..., 0])
 
     def quantise(self, problem: LayerProblem, structure: Option) -> np.ndarray:
         """Codes where the step changes along a row, or the levels are -1 and 1; a run of zeros has codes 0."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autocompress import obs
 from autocompress.compressors.base import LayerProblem, Realised, by_structure
 from autocompress.types import Option
 
@@ -34,7 +33,6 @@ class RateDistortion:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        hessian = problem.known_hessian()
         rms, scales = problem.rms, problem.step_scales
         if scales is not None and not _in_half(rms * scales, options):
             scales = None
@@ -44,10 +42,9 @@ class RateDistortion:
                 found |= dict.fromkeys(wanted)
                 continue
             steps = [float(np.float32((o.step or 0.0) * rms)) for o in wanted]
-            order, counts = problem.kept(structure)
             grid = [(s, o.lam or 0.0) for o, s in zip(wanted, steps, strict=True)]
-            cells = obs.rate_distortion_cells(problem.weight, hessian, order, counts, grid, threads=1, scales=scales)
-            codes, _ = obs.salient_cells(problem.weight, hessian, order, counts, cells, threads=1)
+            cells = problem.rate_distortion_cells(structure, grid, scales)
+            codes = problem.quantised(structure, cells)
             for o, s, cell, q in zip(wanted, steps, cells, codes, strict=True):
                 own = s if scales is None else cell.step.reshape(-1).astype(np.float16)
                 found[o] = Realised(problem.shape, "entropy", codes=q.reshape(problem.shape), step=own)

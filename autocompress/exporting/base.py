@@ -31,9 +31,11 @@ __all__ = [
     "Weight",
     "atomic_folder",
     "code_bits",
+    "least_bits",
     "missing",
     "requantised",
     "weight_of",
+    "with_zero_points",
 ]
 
 
@@ -112,6 +114,35 @@ def weight_of(entry: Entry, owners: Sequence[str]) -> Weight:
     )
 
 
+def least_bits(weight: Weight) -> tuple[int, bool]:
+    """The least bits that hold a weight's codes, and whether that takes zero points: so it is where the grid is not
+    symmetric and its codes run over more than they would around zero.
+    """
+    assert weight.codes is not None
+    bits, plain = weight.option.bits, code_bits(weight.codes)
+    return (bits, True) if weight.option.asymmetric and bits is not None and bits < plain else (plain, False)
+
+
+def with_zero_points(
+    codes: np.ndarray, step: np.ndarray, group: int | None, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes moved so that those of each step start at -2^(bits-1), and by how much, int32 in the shape of step.
+
+    Codes of 0 become the zero point, which is therefore within the bits too.
+
+    >>> moved, zero = with_zero_points(np.array([[0, 15], [-3, 12]]), np.ones(2), None, 4)
+    >>> moved.tolist(), zero.tolist()
+    ([[-8, 7], [-8, 7]], [-8, -5])
+    """
+    rows = codes.reshape(codes.shape[0], -1)
+    size = group or rows.shape[1]
+    low = np.minimum(np.minimum.reduceat(rows, np.arange(0, rows.shape[1], size), axis=1), 0)
+    low = np.broadcast_to(low.min(), low.shape) if step.ndim == 0 else low
+    zero = (-(2 ** (bits - 1)) - low).astype(np.int32)
+    moved = rows + np.repeat(zero, size, axis=1)[:, : rows.shape[1]]
+    return moved.reshape(codes.shape), zero.reshape(-1)[:1].reshape(()) if step.ndim == 0 else zero.reshape(step.shape)
+
+
 def requantised(weight: Weight, bits: int) -> Weight:
     """The weight rounded to the nearest of 2^bits - 1 symmetric levels per row; a row of zeros stays one."""
     dense = weight.dense().reshape(weight.rows, -1)
@@ -127,12 +158,14 @@ class Held:
     """How a format holds one weight: `kind` as the format calls it, `bits` per value, and the weight itself.
 
     `loses`: what a reader of the export does not get that a reader of the file does; empty where nothing is lost.
+    `shifted`: whether codes fit into `bits` only with a zero point for each step, `with_zero_points`.
     """
 
     weight: Weight
     kind: str
     bits: int
     loses: str = ""
+    shifted: bool = False
 
 
 @dataclass(frozen=True)

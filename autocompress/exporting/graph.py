@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.exporting.base import Held, Request, Weight
+from autocompress.exporting.base import Held, Request, Weight, with_zero_points
 
 __all__ = ["Graph", "nbits_blocks"]
 
@@ -181,17 +181,24 @@ class Graph:
 
     def _dequantised(self, output: str, codes: np.ndarray, step: np.ndarray, held: Held, axis: int) -> None:
         """codes -> DequantizeLinear -> output. `axis` is that of the rows; groups run over the other one."""
+        rows = codes if axis == 0 else codes.T
+        zero: list[np.ndarray] = []
+        if held.shifted:
+            rows, points = with_zero_points(rows, step, held.weight.group, held.bits)
+            zero.append(points)
+            codes = rows if axis == 0 else rows.T
         if step.ndim < 2:
-            integers = self._integers(f"{output}.codes", codes, held.bits)
-            scale = self._tensor(f"{output}.scale", step)
+            parts = [self._integers(f"{output}.codes", codes, held.bits), self._tensor(f"{output}.scale", step)]
+            parts += [self._integers(f"{output}.zero", z, held.bits) for z in zero]
             attributes = {"axis": axis} if step.ndim else {}
-            self._add("DequantizeLinear", [integers, scale], output, **attributes)
+            self._add("DequantizeLinear", parts, output, **attributes)
             return
         flat = codes if codes.ndim == 2 else codes.reshape(codes.shape[0], -1)
-        integers = self._integers(f"{output}.codes", flat, held.bits)
-        scale = self._tensor(f"{output}.scale", step if axis == 0 else step.T)
+        parts = [self._integers(f"{output}.codes", flat, held.bits)]
+        parts.append(self._tensor(f"{output}.scale", step if axis == 0 else step.T))
+        parts += [self._integers(f"{output}.zero", z if axis == 0 else z.T, held.bits) for z in zero]
         place = output if codes.ndim == 2 else f"{output}.rows"
-        self._add("DequantizeLinear", [integers, scale], place, axis=1 - axis, block_size=held.weight.group)
+        self._add("DequantizeLinear", parts, place, axis=1 - axis, block_size=held.weight.group)
         if codes.ndim != 2:
             shape = self._tensor(f"{output}.shape", np.array(codes.shape, np.int64))
             self._add("Reshape", [place, shape], output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import warnings
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.exporting.base import ExportError, Held, Request, Weight, code_bits, missing, requantised
+from autocompress.exporting.base import ExportError, Held, Request, Weight, least_bits, missing, requantised
 from autocompress.exporting.graph import Graph
 from autocompress.files import atomic_path
 
@@ -33,8 +34,9 @@ class Onnx:
     """One .onnx file, or with `external` the graph and a file of tensors beside it.
 
     Integer codes become int4 or int8 initializers behind a DequantizeLinear (opset 21) whose product is the file's
-    weight, bit for bit; codes beyond 8 bits become dense float32. Half precision stays so behind a Cast. Batch norms
-    after convolutions and linear layers are folded into their scales and biases.
+    weight, bit for bit; an asymmetric grid brings zero points (and stays QDQ). Codes beyond 8 bits become dense
+    float32. Half precision stays so behind a Cast. Batch norms after convolutions and linear layers are folded into
+    their scales and biases.
 
     weights: "auto" takes the narrowest of int4 and int8 that holds all codes of a layer; "int4" and "int8" insist;
     "dense" makes every weight float32. matmul_nbits: linear layers become com.microsoft::MatMulNBits, 4 or 8 bits,
@@ -79,10 +81,10 @@ class Onnx:
             return Held(weight, "float16" if half else "float32", 16 if half else 32)
         if self.weights == "dense":
             return Held(weight, "float32", 32)
-        needed = code_bits(weight.codes)
+        needed, shifted = least_bits(weight)
         width = {"auto": 4 if needed <= 4 else 8, "int4": 4, "int8": 8}[self.weights]
         if needed <= width:
-            return self._placed(Held(weight, f"int{width}", width), owner)
+            return self._placed(Held(weight, f"int{width}", width, shifted=shifted), owner)
         if self.weights == "auto":
             return Held(weight, "float32", 32)
         loses = f"its codes need more than {width} bits; rounded to int{width} with a scale per row"
@@ -90,9 +92,10 @@ class Onnx:
 
     def _placed(self, held: Held, owner: nn.Module) -> Held:
         group = held.weight.group
-        if not self.matmul_nbits or not isinstance(owner, nn.Linear) or (group is not None and group not in BLOCKS):
-            return Held(held.weight, f"{held.kind} QDQ", held.bits, held.loses)
-        return Held(held.weight, f"MatMulNBits {held.bits}", held.bits, held.loses)
+        linear = self.matmul_nbits and isinstance(owner, nn.Linear) and not held.shifted
+        if not linear or (group is not None and group not in BLOCKS):
+            return dataclasses.replace(held, kind=f"{held.kind} QDQ")
+        return dataclasses.replace(held, kind=f"MatMulNBits {held.bits}")
 
     def write(self, request: Request, out: Path, admit: Callable[[int], None]) -> tuple[list[Path], dict[str, Any]]:
         import onnx

@@ -6,6 +6,7 @@ compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups, W (g
 """
 
 from autocompress.obs.grids import column_runs, quantise_levels, search_grid
+from autocompress.obs.orders import ORDERS, obq, quantise
 from autocompress.obs.patterns import Units, input_blocks, nm_mask, order_of_mask, row_losses, unit_mask, unit_trace
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
 from autocompress.obs.quantising import (
@@ -16,20 +17,27 @@ from autocompress.obs.quantising import (
     salient_cells,
     search_scale,
 )
+from autocompress.obs.trellis import trellis_codes
 from autocompress.obs.weighted import RowHessian, search_square
+from autocompress.obs.wide import EXACT_LIMIT, exact_operations, shared_cells, shared_prune, shared_trace
 
 __all__ = [
+    "EXACT_LIMIT",
+    "ORDERS",
     "Cell",
     "RowHessian",
     "Units",
     "column_runs",
+    "exact_operations",
     "input_blocks",
     "layer_error",
     "nm_mask",
+    "obq",
     "order_of_mask",
     "prune",
     "prune_trace",
     "pruned_counts",
+    "quantise",
     "quantise_levels",
     "quantise_salient",
     "rate_distortion_cells",
@@ -39,6 +47,10 @@ __all__ = [
     "search_grid",
     "search_scale",
     "search_square",
+    "shared_cells",
+    "shared_prune",
+    "shared_trace",
+    "trellis_codes",
     "unit_mask",
     "unit_trace",
 ]

@@ -88,9 +88,8 @@ def unit_mask(units: Units, shape: tuple[int, ...], sparsity: float) -> np.ndarr
     goal = np.ceil(sparsity * groups * rows * d - 1e-9)
     before = np.cumsum(weights.reshape(-1)[first]) - weights.reshape(-1)[first]
     gone = np.zeros((groups, bands, d + 1), bool)  # the last column takes the padding
-    for place in first[before < goal]:
-        g, band, step = np.unravel_index(place, units.order.shape)
-        gone[g, band, units.columns[units.order[g, band, step]]] = True
+    g, band, step = np.unravel_index(first[before < goal], units.order.shape)
+    gone[g[:, None], band[:, None], units.columns[units.order[g, band, step]]] = True
     return np.repeat(gone[..., :d], units.rows, axis=1)[:, :rows].reshape(shape)
 
 

@@ -6,14 +6,15 @@ rate-distortion OBS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from autocompress.obs import kernels, weighted
+from autocompress.obs import blas, kernels, weighted
 from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.obs.rounding import rounding_errors
 from autocompress.obs.weighted import RowHessian
 from autocompress.threads import single_threaded
 
@@ -91,7 +92,7 @@ def salient_cells(
         ) -> None:
             part = np.zeros((n, p.stop - p.start, d), np.int32)
             bad = kernels.salient_rows(
-                kernels.POTRF,
+                blas.POTRF,
                 h32,
                 w32[p],
                 order[g, p],
@@ -122,11 +123,13 @@ def quantise_salient(
     order: np.ndarray,
     counts: np.ndarray,
     step: np.ndarray,
-    low: int,
-    high: int,
+    low: np.ndarray | int,
+    high: np.ndarray | int,
     threads: int = 0,
 ) -> np.ndarray:
-    """Codes int32 of one uniform grid after pruning to `counts`; step (rows,) or scalar. See `salient_cells`."""
+    """Codes int32 of one uniform grid after pruning to `counts`; step, low, high (rows,) or scalar. See
+    `salient_cells`.
+    """
     leading = np.shape(W)[:-1]
     cell = Cell(
         step=np.broadcast_to(np.asarray(step, np.float32), leading).reshape(-1, leading[-1]),
@@ -152,6 +155,7 @@ def rate_distortion_cells(
     grid: Sequence[tuple[float, float]],
     threads: int = 0,
     scales: np.ndarray | None = None,
+    passes: Callable[..., tuple[np.ndarray, np.ndarray]] = salient_cells,
 ) -> list[Cell]:
     """Cells of rate-distortion OBS for (step, λ) pairs, with rate tables learned from a sample of the layer's rows.
 
@@ -159,7 +163,8 @@ def rate_distortion_cells(
     geometric mean of the squared pivots of H: λ is the price of a bit in units of the error of one whole step. bits()
     is the symmetrised histogram of a first pass over at most 16 rows (pruned zeros included, for they are coded too),
     mixed with 1% of a two-sided geometric law so that no code is free of charge or forbidden. `scales` (rows,): row r
-    has the step scales[r] · step, rounded to half precision, at the same price. Source: engine.md section
+    has the step scales[r] · step, rounded to half precision, at the same price. `passes` is what
+    makes that pass: `salient_cells`, or `shared_cells` for wide layers. Source: engine.md section
     4; ECSQ (Chou, Lookabaugh, Gray 1989) inside OBS.
     """
     weight, hessian = as_groups(W, H)
@@ -225,7 +230,7 @@ def rate_distortion_cells(
             )
             for c in (cells[i] for i in priced)
         ]
-        codes, _ = salient_cells(
+        codes, _ = passes(
             weight[np.ix_(some, take)],
             hessian if isinstance(hessian, RowHessian) else hessian[some],
             order[np.ix_(some, take)],
@@ -264,15 +269,9 @@ def search_scale(weight: np.ndarray, bits: int, exponent: float = 2.4, shrinks: 
     """
     top = np.abs(weight).max(axis=-1, initial=0.0)
     top = np.where(top == 0.0, 1.0, top)
+    unit = np.ascontiguousarray(weight / top[..., None], np.float64).reshape(-1, np.shape(weight)[-1])
     high = 2 ** (bits - 1) - 1
-    best = np.full(top.shape, np.inf)
-    chosen = 2.0 * top / (2**bits - 1)
-    unit = weight / top[..., None]
-    for i in range(shrinks):
-        scale = 2.0 * (1.0 - i / 100.0) / (2**bits - 1)
-        q = np.clip(np.rint(unit / scale), -high - 1, high)
-        error = (np.abs(unit - q * scale) ** exponent).sum(axis=-1)
-        better = error < best
-        best = np.where(better, error, best)
-        chosen = np.where(better, scale * top, chosen)
-    return chosen
+    scales = 2.0 * (1.0 - np.arange(shrinks) / 100.0) / (2**bits - 1)
+    errors = np.empty((len(unit), shrinks))
+    rounding_errors(unit, scales, -high - 1, high, exponent, errors)
+    return scales[errors.argmin(axis=1)].reshape(top.shape) * top

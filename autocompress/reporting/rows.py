@@ -116,6 +116,8 @@ def cost_rows(costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]
             text = f"{predicted:{form}} predicted" + ("" if measured is None else f", {measured:{form}} measured")
             text += ", per sample in onnxruntime on one thread"
         text += f"; the dense model {dense:{form}}" + ("" if limit is None else f", at most {limit:{form}} asked")
+        if limit is not None and measured is not None and measured > limit:
+            text += ": measured above what was asked"
         found[label] = text
     return found
 

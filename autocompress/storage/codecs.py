@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -64,6 +65,14 @@ _ALL = (
     Codec("entropy", 7, "codes", encode_codes, _codes(decode_codes), coded_size),
     Codec("masked", 8, "floats", floats.encode_masked, floats.decode_masked, floats.masked_size),
     Codec("fp8", 9, "scaled", floats.encode_fp8, floats.decode_fp8, floats.fp8_size),
+    Codec(
+        "trellis",
+        10,
+        "codes",
+        partial(encode_codes, dependent=True),
+        _codes(partial(decode_codes, dependent=True)),
+        partial(coded_size, dependent=True),
+    ),
 )
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}

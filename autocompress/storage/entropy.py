@@ -1,4 +1,4 @@
-"""Adaptive entropy coding of integer tensors."""
+"""Adaptive entropy coding of integer tensors; `dependent` codes lie on a trellis, which saves bits (codec trellis)."""
 
 from __future__ import annotations
 
@@ -55,12 +55,19 @@ def _row(block: np.ndarray, model: int) -> int:
     return block.size // block.shape[1 if model & 2 else 0]
 
 
-def _measure(block: np.ndarray, width: int, model: int) -> int:
-    """Count the range coder's bytes under one model."""
-    return int(coder(MEASURE)(_oriented(block, model), width, model & 1, _NO_BUFFER))
+def _measure(block: np.ndarray, width: int, model: int, dependent: bool) -> int:
+    """Count the range coder's bytes under one model. Raises ValueError for dependent codes that leave the trellis."""
+    length = int(coder(MEASURE, dependent)(_oriented(block, model), width, model, _NO_BUFFER))
+    if length < 0:
+        raise _off_the_trellis()
+    return length
 
 
-def _choose(block: np.ndarray, width: int) -> tuple[int, int]:
+def _off_the_trellis() -> ValueError:
+    return ValueError("the codes do not lie on the trellis; use the codec entropy, which takes any codes")
+
+
+def _choose(block: np.ndarray, width: int, dependent: bool) -> tuple[int, int]:
     """Pick a model by what it makes of the block's corner of about _TRIAL codes: the orientation, then the rate.
 
     Returns (model, bytes of the corner). Ties go to the lower number.
@@ -73,45 +80,47 @@ def _choose(block: np.ndarray, width: int) -> tuple[int, int]:
     rows = max(edge, _TRIAL // block.shape[2] // max(block.shape[1], 1))
     channels = max(edge, _TRIAL // block.shape[2] // max(block.shape[0], 1))
     corner = block[:rows, :channels]
-    sizes = {model: _measure(corner, width, model) for model in models}
+    sizes = {model: _measure(corner, width, model, dependent) for model in models}
     other = min(models, key=lambda m: (sizes[m], m)) + 1
-    sizes[other] = _measure(corner, width, other)
+    sizes[other] = _measure(corner, width, other, dependent)
     model = min(sizes, key=lambda m: (sizes[m], m))
     return model, sizes[model]
 
 
-def coded_size(codes: np.ndarray) -> int:
-    """Count the bytes of `encode_codes(codes)` without making them."""
+def coded_size(codes: np.ndarray, dependent: bool = False) -> int:
+    """Count the bytes of `encode_codes(codes, dependent)` without making them."""
     block, width = _block(codes)
     if block.size == 0:
         return 0
-    model, length = _choose(block, width)
+    model, length = _choose(block, width, dependent)
     if block.size > _TRIAL:
-        length = _measure(block, width, model)
+        length = _measure(block, width, model, dependent)
     return max(1 + length, least_bytes(block.size))
 
 
-def encode_codes(codes: np.ndarray) -> bytes:
+def encode_codes(codes: np.ndarray, dependent: bool = False) -> bytes:
     """Entropy-code an integer array of shape (n,), (rows, columns) or (out, in, *kernel).
 
     Layout: one byte for the model (bit 0 the adaptation rate, bit 1 input channels as rows), then the range coder's
-    bytes, filled with zeros to `least_bytes`.
+    bytes, filled with zeros to `least_bytes`. Raises ValueError for dependent codes that leave the trellis.
     """
     block, width = _block(codes)
     if block.size == 0:
         return b""
-    model, length = _choose(block, width)
+    model, length = _choose(block, width, dependent)
     if block.size > _TRIAL:
         # a decision costs at most 11 bits, since its probability is at least 2**-11
         largest = max(int(block.max()), -int(block.min()), 1).bit_length()
         length = block.size * (2 * largest + 1) * 11 // 8
     buffer = np.zeros(length + 16, np.uint8)
-    length = int(coder(ENCODE)(_oriented(block, model), width, model & 1, buffer))
+    length = int(coder(ENCODE, dependent)(_oriented(block, model), width, model, buffer))
+    if length < 0:
+        raise _off_the_trellis()
     payload = bytes([model]) + buffer[:length].tobytes()
     return payload.ljust(least_bytes(block.size), b"\0")
 
 
-def decode_codes(payload: bytes, shape: Sequence[int]) -> np.ndarray:
+def decode_codes(payload: bytes, shape: Sequence[int], dependent: bool = False) -> np.ndarray:
     """Undo `encode_codes`: the int32 codes of the given shape. Raises FormatError on a payload that is not one."""
     numel = math.prod(shape)
     if numel == 0:
@@ -128,7 +137,7 @@ def decode_codes(payload: bytes, shape: Sequence[int]) -> np.ndarray:
         raise FormatError(f"a row of {longest} codes; at most {MAX_ROW}")
     block = np.zeros(layout, np.int32)
     buffer = np.frombuffer(payload, np.uint8)[1:].copy()
-    used = int(coder(DECODE)(_oriented(block, payload[0]), width, payload[0] & 1, buffer))
+    used = int(coder(DECODE, dependent)(_oriented(block, payload[0]), width, payload[0], buffer))
     if used < 0:
         raise FormatError("the payload ends before the last code")
     if buffer.size - used > 6 and (len(payload) != least_bytes(numel) or buffer[used + 6 :].any()):

@@ -7,6 +7,10 @@ log-odds are added with weights that follow the prediction error (logistic mixin
 context models for lossless data compression", 2005). The contexts are what stands around a weight that is already
 known: the same kernel, the previous input channels, the previous output channels. Integers only: the same bytes
 everywhere. docs/format.md specifies all of it.
+
+Codes may lie on a trellis (dependent quantisation: H. Schwarz et al., "Hybrid video coding with trellis-coded
+quantization", DCC 2019). Then a state runs along every output's codes. It says whether the next code is even or is odd
+or zero, so that only its index among those is coded, and the index's parity picks the next state.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import numpy as np
 from numba import int32 as i4
 from numba import int64, njit, uint8
 
-__all__ = ["DECODE", "ENCODE", "MEASURE", "RATES", "coder"]
+__all__ = ["DECODE", "ENCODE", "MEASURE", "NEXT_STATE", "RATES", "STATES", "coder"]
 
 MEASURE, ENCODE, DECODE = 0, 1, 2
 TOP = 1 << 48  # low and code are kept modulo 2**48; the span lies in (2**32, 2**48]
@@ -45,6 +49,12 @@ Z0, Z1, Z2, Z3 = _ZERO
 S0, S1, S2, S3 = _SIGN
 M0, M1, M2, M3 = _SIZE
 
+# The 8-state trellis of G. Ungerboeck, "Channel coding with multilevel/phase signals", 1982: NEXT_STATE[2 s + parity].
+# Even states have the quantiser of even codes, odd states that of odd codes and zero.
+STATES = 8
+NEXT_STATE = np.array([0, 1, 3, 2, 5, 4, 6, 7, 1, 0, 2, 3, 4, 5, 7, 6], np.int64)
+STATE_LEVEL = 2 * _COUNTERS  # counters: those of even states, of odd states, of (state, channel level)
+
 
 @njit(inline="always")
 def _carry(buffer, position) -> None:
@@ -57,18 +67,21 @@ def _carry(buffer, position) -> None:
 
 
 @lru_cache
-def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
+def coder(mode: int, dependent: bool = False) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
     """Specialise the one coding loop for MEASURE, ENCODE or DECODE; the model is the same text in all three.
 
-    Returns run(codes, width, rate, buffer) -> bytes used. `codes`, int32 of shape (rows, channels, kernel) with any
-    strides, is read (or, decoding, written); `width` is the kernel's last axis; `rate` picks a row of RATES; `buffer`
-    is written, read, or (measuring) ignored. Decoding returns -1 where the buffer ends too soon.
+    Returns run(codes, width, model, buffer) -> bytes used. `codes`, int32 of shape (rows, channels, kernel) with any
+    strides, is read (or, decoding, written); `width` is the kernel's last axis; bit 0 of `model` picks a row of RATES,
+    bit 1 says that the block's rows are input channels; `buffer` is written, read, or (measuring) ignored. Decoding
+    returns -1 where the buffer ends too soon. `dependent`: the codes lie on the trellis; encoding and measuring return
+    -1 where they do not.
     """
 
     # fmt: off
     @njit(int64(i4[:, :, :], int64, int64, uint8[::1]), cache=True, nogil=True)
-    def run(codes, width, rate, buffer):
+    def run(codes, width, model, buffer):
         task = mode
+        rate, swapped = model & 1, model & 2
         size = buffer.size
 
         # np.uintp indices spare the check for negative ones (5% of the time)
@@ -132,9 +145,12 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
         rows, channels, kernel = codes.shape
         columns = channels * kernel
         limit, speed = RATES[rate, 0], RATES[rate, 1]
-        counters = np.full(_COUNTERS, 1 << 31, np.uint32)
-        weights = np.full(4 * NODES, 20000, np.int64)
+        counters = np.full(STATE_LEVEL + STATES * _LEVELS if dependent else _COUNTERS, 1 << 31, np.uint32)
+        weights = np.full(8 * NODES if dependent else 4 * NODES, 20000, np.int64)
         channel = np.zeros(channels, np.int64)
+        states = np.zeros(channels if swapped else rows, np.int64)  # one per output
+        state, odd = np.int64(0), np.int64(0)
+        longest = 29 if dependent else 30  # codes are twice their indices and fit 31 bits
         # rows with a margin of zeros on the left, so that neighbours need no bounds
         margin = max(2 * kernel, 5)
         here = np.zeros(margin + columns, np.int32)
@@ -163,6 +179,8 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                 level = np.int64(LEVEL[np.uintp(channel[np.uintp(channel_index)] >> 2)])
                 total, weight_sum = np.int64(0), np.int64(0)
                 mean = channel[np.uintp(channel_index)]
+                if dependent:
+                    state = states[np.uintp(channel_index if swapped else r)]
                 kx = 0
                 for k in range(kernel):
                     # neighbours: in the kernel, one and two channels back, one and two rows up
@@ -187,10 +205,18 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                     if task != DECODE:
                         value = here[np.uintp(c)]
                     size_left = abs(value)
+                    first, shift, last = 0, 0, Z3 + level
+                    if dependent:
+                        odd = state & 1
+                        if task != DECODE and (size_left & 1) != odd and size_left != 0:
+                            return np.int64(-1)
+                        size_left = (size_left + odd) >> 1  # the index
+                        first, shift = odd * NODES, odd * _COUNTERS
+                        last = STATE_LEVEL + _LEVELS * state + level
                     bit, low, span, position = code_bit(
-                        1 if value != 0 else 0, 0,
-                        Z0 + 3 * np.int64(LEVEL[np.uintp(pull)]) + min(ab + ao, 2),
-                        Z1 + place, Z2 + near_level, Z3 + level,
+                        1 if value != 0 else 0, first,
+                        shift + Z0 + 3 * np.int64(LEVEL[np.uintp(pull)]) + min(ab + ao, 2),
+                        shift + Z1 + place, shift + Z2 + near_level, last,
                         counters, weights, limit, speed, low, span, position, buffer, size,
                     )
                     magnitude = np.int64(0)
@@ -207,14 +233,14 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                         )
                         # Elias gamma with adaptive bits: the exponent in unary, then the mantissa from the top
                         agree = min(max(-trend if negative != 0 else trend, -8), 8) + 8
-                        m0, m1 = M0 + NODES * agree, M1 + NODES * place
-                        m2 = M2 + NODES * np.int64(LEVEL[np.uintp(min(max(a1, a2) + max(ab, ao), 4095))])
-                        m3 = M3 + NODES * near_level
+                        m0, m1 = shift + M0 + NODES * agree, shift + M1 + NODES * place
+                        m2 = shift + M2 + NODES * np.int64(LEVEL[np.uintp(min(max(a1, a2) + max(ab, ao), 4095))])
+                        m3 = shift + M3 + NODES * near_level
                         exponent = 0
-                        while exponent < 30:
+                        while exponent < longest:
                             node = 2 + min(exponent, 29)
                             bit, low, span, position = code_bit(
-                                1 if (size_left >> (exponent + 1)) != 0 else 0, node,
+                                1 if (size_left >> (exponent + 1)) != 0 else 0, first + node,
                                 m0 + node, m1 + node, m2 + node, m3 + node,
                                 counters, weights, limit, speed, low, span, position, buffer, size,
                             )
@@ -225,17 +251,23 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                         for j in range(exponent - 1, -1, -1):
                             node = 32 + 4 * min(exponent - 1, 7) + (magnitude if magnitude < 4 else 0)
                             bit, low, span, position = code_bit(
-                                (size_left >> j) & 1, node,
+                                (size_left >> j) & 1, first + node,
                                 m0 + node, m1 + node, m2 + node, m3 + node,
                                 counters, weights, limit, speed, low, span, position, buffer, size,
                             )
                             magnitude = (magnitude << 1) | bit
+                        if dependent:
+                            state = NEXT_STATE[np.uintp(2 * state + (magnitude & 1))]
+                            magnitude = 2 * magnitude - odd
                         weight_sum += -magnitude if negative != 0 else magnitude
                         total += magnitude
                         if task == DECODE:
                             here[np.uintp(c)] = -magnitude if negative != 0 else magnitude
-                    elif task == DECODE:
-                        here[np.uintp(c)] = 0
+                    else:
+                        if dependent:
+                            state = NEXT_STATE[np.uintp(2 * state)]
+                        if task == DECODE:
+                            here[np.uintp(c)] = 0
                     capped = min(magnitude, 63) << 6
                     mean += (capped - mean) >> 4
                     if flat:
@@ -245,6 +277,8 @@ def coder(mode: int) -> Callable[[np.ndarray, int, int, np.ndarray], int]:
                     if kx == width:
                         kx = 0
                 channel[np.uintp(channel_index)] = mean
+                if dependent:
+                    states[np.uintp(channel_index if swapped else r)] = state
                 if task == DECODE and position - 6 > size:
                     return np.int64(-1)
             if task == DECODE:

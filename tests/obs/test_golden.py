@@ -178,3 +178,19 @@ def test_engine_quantises_nearly_as_well_as_greedy(layer: GoldenLayer, bits: int
     # Measured: .90 to 1.26 times the error of the greedy order, which rounding to nearest exceeds 1.5 to 20 times.
     assert salient < 1.3 * greedy
     assert salient < 0.7 * rounded
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["sym", "asym"])
+def test_engine_quantises_greedily(layer: GoldenLayer, bits: int, kind: str) -> None:
+    key, levels = f"obq_w{bits}_{kind}", 2**bits
+    scale, zero = layer[f"{key}_scale"][:, 0], layer[f"{key}_zero"][:, 0]
+    codes = obs.obq(layer.W, layer.H, scale, -zero, levels - 1 - zero)
+    Q = codes * scale[:, None]
+    for i in range(len(Q)):
+        grid = reference.Grid(float(scale[i]), float(zero[i]), levels)
+        assert reference.is_greedy_quantisation(layer.W[i], layer.H, grid, Q[i], TIE), f"row {i} breaks OBQ's rules"
+    ours, theirs = (reference.layer_error(layer.W, X, layer.H) for X in (Q, layer[key]))
+    assert ours == pytest.approx(theirs, rel=0.03)  # ties broken differently, as in the reference
+    same = np.abs(Q - layer[key]).max(axis=1) < 1e-4 * scale
+    assert same.sum() >= len(same) - 1

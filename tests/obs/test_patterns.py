@@ -136,7 +136,7 @@ def test_quantising_with_one_step_per_row_is_what_salient_cells_do() -> None:
     counts = obs.pruned_counts(losses, 0.4)
     step = obs.search_scale(W, 4)
     expected = obs.quantise_salient(W, H, order, counts, step, -8, 7)
-    codes = obs.quantise_levels(W, H, order, counts, np.float32(step)[:, None], -8, 7)
+    codes = obs.quantise_levels(W, H, order, counts, step.astype(np.float32)[:, None], -8, 7)
     assert (codes != expected).mean() < 0.02  # float32 against float64: a code on the edge
 
 
@@ -147,7 +147,7 @@ def test_a_step_of_zero_gives_codes_of_zero_and_a_matrix_that_is_none_is_refused
     assert (codes[:, :4] == 0).all()
     assert (codes[:, 4:] != 0).any()
     with pytest.raises(ValueError, match="not positive definite over what row 0 keeps"):
-        obs.quantise_levels(W, -H, order, counts, 0.1, -8, 7)
+        obs.quantise_levels(W, -H, order, counts, np.full(8, 0.1), -8, 7)
 
 
 @LAWS

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
 
-Entries in raw floats, fp16, entropy-coded, masked and fp8, which is what `autocompress compress` writes; slow, and
-meant to be read.
+Entries in raw floats, fp16, entropy-coded, trellis-coded, masked and fp8, which is what `autocompress compress` writes;
+slow, and meant to be read.
 """
 
 import math
@@ -15,6 +15,7 @@ STRETCH = [round(256 * math.log((i + 0.5) / (4095.5 - i))) for i in range(4096)]
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"
 DICTIONARY = bytes.fromhex(PAGE.read_text(encoding="utf-8").split("```hex")[1].split("```")[0])
 LIMITS, SPEEDS = (400, 100), (8, 12)
+NEXT = ((0, 1), (3, 2), (5, 4), (6, 7), (1, 0), (2, 3), (4, 5), (7, 6))
 
 
 def level(x):
@@ -25,7 +26,7 @@ def clamp(x, low, high):
     return min(max(x, low), high)
 
 
-def decode_codes(data, shape):
+def decode_codes(data, shape, dependent=False):
     out, inner, kernel = (shape[0], shape[1], math.prod(shape[2:])) if len(shape) > 1 else (1, shape[0], 1)
     width = shape[-1] if len(shape) > 2 else 1
     limit, speed, swapped, flat = LIMITS[data[0] & 1], SPEEDS[data[0] & 1], data[0] >> 1, kernel == 1
@@ -52,7 +53,7 @@ def decode_codes(data, shape):
         return b
 
     far = [[0] * (channels * kernel) for _ in range(rows + 2)]  # two rows of zeros in front
-    channel, row_level, channel_level = [0] * channels, 256, 0
+    channel, row_level, channel_level, states = [0] * channels, 256, 0, [0] * out
     for r in range(2, rows + 2):
         row = far[r]
         for c in range(channels * kernel):
@@ -76,18 +77,24 @@ def decode_codes(data, shape):
             place = min(k, 15), level(row_level >> 2 if flat else min(total, 4095))
             magnitude = 0
             channel_level = level(channel[i] >> 2) if k == 0 else channel_level
-            if bit(0, (pull, min(ab + ao, 2)), place, level(2 * near), channel_level):
+            state = states[i if swapped else r - 2]
+            odd, fourth = state % 2, (state, channel_level) if dependent else channel_level
+            if bit(64 * odd, (pull, min(ab + ao, 2)), place, level(2 * near), fourth):
                 lf, u, rt, lt, bk = ((v > 0) - (v < 0) for v in (left, up, right_up, left_up, back))
                 drift = clamp(sum(row[c - k : c]), -4, 4)
                 negative = bit(1, (lf, u, rt, lt), (level(abs(trend)), trend < 0), (drift, bk), (lf, u))
                 agree = clamp(-trend if negative else trend, -8, 8)
                 size = agree, place, level(min(max(a1, abs(at(2))) + max(ab, ao), 4095)), level(2 * near)
                 exponent, magnitude = 0, 1
-                while exponent < 30 and bit(2 + exponent, *size):
+                while exponent < (29 if dependent else 30) and bit(64 * odd + 2 + exponent, *size):
                     exponent += 1
                 for _ in range(exponent):
                     node = 32 + 4 * min(exponent - 1, 7) + (magnitude if magnitude < 4 else 0)
-                    magnitude = magnitude << 1 | bit(node, *size)
+                    magnitude = magnitude << 1 | bit(64 * odd + node, *size)
+            if dependent:
+                states[i if swapped else r - 2] = NEXT[state][magnitude % 2]
+                magnitude = 2 * magnitude - odd if magnitude else 0
+            if magnitude:
                 row[c] = -magnitude if negative else magnitude
             capped = min(magnitude, 63) << 6
             channel[i] += (capped - channel[i]) >> 4
@@ -153,12 +160,12 @@ def read_file(data):
             split = 5 + int.from_bytes(body[1:5], "little")
             kept = iter(floats("e" if body[0] == 2 else letter, body[split:]))
             yield names[i], shape, [next(kept) if m else 0.0 for m in decode_codes(body[5:split], shape)]
-        elif codecs[i] in (7, 9):
+        elif codecs[i] in (7, 9, 10):
             columns = numel // shape[0]
             per_row = (0, 0, 1, -(-columns // max(spans[i], 1)))[kind]
             width = 4 if kind == 1 else 2 * shape[0] * per_row
             steps = floats("f" if kind == 1 else "e", body[:width])
-            codes = decode_codes(body[width:], shape)
+            codes = decode_codes(body[width:], shape, codecs[i] == 10)
             codes = [e4m3(c) for c in codes] if codecs[i] == 9 else codes
             span = spans[i] or columns
             at = [j // columns * per_row + j % columns // span * (per_row > 0) for j in range(numel)]

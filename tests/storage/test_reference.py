@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from reference_decoder import decode_codes, read_file
+from reference_decoder import NEXT, decode_codes, read_file
 from test_container import META, resnet20_entries
 
 from autocompress.storage import E4M3, encode_codes, float_entry, serialise, weight_entry
+
+
+def on_the_trellis(codes: np.ndarray) -> np.ndarray:
+    """Codes near those given that a row's states allow: even in even states, odd or zero in odd ones."""
+    rows = np.array(codes).reshape(codes.shape[0] if codes.ndim > 1 else 1, -1)
+    for row in rows:
+        state = 0
+        for i, code in enumerate(row.tolist()):
+            odd = state % 2
+            index = (abs(code) + odd) // 2
+            row[i] = np.sign(code) * max(2 * index - odd, 0)
+            state = NEXT[state][index % 2]
+    return rows.reshape(codes.shape)
+
+
+@pytest.mark.parametrize("shape", [(8, 5, 3, 3), (5, 30), (30, 5), (37,), (4, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize("scale", [0.5, 3.0, 5000.0])
+def test_reference_decoder_agrees_on_the_trellis(shape: tuple[int, ...], scale: float) -> None:
+    rng = np.random.default_rng(0)
+    codes = on_the_trellis(np.rint(rng.laplace(size=shape) * scale).astype(int))
+    assert decode_codes(encode_codes(codes, dependent=True), shape, dependent=True) == codes.reshape(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -23,21 +44,24 @@ def test_reference_decoder_agrees(shape: tuple[int, ...], axis: int, scale: floa
     assert decode_codes(encode_codes(codes), shape) == codes.reshape(-1).tolist()
 
 
-def test_both_orientations_and_rates_are_met() -> None:
+@pytest.mark.parametrize("dependent", [False, True], ids=["entropy", "trellis"])
+def test_both_orientations_and_rates_are_met(dependent: bool) -> None:
     seen = set()
     for seed in range(40):
         rng = np.random.default_rng(seed)
         spread = np.exp(2 * rng.normal(size=(1, 24) if seed % 2 else (24, 1)))
         codes = np.rint(rng.laplace(size=(24, 24)) * spread * [0.2, 1, 20][seed % 3]).astype(int)
-        payload = encode_codes(codes)
+        codes = on_the_trellis(codes) if dependent else codes
+        payload = encode_codes(codes, dependent)
         seen.add(payload[0])
-        assert decode_codes(payload, codes.shape) == codes.reshape(-1).tolist()
+        assert decode_codes(payload, codes.shape, dependent) == codes.reshape(-1).tolist()
     assert seen == {0, 1, 2, 3}
 
 
 def test_reference_reader_reads_a_whole_file() -> None:
     entries = resnet20_entries(scale=0.5)[:5]
     rows = weight_entry("rows", np.arange(-10, 10).reshape(4, 5), np.array([0.5, 0.25, 2.0, 1.0]))
+    trellis = weight_entry("trellis", on_the_trellis(np.arange(-10, 10).reshape(4, 5)), 0.5, codec="trellis")
     rng = np.random.default_rng(0)
     codes, values = rng.integers(-8, 8, (4, 5, 3)), rng.standard_normal((6, 4, 3, 3)).astype(np.float32)
     numbers = rng.choice(np.concatenate([E4M3, -E4M3]), (3, 40))
@@ -45,6 +69,7 @@ def test_reference_reader_reads_a_whole_file() -> None:
     entries = [
         *entries,
         rows,
+        trellis,
         weight_entry("vector", np.array([1, 0, -3]), 0.1),
         weight_entry("groups", codes, rng.random((4, 4)), group=4),
         weight_entry("fp8", numbers, rng.random(3), codec="fp8"),

@@ -1,0 +1,74 @@
+"""One order and one factor for all rows, against the float64 reference and the exact engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from autocompress import obs
+
+from . import reference
+from .test_engine import make_layer
+
+
+def test_first_scores() -> None:
+    W, H = make_layer("correlated", rows=3, d=40, seed=31)
+    order, losses = obs.shared_trace(W, H)
+    scores = W**2 / (2 * np.diag(np.linalg.inv(H)))
+    np.testing.assert_array_equal(order, np.argsort(scores, axis=1))
+    np.testing.assert_allclose(losses, np.sort(scores, axis=1), rtol=1e-10)
+    exact_order, exact_losses = obs.prune_trace(W, H)
+    np.testing.assert_array_equal(order[:, 0], exact_order[:, 0])
+    np.testing.assert_allclose(losses[:, 0], exact_losses[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("d", [50, 300])  # within one block of columns, and in three
+def test_quantising_in_act_order_is_the_order_of_that_name(d: int) -> None:
+    W, H = make_layer("log-normal", rows=70, d=d, seed=32)
+    order, _ = obs.shared_trace(W, H)
+    step = np.full((1, 70), 0.4, np.float32)
+    cell = obs.Cell(step, np.full((1, 70), -4), np.full((1, 70), 3))
+    codes, same = obs.shared_cells(W, H, order, np.zeros(70, int), [cell])
+    expected = obs.quantise(W, H, 0.4, -4, 3, "act")
+    assert (codes[0] == expected).mean() > 0.999  # float32 sums in another order break ties differently
+    np.testing.assert_allclose(same, W, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["white", "correlated", "rank deficient", "log-normal", "dead"])
+def test_what_pruning_leaves_is_refitted(kind: str) -> None:
+    W, H = make_layer(kind, rows=70, d=150, seed=33)
+    order, losses = obs.shared_trace(W, H)
+    counts = obs.pruned_counts(losses, 0.5)
+    gone = np.argsort(order, axis=1) < counts[:, None]
+    pruned = obs.shared_prune(W, H, order, counts)
+    np.testing.assert_array_equal(pruned == 0, gone)
+    best = reference.rebuild(W, H, order, counts)
+    ours, least, dropped = (reference.layer_error(W, X, H) for X in (pruned, best, np.where(gone, 0.0, W)))
+    # Measured: at most 0.1% of what there is to gain is left after so many steps of conjugate gradients.
+    assert least * (1 - 1e-4) <= ours <= least + 0.01 * (dropped - least) + 1e-6 * dropped
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_for_any_number_of_threads_and_groups_side_by_side(threads: int) -> None:
+    parts = [make_layer("correlated", rows=130, d=140, seed=s) for s in (34, 35)]
+    W, H = np.stack([w for w, _ in parts]), np.stack([h for _, h in parts])
+    order, losses = obs.shared_trace(W, H)
+    counts = obs.pruned_counts(losses, 0.3)
+    cells = obs.rate_distortion_cells(W, H, order, counts, [(0.3, 0.2)], passes=obs.shared_cells)
+    codes, pruned = obs.shared_cells(W, H, order, counts, cells)
+    again, same = obs.shared_cells(W, H, order, counts, cells, threads=threads)
+    np.testing.assert_array_equal(again, codes)
+    np.testing.assert_array_equal(same, pruned)
+    for g, (w, h) in enumerate(parts):
+        np.testing.assert_array_equal(obs.shared_trace(w, h)[0], order[g])
+        alone = obs.layer_error(w, obs.shared_prune(w, h, order[g], counts[g]), h)
+        assert alone == pytest.approx(obs.layer_error(w, pruned[g], h), rel=1e-3)
+    exact = obs.salient_cells(W, H, order, counts, cells)[0]
+    plain = np.rint(pruned / 0.3)
+    errors = [obs.layer_error(W, q * 0.3, H) for q in (exact[0], codes[0], plain)]
+    assert errors == sorted(errors)
+
+
+def test_cost_estimate() -> None:
+    assert obs.exact_operations((2, 3, 6)) == 2 * 3 * 6**3 / 3
+    assert obs.exact_operations((512, 4608)) < obs.EXACT_LIMIT < obs.exact_operations((4096, 4096))
