@@ -22,7 +22,7 @@ from autocompress.batches import Batch, batch_samples, feed, materialise
 from autocompress.calibration import Statistics, calibrate
 from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
-from autocompress.errors import InfeasibleError, TaskError
+from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
 from autocompress.planning import allocate, coarsest, cost_facts, energy_losses, least_bytes, limit_bytes, within
@@ -192,9 +192,15 @@ def _finished(
         trials.append(("tune", lambda tell: tune(model, small, context, TUNING_STEPS[effort], context.seed, tell)))
     plan, kl = chosen, context.divergence_of(small)
     for name, attempt in trials:
-        with say.stage(name) as advance:
-            trial = attempt(advance)
-            found = context.divergence_of(trial)
+        try:
+            with say.stage(name) as advance:
+                trial = attempt(advance)
+                found = context.divergence_of(trial)
+        except CalibrationError as error:
+            if sequential:
+                raise
+            plan = plan.replace(notes=(*plan.notes, f"{name}: not possible ({error})"))
+            continue
         better = found < kl
         note = f"{name}: KL {found:.6g} on the held-out slice, {kl:.6g} without: {'kept' if better else 'not used'}"
         if better:

@@ -210,7 +210,7 @@ def test_a_file_that_is_damaged(tmp_path: Path, done: Path, verb: str, damage: s
 @pytest.mark.parametrize(
     ("name", "before", "after", "words"),
     [
-        ("plan.json", '"schema": 1', '"schema": 99', "plan schema is 99"),
+        ("plan.json", '"schema": 2', '"schema": 99', "plan schema is 99"),
         ("plan.json", '"layers"', '"leyers"', "this is not a plan"),
         ("plan.json", "{", "", "this is not a plan"),
         ("plan.json", '"conv": "', '"conv": "huge', "plan.json: this is not a plan: 'huge"),

@@ -177,9 +177,7 @@ def test_no_option_belongs_to_two_compressors_and_the_default_ones_to_one() -> N
 
 
 def test_an_option_that_nobody_offers_is_refused_by_name() -> None:
-    with pytest.raises(
-        OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"
-    ):
+    with pytest.raises(OptionError, match=r"no compressor realises 'rank2w8'; there are plain, pruned, obc, fp8, rd"):
         compressor_of(Option.parse("rank2w8"))
 
 

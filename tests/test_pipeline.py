@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import autocompress as ac
 from autocompress import pipeline
-from autocompress.errors import InfeasibleError, TaskError
+from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import model_digest
 from autocompress.pipeline import RESULTS
 from autocompress.profiling import load_profile
@@ -328,6 +328,20 @@ def test_other_limits_and_sequential_mode_exclude_each_other(tmp_path: Path) -> 
     found = run(tmp_path, budget="5x,macs=1e9", effort="normal")
     assert not found.plan.realised
     assert [note.partition(":")[0] for note in found.plan.notes][-1] == "tune"
+
+
+def test_where_sequential_mode_is_not_possible_only_who_asked_for_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> nn.Module:
+        raise CalibrationError("it goes another way")
+
+    monkeypatch.setattr(pipeline, "apply_sequentially", refuse)
+    with pytest.raises(CalibrationError, match="it goes another way"):
+        run(tmp_path, sequential=True)
+    found = run(tmp_path, effort="normal")
+    assert "sequential: not possible (it goes another way)" in found.plan.notes
+    assert not found.plan.realised
 
 
 def _noise(small: nn.Module) -> nn.Module:

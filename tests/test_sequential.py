@@ -277,7 +277,9 @@ def test_what_sequential_mode_made_is_not_made_again_from_the_profile() -> None:
         apply_sequentially(model, dataclasses.replace(made, realised={}, fingerprint="other"), profile, data)
 
 
-@pytest.mark.parametrize("text", ["rd(0.5,0.3)", "rd(0.9,0.3)s60", "s75w4", "w3", "fp16", "dense", "rd(0.1,0)s99"])
+@pytest.mark.parametrize(
+    "text", ["rd(0.5,0.3)", "rd(0.9,0.3)s60", "s75w4", "w3", "fp16", "dense", "rd(0.1,0)s99", "tcq(0.34,0.4)"]
+)
 def test_neighbours_are_options_around_the_given_one(text: str) -> None:
     option = ac.Option.parse(text)
     near = neighbours(option)

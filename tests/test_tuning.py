@@ -94,6 +94,20 @@ def test_weights_of_several_modules_keep_their_steps() -> None:
     assert old["q.weight"] != new["q.weight"]
 
 
+def test_codes_on_a_trellis_keep_their_path_and_get_another_step(tmp_path: Path) -> None:
+    model, data, _ = CASES["no norms"]()
+    small, context = applied(model, data, "5x", ("tcq(0.5,0.3)", "tcq(0.7,0.3)", "tcq(1,0.3)"))
+    tuned = tune(model, small, context, 20)
+    before, after = ({e.name: e for e in encoded_of(m).entries} for m in (small, tuned))
+    for name, old in before.items():
+        if str(old.params.get("option")).startswith("tcq"):
+            np.testing.assert_array_equal(old.codes(), after[name].codes())
+            assert old.steps() != after[name].steps()
+    assert any(str(e.params.get("option")).startswith("tcq") for e in before.values())
+    path = ac.save(tuned, encoded_of(tuned).plan, tmp_path / "model.acz").path
+    assert distance(tuned, ac.load(path, chain()), context) == 0.0
+
+
 def test_activations_in_place_change_nothing() -> None:
     data, found = batches(16, size=40), []
     for model in (chain(), chain(inplace=True)):
