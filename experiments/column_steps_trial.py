@@ -8,6 +8,9 @@ same error), rounded to half octaves, and paid for: `bytes` holds their exponent
 hulls over steps and λ, `percent` against one step per layer with the same kind of codes, at errors relative to the
 layer's energy. `order0_percent` compares ideal order-0 entropies instead, a histogram for every step that occurs and
 the steps unpaid: what a coder could hope for that knows the steps and nothing else.
+
+It did not pay: by order-0 entropy steps per column save up to a tenth on the narrow layers, little on the wide ones, but
+the context models of the codec have found that redundancy already, and with them nearly every row is a loss.
 """
 
 from __future__ import annotations
