@@ -9,8 +9,8 @@ hulls over steps and λ, `percent` against one step per layer with the same kind
 layer's energy. `order0_percent` compares ideal order-0 entropies instead, a histogram for every step that occurs and
 the steps unpaid: what a coder could hope for that knows the steps and nothing else.
 
-It did not pay: by order-0 entropy steps per column save up to a tenth on the narrow layers, little on the wide ones, but
-the context models of the codec have found that redundancy already, and with them nearly every row is a loss.
+It did not pay: by order-0 entropy the steps save up to a tenth on narrow layers and little on wide ones, but the
+context models of the codec have found that redundancy already: with them 141 of the 180 rows are no gain.
 """
 
 from __future__ import annotations
