@@ -52,13 +52,23 @@ def test_rows_do_not_meet_and_threads_do_not_matter() -> None:
     np.testing.assert_array_equal(obs.trellis_codes(W[7:9], H, grid[:1], threads=1)[0], one[0][7:9])
 
 
-def test_errors_are_fed_forward() -> None:
-    """Decisions that know of H lose far less than those of a diagonal Hessian, and than round to nearest."""
-    rng = np.random.default_rng(3)
-    W, H = rng.standard_normal((16, 90)), correlated(90)
-    with_feedback = obs.trellis_codes(W, H, [(0.5, 0.0)], threads=1)[0] * 0.5
-    without = obs.trellis_codes(W, np.diag(np.diag(H)), [(0.5, 0.0)], threads=1)[0] * 0.5
-    assert obs.layer_error(W, with_feedback, H) < 0.75 * obs.layer_error(W, without, H)
+def far(d: int) -> np.ndarray:
+    """Columns that resemble those half a row away: their errors are long decided when they are met."""
+    rng = np.random.default_rng(6)
+    X = rng.standard_normal((d, 4 * d))
+    X[d // 2 :] = X[: d // 2] + 0.3 * X[d // 2 :]
+    return 2.0 * X @ X.T / (4 * d)
+
+
+@pytest.mark.parametrize("H", [correlated(90), far(180)], ids=["near", "far"])
+def test_errors_are_fed_forward(H: np.ndarray) -> None:
+    """Decisions that know of H lose far less than those that know its diagonal only."""
+    W = np.random.default_rng(3).standard_normal((16, len(H)))
+    with_feedback, without = (
+        obs.layer_error(W, obs.trellis_codes(W, K, [(0.5, 0.0)], threads=1)[0] * 0.5, H)
+        for K in (H, np.diag(np.diag(H)))
+    )
+    assert with_feedback < 0.75 * without, (with_feedback, without)
 
 
 def test_groups_are_layers_of_their_own() -> None:
