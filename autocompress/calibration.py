@@ -39,7 +39,7 @@ from autocompress.threads import default_workers, single_threaded
 
 __all__ = ["LayerStatistics", "Statistics", "calibrate"]
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
 IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32), unless that is
 POSITIONS = 4096  # fewer positions than these or d: summing d x d products in float64 would take longer than they do

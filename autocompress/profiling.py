@@ -44,7 +44,7 @@ from autocompress.types import DENSE, Option, Plan
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 log = logging.getLogger(__name__)
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     known = done_keys(RESULTS / "column_steps_trial.csv", KEYS)
     for name in LAYERS:
         layer = layers[name]
-        W = layer.matrix(model.get_submodule(name).weight)[0]
+        W = layer.matrix(model.get_parameter(layer.key))[0]
         H = stats.layers[name].hessian[0]
         kernel = int(np.prod(layer.shape[2:]))
         for kind in ("rd", "tcq"):

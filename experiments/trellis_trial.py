@@ -39,7 +39,8 @@ LAMBDAS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.7)
 TRELLIS_STEPS = [round(0.12 * 2 ** (k / 4), 3) for k in range(17)]  # 0.12 ... 1.92
 TRELLIS_LAMBDAS = (0.15, 0.25, 0.4, 0.55, 0.7, 0.9, 1.2)
 
-Hull = list[tuple[float, int]]
+Corner = tuple[float, float]  # error, bytes
+Hull = list[Corner]
 
 
 def rd(sparsities, steps, lambdas) -> set[Option]:
@@ -62,31 +63,33 @@ def option_sets() -> dict[str, set[Option]]:
         "tcq all": tcq(TRELLIS_STEPS, TRELLIS_LAMBDAS),
         "rd + tcq all": rd(SPARSITIES, QUARTERS, LAMBDAS) | tcq(TRELLIS_STEPS, TRELLIS_LAMBDAS),
     }
-    for name, lambdas in (
+    scalar: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("0.1", (0.1,)),
         ("0.1 0.2", (0.1, 0.2)),
         ("0.06 0.1 0.2", (0.06, 0.1, 0.2)),
         ("0.1 0.2 0.3", (0.1, 0.2, 0.3)),
         ("0.1 0.3 0.7", (0.1, 0.3, 0.7)),
         ("0.03 0.1 0.2", (0.03, 0.1, 0.2)),
-    ):
+    )
+    for name, lambdas in scalar:
         sets[f"rd half octaves, lam {name}"] = rd(SPARSITIES, halves, lambdas)
     sets["rd half octaves, all lam"] = rd(SPARSITIES, halves, LAMBDAS)
     sets["rd quarter octaves, lam 0.1"] = rd(SPARSITIES, QUARTERS, (0.1,))
     sets["rd quarter octaves, lam 0.1 0.2"] = rd(SPARSITIES, QUARTERS, (0.1, 0.2))
     sets["rd quarter octaves, lam 0.1 and 0.3 in turn"] = rd(SPARSITIES, halves, (0.1,)) | rd(SPARSITIES, odd, (0.3,))
     sets["rd quarter octaves, lam 0.1, no pruning first"] = rd((0,), QUARTERS, (0.1,))
-    for name, lambdas in (
+    trellis: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("0.4", (0.4,)),
         ("0.4 0.7", (0.4, 0.7)),
         ("0.25 0.55", (0.25, 0.55)),
         ("0.25 0.4 0.7", (0.25, 0.4, 0.7)),
         ("0.25 0.4 0.7 1.2", (0.25, 0.4, 0.7, 1.2)),
-    ):
+    )
+    for name, lambdas in trellis:
         sets[f"tcq half octaves, lam {name}"] = tcq(TRELLIS_STEPS[::2], lambdas)
         sets[f"tcq quarter octaves, lam {name}"] = tcq(TRELLIS_STEPS, lambdas)
     # how few scalar options do beside the trellis
-    steps = sorted({o.step for o in sets["rd default"]})
+    steps = sorted({o.step or 0.0 for o in sets["rd default"]})
     for sparsities, lambdas in (
         ((0, 35, 60, 77.5, 90, 97), (0.1, 0.3, 0.7)),
         ((0, 50, 77.5, 90, 97), (0.1, 0.7)),
@@ -111,7 +114,7 @@ def layer_rows(problem: LayerProblem, options: set[Option], path: Path) -> dict[
     return {o: tuple(known[str(o)]) for o in options}
 
 
-def hull(points: list[tuple[float, int]]) -> Hull:
+def hull(points: Hull) -> Hull:
     """Lower convex hull of (error, bytes), by rising error."""
     found: Hull = []
     for error, size in sorted(points):
@@ -125,7 +128,7 @@ def hull(points: list[tuple[float, int]]) -> Hull:
     return found
 
 
-def network(hulls: list[Hull]) -> tuple[np.ndarray, np.ndarray, list[tuple[float, int, float, int]]]:
+def network(hulls: list[Hull]) -> tuple[np.ndarray, np.ndarray, list[tuple[float, int, Corner, Corner]]]:
     """The hull of all layers together: (errors, bytes) by falling bytes per error, and the pieces it is made of."""
     pieces = sorted(
         ((a[1] - b[1]) / (b[0] - a[0]), layer, a, b) for layer, h in enumerate(hulls) for a, b in itertools.pairwise(h)
@@ -161,7 +164,7 @@ def main() -> None:
     wanted = set().union(*sets.values())
     rows = {}
     for layer in list(find_layers(model))[: arguments.layers]:
-        weight = layer.matrix(model.get_submodule(layer.name).weight)
+        weight = layer.matrix(model.get_parameter(layer.key))
         problem = LayerProblem(layer.name, layer.shape, weight, stats.layers[layer.name].hessian)
         start = time.perf_counter()
         rows[layer.name] = layer_rows(problem, wanted, cache / f"{layer.name}.json")
@@ -173,8 +176,8 @@ def main() -> None:
         budget = DENSE_BYTES / ratio - FIXED_BYTES
         at = int(np.argmax(sizes <= budget))
         corner = [h[0] for h in reference]
-        for _, layer, _, b in pieces[:at]:
-            corner[layer] = b
+        for _, index, _, b in pieces[:at]:
+            corner[index] = b
         for name, mine in hulls.items():
             e, s, _ = network(mine)
             together = float(np.interp(errors[at], e, s))

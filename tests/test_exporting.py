@@ -564,7 +564,7 @@ def test_packing_is_the_librarys(bits: int, columns: int) -> None:
 
 def test_compressed_tensors_refuses_what_only_a_module_of_torch_reads(tmp_path: Path) -> None:
     model, data = kinds_of_layers()
-    model.config = type("Config", (), {"to_dict": lambda self: {}})()  # type: ignore[assignment]
+    model.config = type("Config", (), {"to_dict": lambda self: {}})()
     small, _ = applied(model, data, ("w8",))
     with pytest.raises(ExportError, match="cannot hold") as caught:
         ac.export(small, format="compressed-tensors", out=tmp_path / "hf")

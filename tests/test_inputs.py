@@ -151,7 +151,8 @@ class Tied(nn.Module):
 
 
 def test_a_tied_table_has_the_errors_of_both_uses() -> None:
-    model, data = seeded(Tied), tokens(6, 5)
+    model: Any = seeded(Tied)
+    data = tokens(6, 5)
     delta = change(model, "embed")
     embed, head = nn.Embedding.from_pretrained(model.embed.weight), nn.Linear(5, 8, bias=False)
     head.weight = model.head.weight
@@ -355,7 +356,8 @@ class Reader(nn.Module):
 
 
 def test_cells_and_modules_that_feed_them() -> None:
-    model, data = seeded(Reader), tokens(12, 4, sizes=(4, 8))
+    model: Any = seeded(Reader)
+    data = tokens(12, 4, sizes=(4, 8))
     stats = calibrated(model, data)
     assert stats.unreached == ()
     inputs: list[Any] = []

@@ -201,7 +201,7 @@ def test_weights_inside_a_module_have_its_name_and_theirs(module: nn.Module, exp
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_a_transposed_convolution_is_stored_by_its_outputs(dims: int, groups: int) -> None:
-    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
     module = kind(6, 4, (3, 2, 1)[:dims], groups=groups)
     (layer,) = find_layers(nn.Sequential(module))
     kernel = (3, 2, 1)[:dims]

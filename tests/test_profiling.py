@@ -337,7 +337,7 @@ def test_a_layer_that_calibration_never_reaches_has_what_needs_no_data(tmp_path:
 
 
 def test_a_model_that_calibration_never_reaches_has_single_options_too() -> None:
-    model = Unreached().eval()
+    model: Any = Unreached().eval()
     model.forward = lambda x: x
     data = [torch.randn(20, 6, generator=torch.Generator().manual_seed(0))]
     found = profiled(model, data, (*OPTIONS, "w8"))

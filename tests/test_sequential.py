@@ -84,7 +84,7 @@ def test_the_refit_is_the_ridge_solution_for_the_dense_outputs(name: str) -> Non
     targets = sequential._Targets(model, [step], pieces).take(0)
     (problem,) = sequential._problems(model, small, step, pieces, targets, 0.01)
     weight, hessian = expected(model, small, layer, data, 0.01)
-    np.testing.assert_allclose(problem.hessian, hessian, rtol=1e-5, atol=1e-6 * np.abs(hessian).max())
+    np.testing.assert_allclose(problem.shared_hessian(), hessian, rtol=1e-5, atol=1e-6 * np.abs(hessian).max())
     np.testing.assert_allclose(problem.weight, weight, atol=2e-5 * np.abs(weight).max())
     moved = np.abs(problem.weight - layer.matrix(model.get_submodule(name).weight)).max()  # type: ignore[arg-type]
     assert (moved > 1e-3) == (name != "conv1"), "the first layer sees the dense inputs, and stays"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def distance(model: nn.Module, small: nn.Module, context: ac.Context) -> float:
     return total
 
 
-CASES = {
+CASES: dict[str, Callable[[], tuple[Any, list[Any], str]]] = {
     "batch norms": lambda: (convnet(), images(), "8x"),
     "no norms": lambda: (chain(), batches(16, size=40), "8x"),
     "layer norm": lambda: (seeded(Attention), [{"tokens": x} for x in batches(6, 8, size=20)], "2.5x"),

@@ -213,7 +213,7 @@ class Realised:
         """Bits of a weight when it is multiplied: what holds every code, 16 or 32 for floats."""
         if self.codes is None:
             return 16 if self.codec == "fp16" else FLOAT_BITS
-        return code_bits(self.codes)
+        return 8 if self.codec == "fp8" else code_bits(self.codes)
 
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape."""

@@ -28,7 +28,7 @@ def test_nothing_is_better_where_columns_do_not_interact() -> None:
     W, step = rng.standard_normal((5, 5)), 0.5
     diagonal = rng.uniform(0.3, 3.0, 5)
     found = obs.trellis_codes(W, np.diag(diagonal), [(step, 0.0)], threads=1)[0]
-    paths = [((), 0)]
+    paths: list[tuple[tuple[int, ...], int]] = [((), 0)]
     for _ in range(5):
         paths = [
             ((*codes, q), NEXT[state][(abs(q) + state % 2) // 2 % 2])
