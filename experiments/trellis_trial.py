@@ -25,7 +25,7 @@ import numpy as np
 from common import RESULTS, ROOT, environment, keep_row
 
 from autocompress import calibrate
-from autocompress.compressors import COMPRESSORS, default_options
+from autocompress.compressors import COMPRESSORS
 from autocompress.compressors.base import LayerProblem, measure
 from autocompress.layers import find_layers
 from autocompress.threads import single_threaded
@@ -52,13 +52,17 @@ def tcq(steps, lambdas) -> set[Option]:
 
 
 def option_sets() -> dict[str, set[Option]]:
-    """What is compared: rate-distortion options alone, scalar and on the trellis, without wN and fp16."""
-    default = {o for o in default_options() if o.step is not None}
+    """What is compared: rate-distortion options alone, scalar and on the trellis, without wN and fp16.
+
+    "rd default" was the default before there was a trellis, and "tcq default" the first grid of the trellis.
+    """
+    first = rd(SPARSITIES, [round(0.1 * 2 ** (k / 2), 3) for k in range(11)], (0.1, 0.3, 0.7))
+    trellis = tcq(TRELLIS_STEPS[::2], (0.25, 0.4, 0.7))
     halves, odd = QUARTERS[::2], QUARTERS[1::2]
     sets = {
-        "rd default": {o for o in default if not o.trellis},
-        "tcq default": {o for o in default if o.trellis},
-        "rd + tcq default": default,
+        "rd default": first,
+        "tcq default": trellis,
+        "rd + tcq default": first | trellis,
         "rd all": rd(SPARSITIES, QUARTERS, LAMBDAS),
         "tcq all": tcq(TRELLIS_STEPS, TRELLIS_LAMBDAS),
         "rd + tcq all": rd(SPARSITIES, QUARTERS, LAMBDAS) | tcq(TRELLIS_STEPS, TRELLIS_LAMBDAS),
@@ -78,14 +82,14 @@ def option_sets() -> dict[str, set[Option]]:
     sets["rd quarter octaves, lam 0.1 0.2"] = rd(SPARSITIES, QUARTERS, (0.1, 0.2))
     sets["rd quarter octaves, lam 0.1 and 0.3 in turn"] = rd(SPARSITIES, halves, (0.1,)) | rd(SPARSITIES, odd, (0.3,))
     sets["rd quarter octaves, lam 0.1, no pruning first"] = rd((0,), QUARTERS, (0.1,))
-    trellis: tuple[tuple[str, tuple[float, ...]], ...] = (
+    dependent: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("0.4", (0.4,)),
         ("0.4 0.7", (0.4, 0.7)),
         ("0.25 0.55", (0.25, 0.55)),
         ("0.25 0.4 0.7", (0.25, 0.4, 0.7)),
         ("0.25 0.4 0.7 1.2", (0.25, 0.4, 0.7, 1.2)),
     )
-    for name, lambdas in trellis:
+    for name, lambdas in dependent:
         sets[f"tcq half octaves, lam {name}"] = tcq(TRELLIS_STEPS[::2], lambdas)
         sets[f"tcq quarter octaves, lam {name}"] = tcq(TRELLIS_STEPS, lambdas)
     # how few scalar options do beside the trellis

@@ -45,6 +45,6 @@ class TrellisCoded:
 
 
 def trellis_grid() -> list[Option]:
-    """Step x λ offered by default."""
-    steps = [round(0.12 * 2 ** (k / 2), 3) for k in range(9)]
-    return [Option(step=t, lam=lam, trellis=True) for t in steps for lam in (0.25, 0.4, 0.7)]
+    """Step x λ offered by default: steps a quarter of an octave apart (experiments/trellis_trial.py)."""
+    steps = [round(0.12 * 2 ** (k / 4), 3) for k in range(17)]
+    return [Option(step=t, lam=lam, trellis=True) for t in steps for lam in (0.25, 0.55)]
