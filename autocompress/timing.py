@@ -34,7 +34,7 @@ from autocompress.doctor import cores, version
 from autocompress.exporting import ExportError, Held, Onnx, Request, Weight, aliases_of, export, in_float32
 from autocompress.exporting.onnx import arguments, outputs_of, trace
 from autocompress.files import atomic_path, cache_dir
-from autocompress.layers import find_layers, stored_tensors
+from autocompress.layers import CONVOLUTIONS, TABLES, TRANSPOSED, Layer, find_layers, stored_tensors
 from autocompress.profiling import Profile
 from autocompress.types import DENSE, Option
 
@@ -147,8 +147,7 @@ class Timer:
                         f"{k} {getattr(module, k)}" for k in ("stride", "padding", "dilation") if hasattr(module, k)
                     ]
                     calls[name].append(" ".join([*geometry, f"of {tuple(given.shape)}"]))
-                    rows = self.layers[name].shape[0]
-                    counted[name] += self.layers[name].size * (output.numel() // rows)
+                    counted[name] += self.layers[name].size * _positions(self.layers[name], module, given, output)
 
                 module = self.model.get_submodule(owner)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -185,7 +184,9 @@ class Timer:
         size = np.float32(max(float(weight.std()), 1e-6) / max(float(codes.std()), 1.0))
         columns = layer.size // layer.shape[0]
         shape = {"tensor": (), "row": (layer.shape[0],)}.get(step, (layer.shape[0], -(-columns // (group or columns))))
-        made = Weight(layer.key, layer.owners, layer.shape, DENSE, codes, np.full(shape, size, np.float32))
+        scales = np.full(shape, size, np.float32)
+        own = group if scales.ndim == 2 else None
+        made = Weight(layer.key, layer.owners, layer.shape, DENSE, codes, scales, group=own)
         return exporter.hold(made, owner)
 
     def _graph(self, held: Mapping[str, Held]) -> Any:
@@ -243,6 +244,17 @@ def all_forms(timer: Timer) -> dict[str, dict[str, Held]]:
     widths = ((4, "row"), (8, "row"), (4, "tensor"), (8, "tensor"), (16, "none"))
     made = {name: [timer.held(name, width, step) for width, step in widths] for name in timer.layers}
     return {name: {form_name(held): held for held in found} for name, found in made.items()}
+
+
+def _positions(layer: Layer, module: nn.Module, given: Any, output: Any) -> int:
+    """How often each weight of a layer is multiplied in one call, as `calibrate` counts it."""
+    if isinstance(module, TABLES):
+        return 0
+    if isinstance(module, TRANSPOSED):
+        return int(given.numel() // module.in_channels)
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        return int(output.numel() // layer.shape[0])
+    return int(given.numel() // given.shape[-1])
 
 
 def forms_of(timer: Timer, profile: Profile) -> dict[str, dict[Option, tuple[str, Held]]]:

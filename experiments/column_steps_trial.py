@@ -19,7 +19,7 @@ import sys
 
 import numpy as np
 from common import RESULTS, ROOT, done_keys, environment, keep_row
-from trellis_trial import bytes_at, hull
+from trellis_trial import Hull, bytes_at, hull
 
 from autocompress import calibrate, obs
 from autocompress.layers import find_layers
@@ -43,7 +43,8 @@ def points(W: np.ndarray, H: np.ndarray, shape: tuple[int, ...], halves: np.ndar
     scale = 2.0 ** (halves / 2)
     V, K = W / scale, H * np.outer(scale, scale)
     energy, rms = obs.layer_error(W, np.zeros_like(W), H), float(np.sqrt((V**2).mean()))
-    found, ideal = [], []
+    found: Hull = []
+    ideal: Hull = []
     if kind == "tcq":
         grid = [(0.17 * 2 ** (k / 2) * rms, lam) for k in range(8) for lam in (0.25, 0.4, 0.7, 1.0)]
         results = obs.trellis_codes(V, K, grid, threads=1)

@@ -106,8 +106,9 @@ class Bundle:
         self.base = problem.argmin(values)
         self.above = values - values[self.base][problem.group]
         self.rows: IntArray | None = None
-        # Nothing is above the largest losses, so this reduces nothing away before a choice is known.
-        self.upper = math.fsum(np.maximum.reduceat(problem.loss, problem.start[:-1])) * (1 + 1e-9) + 4 * self.noise
+        # Nothing reaches what is above the largest losses, so this reduces nothing away before a choice is known.
+        largest = math.fsum(np.maximum.reduceat(problem.loss, problem.start[:-1]))
+        self.upper = math.nextafter(largest + 1e-9 * abs(largest) + 4 * self.noise, math.inf)
         self.live = np.arange(len(problem.loss))
 
     def offer(self, chosen: IntArray) -> bool:

@@ -272,6 +272,7 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(timing, "in_turns", in_turns)
     monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")  # no line of a table is folded
 
 
 @pytest.mark.usefixtures("quick_clock")

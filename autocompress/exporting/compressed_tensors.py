@@ -57,12 +57,14 @@ class CompressedTensors:
             )
 
     def hold(self, weight: Weight, owner: nn.Module) -> Held:
-        if weight.codes is None:
+        coded = weight.option.bits is not None or weight.option.step is not None
+        if weight.codes is None and not coded:
             half = weight.values is not None and weight.values.dtype == np.float16
             return Held(weight, "float16" if half else "float32", 16 if half else 32)
         if isinstance(owner, TABLES):  # no loader of the format has tables of codes
             return Held(weight, "float32", 32)
-        if not isinstance(owner, nn.Linear) or isinstance(owner, NonDynamicallyQuantizableLinear):
+        other = not isinstance(owner, nn.Linear) or isinstance(owner, NonDynamicallyQuantizableLinear)
+        if other or weight.codes is None:
             return Held(weight, "float32", 32, "it packs linear layers only; stored dense, with the same values")
         needed, width = code_bits(weight.codes), self.bits or WIDEST
         group = weight.group

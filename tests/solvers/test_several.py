@@ -68,6 +68,16 @@ def test_partial_choices_prove_no_more_than_is_true(problem: Problem) -> None:
             assert problem.total_loss(problem.flat.choice(state.rows)) == pytest.approx(optimum, abs=1e-9)
 
 
+def test_losses_of_zero_leave_a_choice() -> None:
+    """The cheapest choice is the dearest too: nothing may be reduced away because it improves nothing."""
+    zeros = Problem(loss=[np.zeros(1), np.zeros(2)], cost=[np.array([0]), np.array([1, 0])], budget=0, resources=("r",))
+    rows = Rows.of(zeros.flat)
+    state = Bundle(rows, dual_prices(rows, Deadline(None)))
+    assert state.expand(Deadline(None), 10, 100, 9)
+    assert state.rows is not None
+    assert state.bound <= 0.0
+
+
 def test_milp_reaches_its_gap_and_names_what_was_reduced() -> None:
     problem = several(100, 40, 3, 2)
     solution = solve(problem, "milp")
