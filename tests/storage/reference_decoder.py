@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
 
-Entries in raw floats, fp16, entropy-coded, trellis-coded, masked and fp8, which is what `autocompress compress` writes;
-slow, and meant to be read.
+Entries in raw floats, fp16, packed, entropy-coded, trellis-coded, masked and fp8, which is what `autocompress compress`
+writes; slow, and meant to be read.
 """
 
 import math
@@ -115,6 +115,11 @@ def floats(kind, data):
     return list(struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data))
 
 
+def unpack(data, numel):
+    bits, low, stream = data[0], int.from_bytes(data[1:3], "little", signed=True), int.from_bytes(data[3:], "little")
+    return [low + (stream >> j * bits & ((1 << bits) - 1)) for j in range(numel)]
+
+
 def read_file(data):
     """Yield (name, shape, values) of every entry; values are floats, or codes where an entry has no step."""
     version, crc = data[4], int.from_bytes(data[5:9], "little")
@@ -160,12 +165,13 @@ def read_file(data):
             split = 5 + int.from_bytes(body[1:5], "little")
             kept = iter(floats("e" if body[0] == 2 else letter, body[split:]))
             yield names[i], shape, [next(kept) if m else 0.0 for m in decode_codes(body[5:split], shape)]
-        elif codecs[i] in (7, 9, 10):
+        elif codecs[i] in (3, 7, 9, 10):
             columns = numel // shape[0]
             per_row = (0, 0, 1, -(-columns // max(spans[i], 1)))[kind]
             width = 4 if kind == 1 else 2 * shape[0] * per_row
             steps = floats("f" if kind == 1 else "e", body[:width])
-            codes = decode_codes(body[width:], shape, codecs[i] == 10)
+            rest = body[width:]
+            codes = unpack(rest, numel) if codecs[i] == 3 else decode_codes(rest, shape, codecs[i] == 10)
             codes = [e4m3(c) for c in codes] if codecs[i] == 9 else codes
             span = spans[i] or columns
             at = [j // columns * per_row + j % columns // span * (per_row > 0) for j in range(numel)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from reference_decoder import NEXT, decode_codes, read_file
 from test_container import META, resnet20_entries
+from tiny_tasks import call, write_task
 
-from autocompress.storage import E4M3, encode_codes, float_entry, serialise, weight_entry
+import autocompress as ac
+from autocompress.storage import E4M3, encode_codes, float_entry, grid_codes, grid_entry, serialise, weight_entry
 
 
 def on_the_trellis(codes: np.ndarray) -> np.ndarray:
@@ -45,6 +49,19 @@ def test_reference_decoder_agrees(shape: tuple[int, ...], axis: int, scale: floa
 
 
 @pytest.mark.parametrize("dependent", [False, True], ids=["entropy", "trellis"])
+def test_reference_reader_reads_what_compress_writes(tmp_path: Path) -> None:
+    """Every tensor of a file as `ac.load` reads it."""
+    task = write_task(tmp_path)
+    outcome = call("compress", task, "--budget", "4x", "--effort", "fast", "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    path = tmp_path / "out" / "model.acz"
+    loaded = ac.load(path)
+    decoded = {name: (shape, values) for name, shape, values in read_file(path.read_bytes())}
+    assert set(decoded) == {name for name in loaded if "running" not in name}
+    for name, (shape, values) in decoded.items():
+        np.testing.assert_array_equal(np.array(values, np.float32).reshape(shape), loaded[name].numpy())
+
+
 def test_both_orientations_and_rates_are_met(dependent: bool) -> None:
     seen = set()
     for seed in range(40):
@@ -71,6 +88,7 @@ def test_reference_reader_reads_a_whole_file() -> None:
         rows,
         trellis,
         weight_entry("vector", np.array([1, 0, -3]), 0.1),
+        grid_entry("norm", *grid_codes(values[0, 0].reshape(-1), 7), 7),
         weight_entry("groups", codes, rng.random((4, 4)), group=4),
         weight_entry("fp8", numbers, rng.random(3), codec="fp8"),
         float_entry("masked", values * (values > 0.5), codec="masked"),
