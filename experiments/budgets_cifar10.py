@@ -3,10 +3,13 @@
     python experiments/budgets_cifar10.py                                     # ResNet-20 at 8x ... 32x, seeds 0-2
     python experiments/budgets_cifar10.py --task resnet56_cifar10 --seeds 0
 
-Each row is one `autocompress compress` in its own process: strategy auto, effort normal, 1,024 unaugmented training
-images, of which a fifth is held out from the Hessians to measure plans on; the seed draws the images. Within a task and
-seed the later budgets find the profile of the first. The metric is top-1 in percent on the 10,000 test images, of the
-network read back from the file. Rows that stand in the CSV are not computed again.
+    python experiments/budgets_cifar10.py --task resnet56_cifar10 --seeds 0 --effort fast --out runs/fast
+
+Each row is one `autocompress compress` in its own process: strategy auto, effort normal unless told otherwise, 1,024
+unaugmented training images, of which a fifth is held out from the Hessians to measure plans on; the seed draws the
+images. Within a task and seed the later budgets find the profile of the first. The metric is top-1 in percent on the
+10,000 test images, of the network read back from the file. Rows that stand in the CSV are not computed again; with
+`--collect` no row is computed, and those results are added that stand in --out.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import time
 
 from common import RESULTS, ROOT, done_keys, environment, keep_row
 
-KEYS = ("task", "ratio", "seed")
+KEYS = ("task", "effort", "ratio", "seed")
 
 
 def main() -> None:
@@ -27,13 +30,15 @@ def main() -> None:
     parser.add_argument("--task", default="resnet20_cifar10")
     parser.add_argument("--ratios", default="12,16,24,8,20,32")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--effort", default="normal")
+    parser.add_argument("--collect", action="store_true")
     parser.add_argument("--out", default="runs/budgets_cifar10")
     arguments = parser.parse_args()
     path = RESULTS / "budgets_cifar10.csv"
     known = done_keys(path, KEYS)
     for seed in arguments.seeds.split(","):
         for ratio in arguments.ratios.split(","):
-            if (arguments.task, ratio, seed) in known:
+            if (arguments.task, arguments.effort, ratio, seed) in known:
                 continue
             out = ROOT / arguments.out / arguments.task / f"seed{seed}"
             command = [sys.executable, "-m", "autocompress", "compress", f"experiments/tasks/{arguments.task}.py"]
@@ -42,6 +47,8 @@ def main() -> None:
                 f"{ratio}x",
                 "--seed",
                 seed,
+                "--effort",
+                arguments.effort,
                 "--out",
                 str(out / f"{ratio}x"),
                 "--store",
@@ -49,11 +56,17 @@ def main() -> None:
             ]
             fresh = not (out / "profile" / "profile.json").exists()
             start = time.perf_counter()
-            subprocess.run(command, cwd=ROOT, check=True)
+            if not arguments.collect:
+                subprocess.run(command, cwd=ROOT, check=True)
             seconds = time.perf_counter() - start
             metrics = json.loads((out / f"{ratio}x" / "metrics.json").read_text())
+            if metrics["asked"]["effort"] != arguments.effort:
+                raise SystemExit(f"{out}/{ratio}x was made with effort {metrics['asked']['effort']}")
+            if arguments.collect:
+                seconds, fresh = metrics["seconds"], metrics["stage_seconds"]["profile"] > 5.0
             row = {
                 "task": arguments.task,
+                "effort": arguments.effort,
                 "ratio": ratio,
                 "seed": seed,
                 "budget_bytes": metrics["budget_bytes"],

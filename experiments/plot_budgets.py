@@ -20,12 +20,13 @@ from common import RESULTS, ROOT
 
 TASKS = {"resnet20_cifar10": "ResNet-20", "resnet32_cifar10": "ResNet-32", "resnet56_cifar10": "ResNet-56"}
 OURS = "autocompress"
+COLOURS = {OURS: "#1f4e9c", f"{OURS}, effort fast": "#7a9cd6"}
 
 
 def ours() -> pd.DataFrame:
-    """One row per (task, budget): mean bytes and top-1, worst and best seed."""
+    """One row per (task, effort, budget): mean bytes and top-1, worst and best seed."""
     rows = pd.read_csv(RESULTS / "budgets_cifar10.csv")
-    groups = rows.groupby(["task", "ratio"])
+    groups = rows.groupby(["task", "effort", "ratio"])
     table = groups.agg(
         bytes=("bytes", "mean"),
         top1=("top1", "mean"),
@@ -34,7 +35,8 @@ def ours() -> pd.DataFrame:
         seeds=("seed", "count"),
         dense=("top1_dense", "first"),
     )
-    return table.reset_index().assign(tool=OURS)
+    table = table.reset_index()
+    return table.assign(tool=[OURS if e == "normal" else f"{OURS}, effort {e}" for e in table["effort"]])
 
 
 def draw(mine: pd.DataFrame, others: pd.DataFrame) -> None:
@@ -44,10 +46,22 @@ def draw(mine: pd.DataFrame, others: pd.DataFrame) -> None:
     tools = list(dict.fromkeys(others["tool"]))
     marks = dict(zip(tools, "sDv^xP", strict=False))
     for axis, task in zip(axes[0], tasks, strict=True):
-        own = mine[mine["task"] == task].sort_values("bytes")
-        dense = float(own["dense"].iloc[0])
-        spread = [own["top1"] - own["worst"], own["best"] - own["top1"]]
-        axis.errorbar(own["bytes"] / 1e3, own["top1"], spread, marker="o", color="#1f4e9c", capsize=3, label=OURS, lw=2)
+        dense = float(mine[mine["task"] == task]["dense"].iloc[0])
+        for (tool, color), style in zip(COLOURS.items(), ("-", "--"), strict=True):
+            own = mine[(mine["task"] == task) & (mine["tool"] == tool)].sort_values("bytes")
+            spread = [own["top1"] - own["worst"], own["best"] - own["top1"]]
+            if len(own):
+                axis.errorbar(
+                    own["bytes"] / 1e3,
+                    own["top1"],
+                    spread,
+                    marker="o",
+                    color=color,
+                    capsize=3,
+                    label=tool,
+                    lw=2,
+                    ls=style,
+                )
         for tool, rows in others[others["task"] == task].groupby("tool", sort=False):
             rows = rows.sort_values("bytes")
             axis.plot(rows["bytes"] / 1e3, rows["top1"], marker=marks[tool], label=tool, lw=1, alpha=0.8)
@@ -81,10 +95,11 @@ def write_table(mine: pd.DataFrame, others: pd.DataFrame) -> None:
     both = pd.concat([mine, others.assign(seeds=0)], ignore_index=True)
     for task, title in TASKS.items():
         rows = both[both["task"] == task].sort_values("bytes", ascending=False)
-        if (rows["tool"] == OURS).any():
+        mine_too = rows["tool"].str.startswith(OURS).any()
+        if mine_too:
             lines += ["", f"## {title}", "", "| bytes | top-1 | tool |", "|---|---|---|"]
-        for row in rows.itertuples() if (rows["tool"] == OURS).any() else ():
-            own = row.tool == OURS
+        for row in rows.itertuples() if mine_too else ():
+            own = row.tool.startswith(OURS)
             seeds = f", {row.ratio:g}x, {row.seeds} seed{'s' if row.seeds > 1 else ''}" if own else ""
             cells = [f"{row.bytes:,.0f}", f"{row.top1:.2f}", f"{row.tool}{seeds}"]
             lines.append("| " + " | ".join(f"**{c}**" if own else c for c in cells) + " |")
