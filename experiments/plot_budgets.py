@@ -45,6 +45,9 @@ def draw(mine: pd.DataFrame, others: pd.DataFrame) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.2), squeeze=False, layout="constrained")
     tools = list(dict.fromkeys(others["tool"]))
     marks = dict(zip(tools, "sDv^xP", strict=False))
+    colours = dict(
+        zip(tools, ("tab:cyan", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"), strict=False)
+    )
     for axis, task in zip(axes[0], tasks, strict=True):
         dense = float(mine[mine["task"] == task]["dense"].iloc[0])
         for (tool, color), style in zip(COLOURS.items(), ("-", "--"), strict=True):
@@ -64,7 +67,9 @@ def draw(mine: pd.DataFrame, others: pd.DataFrame) -> None:
                 )
         for tool, rows in others[others["task"] == task].groupby("tool", sort=False):
             rows = rows.sort_values("bytes")
-            axis.plot(rows["bytes"] / 1e3, rows["top1"], marker=marks[tool], label=tool, lw=1, alpha=0.8)
+            axis.plot(
+                rows["bytes"] / 1e3, rows["top1"], marker=marks[tool], color=colours[tool], label=tool, lw=1, alpha=0.8
+            )
         axis.axhline(dense, color="gray", lw=1, ls=":", label="dense, fp32")
         axis.set(
             title=TASKS[task], xlabel="bytes of the whole file, thousands", xscale="log", ylim=(dense - 7, dense + 0.7)
