@@ -8,7 +8,8 @@
 Weights are read from AUTOCOMPRESS_DATA and rounded to a step per layer (a share of its standard deviation) such that
 the network's order-0 entropy is what the row says. NNCodec's column is the sum of its DeepCABAC payloads alone, without
 its container, each with the best of 5 scan orders x 2 context tunings x row skipping on or off; ours includes the model
-byte.
+byte. Every coder gets the same integers; `stored_bytes` is what the archive itself has for them, which is less where
+they lie on the trellis, as its codec knows the states (NNCodec's own dependent quantisation walks another trellis).
 The speed rows are single-core CPU time on large Laplace-distributed matrices.
 """
 
@@ -35,8 +36,9 @@ NETWORKS = ("cifar10_resnet20", "cifar10_resnet32", "cifar10_resnet56", "cifar10
 TARGETS = (0.3, 0.6, 1.0, 1.5, 2.0, 3.0, 5.0)  # bits per weight, order 0
 SPEEDS = ((1024, 2048, 1), (512, 512, 9))
 COLUMNS = (
-    "source", "order0_bpw", "weights", "zeros", "order0_bytes", "ours_bytes", "nncodec_bytes", "zstd19_bytes",
-    "packed_bytes", "bitmask_bytes", "ours_vs_nncodec_percent", "ours_vs_order0_percent", "encode_mweights_per_s",
+    "source", "order0_bpw", "weights", "zeros", "order0_bytes", "ours_bytes", "stored_bytes", "nncodec_bytes",
+    "zstd19_bytes", "packed_bytes", "bitmask_bytes", "ours_vs_nncodec_percent", "ours_vs_order0_percent",
+    "encode_mweights_per_s",
     "decode_mweights_per_s", "nncodec", "numba", "numpy", "cpu", "commit",
 )  # fmt: skip
 
@@ -92,13 +94,13 @@ def rounded(weights: Sequence[np.ndarray], bits_per_weight: float) -> list[np.nd
     return codes
 
 
-def sources(archives: Sequence[str], networks: Sequence[str]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yield (name, integer tensors): the networks at every target, then the weight entries of archives, which are named
-    by their folders.
+def sources(archives: Sequence[str], networks: Sequence[str]) -> Iterator[tuple[str, list[np.ndarray], int | None]]:
+    """Yield (name, integer tensors, stored bytes): the networks at every target, then the weight entries of archives,
+    which are named by their folders.
     """
     from safetensors.numpy import load_file
 
-    from autocompress.storage import read
+    from autocompress.storage import read, step_bytes
 
     data = os.environ.get("AUTOCOMPRESS_DATA")
     for network in networks:
@@ -108,11 +110,12 @@ def sources(archives: Sequence[str], networks: Sequence[str]) -> Iterator[tuple[
             continue
         weights = [w.astype(np.float64) for _, w in sorted(load_file(path).items()) if w.ndim > 1]
         for target in TARGETS:
-            yield f"{network} rounded at {target}", rounded(weights, target)
+            yield f"{network} rounded at {target}", rounded(weights, target), None
     for archive in archives:
         with read(archive) as opened:
             layers = [e for e in opened.values() if "option" in e.params and e.step != "none"]
-            yield " ".join(Path(archive).resolve().parts[-4:-1]), [entry.codes() for entry in layers]
+            stored = sum(entry.bytes - step_bytes(entry.shape, entry.step) for entry in layers)
+            yield " ".join(Path(archive).resolve().parts[-4:-1]), [entry.codes() for entry in layers], stored
 
 
 def size_row(name: str, tensors: list[np.ndarray], python: str | None) -> dict[str, object]:
@@ -194,7 +197,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "experiments" / "results" / "bench_codecs.csv")
     options = parser.parse_args()
     networks = () if options.only_archives else NETWORKS
-    rows = [size_row(name, tensors, options.nncodec_python) for name, tensors in sources(options.archives, networks)]
+    rows = [
+        {**size_row(name, tensors, options.nncodec_python), "stored_bytes": stored}
+        for name, tensors, stored in sources(options.archives, networks)
+    ]
     rows += () if options.only_archives else speed_rows()
     table = pd.DataFrame([{**row, **machine()} for row in rows]).reindex(columns=list(COLUMNS))
     table = table.convert_dtypes().sort_values(["source", "order0_bpw"], kind="stable")
