@@ -81,6 +81,7 @@ def apply_sequentially(
     for number, step in enumerate(steps):
         _correct_until(model, small, step, profile, data, moments)
         for problem in _problems(model, small, step, pieces, targets.take(number), profile.statistics.damping):
+            problem.exact_limit = profile.exact_limit
             name = problem.name
             room += allowance * rows[name].bytes
 

@@ -11,7 +11,7 @@ from numba import njit
 
 from autocompress.obs.blas import FAST, in_place
 
-__all__ = ["salient_rows", "shared_block"]
+__all__ = ["choose", "salient_rows", "shared_block"]
 
 
 @njit(nogil=True, cache=True)
@@ -66,17 +66,17 @@ def _dot(a: np.ndarray, b: np.ndarray, start: int, stop: int) -> np.float32:
 
 
 @njit(nogil=True, cache=True)
-def _choose(
-    target: float, c: float, step: float, low: int, high: int, price: float, bits: np.ndarray, offset: int
+def choose(
+    target: float, curvature: float, step: float, low: int, high: int, price: float, bits: np.ndarray, offset: int
 ) -> int:
-    """The code q of least c² (q step - target)² / 2 + price bits(q): a neighbour of the target on the grid, or zero."""
+    """The code q of least curvature (q step - target)² / 2 + price bits(q): a neighbour on the grid, or zero."""
     last = bits.shape[0] - 1
     x = target / step
     below = int(min(max(np.floor(x), low), high))
     above = min(below + 1, high)
     if price <= 0.0:
         return above if abs(above - x) < abs(below - x) else below
-    unit = 0.5 * c * c * step * step
+    unit = 0.5 * curvature * step * step
     best = below
     cost = unit * (below - x) * (below - x) + price * bits[min(max(below + offset, 0), last)]
     other = unit * (above - x) * (above - x) + price * bits[min(max(above + offset, 0), last)]
@@ -113,7 +113,7 @@ def _salient_pass(
         row = A[a]
         c = row[a]
         target = refit[a] - _dot(row, e, a + 1, m) / c
-        codes[a] = _choose(target, c, step, low, high, price, bits, offset)
+        codes[a] = choose(target, c * c, step, low, high, price, bits, offset)
         e[a] = codes[a] * step - refit[a]
 
 
@@ -199,5 +199,5 @@ def shared_block(
                 continue
             c = A[a, a]
             target = weight[r, a] - (base[r, a] + _dot(A[a], e[r], a + 1, n)) / c
-            codes[r, a] = _choose(target, c, steps[r], low[r], high[r], price, bits, offset)
+            codes[r, a] = choose(target, c * c, steps[r], low[r], high[r], price, bits, offset)
             e[r, a] = codes[r, a] * steps[r] - weight[r, a]

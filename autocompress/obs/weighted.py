@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit
 
+from autocompress.obs.kernels import choose
+
 if TYPE_CHECKING:
     from autocompress.obs.quantising import Cell
 
@@ -151,25 +153,10 @@ def _round_rows(
     codes: np.ndarray,
 ) -> None:
     """Codes of what each row keeps: the neighbour on the grid, or zero, of least c (q step - w)²/2 + price bits(q)."""
-    last = bits.shape[0] - 1
     for r in range(weight.shape[0]):
-        unit = 0.5 * weights[r] * step[r] * step[r]
         for j in range(counts[r], weight.shape[1]):
             a = order[r, j]
-            x = weight[r, a] / step[r]
-            below = int(min(max(np.floor(x), low[r]), high[r]))
-            above = min(below + 1, high[r])
-            best = above if abs(above - x) < abs(below - x) else below
-            if price > 0.0:
-                best = below
-                cost = unit * (below - x) * (below - x) + price * bits[min(max(below + offset, 0), last)]
-                other = unit * (above - x) * (above - x) + price * bits[min(max(above + offset, 0), last)]
-                if other < cost:
-                    best = above
-                    cost = other
-                if low[r] <= 0 <= high[r] and unit * x * x + price * bits[offset] <= cost:
-                    best = 0
-            codes[r, a] = best
+            codes[r, a] = choose(weight[r, a], weights[r], step[r], low[r], high[r], price, bits, offset)
 
 
 def search_square(weight: np.ndarray, bits: int, shrinks: int = 80) -> np.ndarray:
