@@ -33,7 +33,7 @@ from autocompress.layers import model_digest
 from autocompress.profiling import Profile
 from autocompress.types import Option
 
-__all__ = ["LEVELS", "Context", "class_axis", "divergence", "logits"]
+__all__ = ["EVALUATIONS", "LEVELS", "Context", "class_axis", "divergence", "logits"]
 
 CACHE_BYTES = 1 << 30
 SENSITIVITY_VERSION = 2
@@ -41,14 +41,21 @@ SENSITIVITY_VERSION = 2
 # on the memory.
 PASS_SAMPLES = 64
 LEVELS = (0.01, 0.05, 0.2)
+# Statistics are corrected on so many samples where a search scores a choice: a third of the time of `measure`, and the
+# same order but for near-ties.
+SCORE_SAMPLES = 128
+# What an effort grants a search: how often it may run the model.
+EVALUATIONS = {"fast": 40, "normal": 120, "max": 1000}
 
 
 class Context:
     """A model and calibration batches, split as `calibrate` splits them: `fit` for corrections, `held` to measure plans
     on.
 
-    The Hessians never saw `held`. `loss(model, batch)` is the task's own, for methods that need it. Measured weights
-    are kept in memory (up to 1 GiB), since plans share most of their layers.
+    The Hessians never saw `held`. `loss(model, batch)` is the task's own and `training` its labelled batches, for
+    methods that need gradients of it; they do without where there is none. effort grants searches their evaluations
+    (`granted`); the seed draws the split and whatever a search draws. Measured weights are kept in memory (up to 1
+    GiB), since plans share most of their layers. Raises CalibrationError for an effort that is none.
     """
 
     def __init__(
@@ -57,20 +64,26 @@ class Context:
         batches: Iterable[Batch],
         loss: Callable[[nn.Module, Batch], Any] | None = None,
         seed: int = 0,
+        effort: str = "normal",
+        training: Iterable[Batch] | None = None,
     ) -> None:
+        if effort not in EVALUATIONS:
+            raise CalibrationError(f"effort is {effort!r}; it is one of {', '.join(EVALUATIONS)}")
         self.model = model
         self.loss = loss
         self.seed = seed
+        self.effort = effort
+        self.training = training
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
         self.evaluations = 0
         self._pieces = {
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
             for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
         }
-        self._correction = join_batches(self.fit, CORRECTION_SAMPLES)
+        self._corrections = {n: join_batches(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
         self._digest = model_digest(model)
         self._outputs: dict[str, list[torch.Tensor]] = {}
-        self._moments: dict[str, Moments] = {}
+        self._moments: dict[tuple[str, int], Moments] = {}
         self._weights: dict[tuple[str, str, str], np.ndarray] = {}
         self._checked: set[str] = set()
 
@@ -98,7 +111,12 @@ class Context:
             )
         self._checked.add(profile.fingerprint)
 
-    def build(self, profile: Profile, layers: Mapping[str, Option]) -> nn.Module:
+    @property
+    def granted(self) -> int:
+        """How often a search may run the model, by the effort."""
+        return EVALUATIONS[self.effort]
+
+    def build(self, profile: Profile, layers: Mapping[str, Option], correction: int = CORRECTION_SAMPLES) -> nn.Module:
         """The compressed model of a plan: exactly the weights that `apply` with these batches would give."""
         self.check(profile)
         todo = {n: o for n, o in layers.items() if (profile.fingerprint, n, str(o)) not in self._weights}
@@ -112,15 +130,20 @@ class Context:
             weights[name] = (
                 kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].weight()
             )
-        if profile.fingerprint not in self._moments:
+        data, key = self._corrections[correction], (profile.fingerprint, correction)
+        if key not in self._moments:
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
             with evaluating(self.model):
-                self._moments[profile.fingerprint] = dense_moments(self.model, owners, self._correction)
-        return with_weights(self.model, profile, weights, self._correction, self._moments[profile.fingerprint])
+                self._moments[key] = dense_moments(self.model, owners, data)
+        return with_weights(self.model, profile, weights, data, self._moments[key])
 
     def measure(self, profile: Profile, layers: Mapping[str, Option]) -> float:
         """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice."""
         return self.divergence_of(self.build(profile, layers))
+
+    def score(self, profile: Profile, layers: Mapping[str, Option]) -> float:
+        """What a search goes by: `measure`, with statistics corrected on fewer samples."""
+        return self.divergence_of(self.build(profile, layers, SCORE_SAMPLES))
 
     def divergence_of(self, model: nn.Module, part: str = "held") -> float:
         """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, `fit` or

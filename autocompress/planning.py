@@ -34,11 +34,13 @@ __all__ = [
     "limit_bytes",
     "limits_of",
     "make_plan",
+    "problem_of",
     "row_costs",
     "running_cost",
     "single_options",
     "size_range",
     "within",
+    "within_limits",
 ]
 
 NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
@@ -336,22 +338,10 @@ def _allocate(
     if smallest_file > limits.bytes:
         raise infeasible(profile, limits.bytes, smallest_file)
     losses = {n: np.asarray(losses[n]) for n in names}
-    running = {name: row_costs(profile, name) for name in limits.running}
-    rest = [_scaled(name, limit) - fixed_cost(profile, name) for name, limit in limits.running.items()]
+    running = limits.running
 
     def answer(payload: int) -> tuple[Solution, dict[str, Measured] | None]:
-        sizes = [np.array([row.bytes for row in r], np.int64) for r in rows]
-        problem = Problem(
-            loss=[losses[n] for n in names],
-            cost=[
-                np.stack([size, *(each[n] for each in running.values())], 1)
-                for n, size in zip(names, sizes, strict=True)
-            ],
-            budget=np.array([payload, *rest], np.int64),
-            resources=("bytes", *running),
-            names=names,
-            options=[[str(row.option) for row in r] for r in rows],
-        )
+        problem = problem_of(profile, limits, losses, payload)
         solution = solve(problem, "milp" if running and SOLVERS[solver].why_not(problem) else solver)
         if not solution.found:
             return solution, None
@@ -377,6 +367,27 @@ def _allocate(
     bound = solution.bound if room <= allowed else answer(room)[0].bound
     loss = float(solution.loss)
     return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
+
+
+def problem_of(profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray], payload: int) -> Problem:
+    """The problem that solvers see: one group per layer, losses (options,), costs in bytes of payload and, where they
+    are limited, in the units of `row_costs`; `payload` bounds the bytes.
+    """
+    names = list(profile.layers)
+    rows = [profile.layers[n].rows for n in names]
+    running = {name: row_costs(profile, name) for name in limits.running}
+    rest = [_scaled(name, limit) - fixed_cost(profile, name) for name, limit in limits.running.items()]
+    sizes = [np.array([row.bytes for row in r], np.int64) for r in rows]
+    return Problem(
+        loss=[np.asarray(losses[n]) for n in names],
+        cost=[
+            np.stack([size, *(each[n] for each in running.values())], 1) for n, size in zip(names, sizes, strict=True)
+        ],
+        budget=np.array([payload, *rest], np.int64),
+        resources=("bytes", *running),
+        names=names,
+        options=[[str(row.option) for row in r] for r in rows],
+    )
 
 
 def _infeasible_together(profile: Profile, limits: Limits) -> InfeasibleError:
@@ -462,6 +473,13 @@ def single_options(profile: Profile, budget: Limits | int, undominated: bool = T
     keep = _undominated(errors) if undominated else range(len(plans))
     order = sorted(keep, key=lambda i: (float(errors[i].sum()), i))
     return [plans[i] for i in order]
+
+
+def within_limits(profile: Profile, limits: Limits | int, rows: Mapping[str, Measured]) -> bool:
+    """Whether the file of a choice, and what it takes to run, are within the limits."""
+    limits = Limits.of(limits)
+    fits = _payload(rows) <= limits.bytes and profile.template.file_bytes(rows) <= limits.bytes
+    return fits and _keeps(profile, limits)({n: row.option for n, row in rows.items()})
 
 
 def _keeps(profile: Profile, limits: Limits) -> Callable[[Mapping[str, Option]], bool]:

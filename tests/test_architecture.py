@@ -38,6 +38,7 @@ ORDER = [
     "measuring",
     "tuning",
     "strategies",
+    "comparing",
     "packed",
     "saving",
     "verifying",

@@ -61,11 +61,23 @@ def default_options() -> list[Option]:
 
 # What a runtime supports, as lists of names; sparsity goes from a quarter to nine tenths.
 _PERCENT = (25, 50, 60, 70, 75, 80, 85, 90)
+_WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def _surface() -> list[Option]:
+    """Widths of 2 to 8 bits on top of 25 sparsities, 0 to 92 %, each keeping 0.9 of what the one before it keeps (OBC's
+    grid, section 6): what rules that set densities need.
+    """
+    levels = dict.fromkeys(round(100.0 * (1.0 - 0.9**k), 1) for k in range(1, 25))
+    return [Option(bits=b) for b in _WIDTHS] + [Option(sparsity=s, bits=b) for s in levels for b in _WIDTHS]
+
+
 FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "default": default_options,
     "int8": lambda: _named("w8", "w8t", "w8a"),
     "int4g128": lambda: _named("w4g128", "w8g128"),
     "int": lambda: _named(*(f"w{b}{s}" for b in range(1, 9) for s in ("", "a", "t", "g32", "g64", "g128"))),
+    "surface": _surface,
     "sparse": lambda: _named(*(f"s{p}{v}" for p in _PERCENT for v in ("", "fp16", "w8", "w4"))),
     "nm": lambda: _named(*(f"{p}{v}" for p in ("1:4", "2:4", "4:8") for v in ("", "fp16", "w8", "w4"))),
     "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),

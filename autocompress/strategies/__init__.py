@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from autocompress.compressors import Measured
 from autocompress.errors import AutocompressError
 from autocompress.measuring import Context
 from autocompress.planning import (
-    Allocation,
     allocate,
     budget_bytes,
     energy_losses,
     limits_of,
-    make_plan,
     single_options,
     within,
 )
 from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
+from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
 from autocompress.types import Budget, Plan
 
-__all__ = ["STRATEGIES", "Strategy", "StrategyError", "plan"]
-
-Strategy = Callable[[Profile, Budget, Context | None], Plan]
+__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "plan"]
 
 STRATEGIES: dict[str, Strategy] = {
     "uniform": SingleOption(),
@@ -121,12 +118,7 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
         note += f", topped up ({better_kl:.6g})"
     else:
         rows, name, final = single, "uniform", measured[best]
-    size, total = profile.template.file_bytes(rows), loss(rows)
-    bound = min(allocate(profile, limits, losses).bound, total)
-    gap = (total - bound) / abs(bound) if bound else 0.0 if total == bound else float("inf")
-    room = limits.bytes - size + sum(row.bytes for row in rows.values())
-    best_plan = Allocation(rows, total, bound, gap, size, room)
-    plan = make_plan(profile, budget, best_plan, name)
+    plan = chosen_plan(profile, budget, rows, name)
     return plan.replace(seed=found.seed, measured={**figures, "kl": final}, notes=(*found.notes, note))
 
 

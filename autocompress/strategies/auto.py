@@ -27,6 +27,8 @@ class Auto:
     Deterministic: a fixed list, no clocks. Without a context it is the exact solve of the relative error.
     """
 
+    needs = "curves"  # more, where there is a context
+
     def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)) -> None:
         self.mixtures = mixtures
 

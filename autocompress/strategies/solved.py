@@ -6,21 +6,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.errors import InfeasibleError
 from autocompress.measuring import LEVELS, Context
 from autocompress.planning import (
-    Allocation,
     Limits,
-    allocate,
     energy_losses,
     infeasible,
     limits_of,
-    make_plan,
     running_cost,
     single_options,
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.base import chosen_plan, solved_plan, with_context
 from autocompress.types import Budget, Plan
 
 __all__ = ["Sensitivity", "SingleOption", "Solved"]
@@ -32,19 +30,21 @@ class Solved:
     Source: OBC, arXiv 2208.11580, section 6, with a proven solver in place of its rounding dynamic programme.
     """
 
+    needs = "curves"
+
     def __init__(self, solver: str) -> None:
         self.solver = solver
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        found = allocate(profile, limits_of(budget, profile), energy_losses(profile), self.solver)
-        used = self.solver if found.solution is None else found.solution.solver
-        return make_plan(profile, budget, found, self.solver if used == self.solver else f"{self.solver}({used})")
+        return solved_plan(profile, budget, energy_losses(profile), self.solver, self.solver)
 
 
 class SingleOption:
     """The same option for every layer: of those that fit, the least sum of error / layer energy. The baseline of
     everything.
     """
+
+    needs = "curves"
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         limits = limits_of(budget, profile)
@@ -66,14 +66,7 @@ class SingleOption:
             while (size := min(map(within(profile, smallest).template.file_bytes, every))) > smallest:
                 smallest = size  # a larger budget may store norms in more bits
             raise infeasible(profile, limits.bytes, smallest, "no single option for all layers")
-        rows = plans[0]
-        losses = energy_losses(profile)
-        loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
-        bound = allocate(profile, limits, losses, "lagrangian").bound
-        gap = (loss - bound) / abs(bound) if bound > 0 else (0.0 if loss == bound else float("inf"))
-        size = profile.template.file_bytes(rows)
-        found = Allocation(rows, loss, bound, gap, size, limits.bytes - size + sum(r.bytes for r in rows.values()))
-        return make_plan(profile, budget, found, "uniform")
+        return chosen_plan(profile, budget, plans[0], "uniform")
 
 
 class Sensitivity:
@@ -84,16 +77,17 @@ class Sensitivity:
     Source: HIGGS's linearity (arXiv 2411.17525), measured with OBS errors. Raises MismatchError without a context.
     """
 
+    needs = "evaluations"
+
     def __init__(self, levels: tuple[float, ...] = LEVELS) -> None:
         self.levels = levels
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        if context is None:
-            raise MismatchError("strategy 'kl' measures the model: give a context (on the command line: --task)")
+        context = with_context(context, "kl", "measures the model")
         points = context.sensitivities(profile, self.levels)
         losses = {}
         for name, layer in profile.layers.items():
             slopes = [kl / error for error, kl in points[name]]
             slope = float(np.median(slopes)) if slopes else 0.0
             losses[name] = np.array([slope * row.error for row in layer.rows])
-        return make_plan(profile, budget, allocate(profile, limits_of(budget, profile), losses), "kl")
+        return solved_plan(profile, budget, losses, "kl")

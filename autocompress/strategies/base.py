@@ -1,0 +1,164 @@
+"""What strategies share: the protocol, plans from losses or from choices, one-parameter families, and what a search is
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autocompress.compressors import Measured
+from autocompress.errors import MismatchError
+from autocompress.measuring import Context
+from autocompress.planning import (
+    Allocation,
+    Limits,
+    allocate,
+    energy_losses,
+    infeasible,
+    limits_of,
+    make_plan,
+    problem_of,
+    within_limits,
+)
+from autocompress.profiling import Profile
+from autocompress.types import Budget, Plan
+from solvers import Problem
+
+__all__ = [
+    "NEEDS",
+    "Choice",
+    "Searchable",
+    "Strategy",
+    "chosen_plan",
+    "largest_that_fits",
+    "needs_of",
+    "searchable",
+    "solved_plan",
+    "with_context",
+]
+
+Strategy = Callable[[Profile, Budget, Context | None], Plan]
+Choice = Mapping[str, Measured]
+
+# What a rule looks at, beside the curves that every profile has. Every word but "curves" needs a context.
+NEEDS = ("curves", "weights", "gradients", "evaluations")
+
+
+def needs_of(strategy: Any) -> str:
+    """The most that a strategy looks at, one of `NEEDS`; of a callable that does not say, "evaluations"."""
+    return str(getattr(strategy, "needs", "evaluations"))
+
+
+def with_context(context: Context | None, strategy: str, why: str) -> Context:
+    """The context itself. Raises MismatchError, saying what it is needed for, where there is none."""
+    if context is None:
+        raise MismatchError(f"strategy {strategy!r} {why}: give a context (on the command line: --task)")
+    return context
+
+
+def solved_plan(
+    profile: Profile,
+    budget: Budget,
+    losses: Mapping[str, np.ndarray],
+    name: str,
+    solver: str = "exact",
+) -> Plan:
+    """The plan of least summed losses, (options,) per layer, within the budget, by a solver, with its certificate."""
+    found = allocate(profile, limits_of(budget, profile), losses, solver)
+    used = solver if found.solution is None else found.solution.solver
+    return make_plan(profile, budget, found, name if used == solver else f"{name}({used})")
+
+
+def chosen_plan(
+    profile: Profile,
+    budget: Budget,
+    rows: Choice,
+    name: str,
+    losses: Mapping[str, np.ndarray] | None = None,
+) -> Plan:
+    """The plan of a choice that some rule made, with the bound of its objective over all choices of the same bytes.
+
+    losses: the objective that it is judged by, (options,) per layer; the relative error where a rule has none of its
+    own. Raises InfeasibleError where the choice is not within the budget.
+    """
+    limits = limits_of(budget, profile)
+    losses = energy_losses(profile) if losses is None else losses
+    size = profile.template.file_bytes(rows)
+    if not within_limits(profile, limits, rows):
+        raise infeasible(profile, limits.bytes, size, f"the choice of strategy {name!r}")
+    loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
+    bound = min(allocate(profile, limits, losses, "lagrangian").bound, loss)
+    gap = (loss - bound) / abs(bound) if bound else 0.0 if loss == bound else float("inf")
+    room = limits.bytes - size + sum(row.bytes for row in rows.values())
+    return make_plan(profile, budget, Allocation(dict(rows), loss, bound, gap, size, room), name)
+
+
+def largest_that_fits(
+    profile: Profile, budget: Budget, propose: Callable[[float], Choice], name: str, steps: int = 40
+) -> Choice:
+    """The choice propose(t), t in [0, 1], of the largest t found whose file and running costs are within the budget.
+
+    propose must give its smallest file at t = 0; in between, size need not rise with every step of t (rounding to
+    options breaks that), so what is kept is the last of the bisection's points that fits. Raises InfeasibleError, with
+    the size of propose(0), where not even that fits.
+    """
+    limits = limits_of(budget, profile)
+    best = propose(0.0)
+    if not within_limits(profile, limits, best):
+        raise infeasible(profile, limits.bytes, profile.template.file_bytes(best), f"strategy {name!r}: no choice")
+    if within_limits(profile, limits, top := propose(1.0)):
+        return top
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = 0.5 * (low + high)
+        rows = propose(middle)
+        if within_limits(profile, limits, rows):
+            low, best = middle, rows
+        else:
+            high = middle
+    return best
+
+
+@dataclass(frozen=True)
+class Searchable:
+    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, and the limits that
+    a choice is held to.
+    """
+
+    profile: Profile
+    limits: Limits
+    problem: Problem
+    rows: Sequence[Sequence[Measured]]
+
+    def choice(self, answer: np.ndarray) -> dict[str, Measured]:
+        """The row of each layer that an answer (G,) of the problem stands for."""
+        return {n: r[int(i)] for n, r, i in zip(self.profile.layers, self.rows, answer, strict=True)}
+
+    def score(self, context: Context) -> Callable[[np.ndarray], float]:
+        """KL to the dense model on the held-out slice, as `Context.score` has it; inf where the file is too long.
+
+        Payloads that fit beside one header need not fit beside another, hence the check.
+        """
+
+        def score(answer: np.ndarray) -> float:
+            rows = self.choice(answer)
+            if not within_limits(self.profile, self.limits, rows):
+                return float("inf")
+            return context.score(self.profile, {n: row.option for n, row in rows.items()})
+
+        return score
+
+
+def searchable(profile: Profile, budget: Budget, losses: Mapping[str, np.ndarray] | None = None) -> Searchable:
+    """The allocation on these losses (default: the relative error) within the budget, for a search that starts from its
+    exact answer. Raises InfeasibleError as `allocate` does.
+    """
+    limits = limits_of(budget, profile)
+    losses = energy_losses(profile) if losses is None else losses
+    found = allocate(profile, limits, losses)
+    problem = problem_of(profile, limits, losses, found.payload_bytes)
+    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()])
