@@ -230,7 +230,7 @@ def _trace_row(
         _subtract_rows(u, U, a, k, m)
         _update(u, w, g, lowest, score, np.float32(1.0) / root, t, m)
         k += 1
-        if fresh and m <= A.shape[0]:
+        if fresh and 0 < m <= A.shape[0]:
             fresh = False
             if _refresh(addresses, H, delta, weight, order[:done], column, m, A, G, w):
                 for j in range(m):
