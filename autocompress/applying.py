@@ -15,10 +15,12 @@ from torch import nn
 
 from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
+from autocompress.compressors.base import factor_keys
 from autocompress.correcting import Moments, correct_statistics
 from autocompress.errors import MismatchError
+from autocompress.factors import Halves, factorise, renamed
 from autocompress.profiling import Profile
-from autocompress.records import VectorStore, fold_norms, records
+from autocompress.records import VectorStore, fold_norms, records, rename_vectors
 from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
@@ -95,10 +97,24 @@ def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
 
 
 def with_records(small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised]) -> nn.Module:
-    """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands."""
+    """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands.
+
+    Layers of low-rank options, whose product it has so far, become two (`factors.factorise`).
+    """
     layers = {name: found.layer for name, found in profile.layers.items()}
-    compressed = {layers[n].key: r.entry(layers[n].key, plan.layers[n], layers[n].params) for n, r in weights.items()}
-    return carrying(small, records(small, compressed, profile.template.half, profile.template.bits), plan)
+    compressed = {
+        entry.name: entry
+        for n, r in weights.items()
+        for entry in r.entries(layers[n].key, plan.layers[n], layers[n].params)
+    }
+    split = {n: Halves(plan.layers[n].groups or 1, len(r.factors[0].weight())) for n, r in weights.items() if r.factors}
+    factorise(small, split)
+    rename_vectors(small, split)
+    with torch.no_grad():
+        for entry in (compressed[key] for n in split for key in factor_keys(layers[n].key)):
+            small.get_parameter(entry.name).copy_(torch.from_numpy(entry.dequantise()))
+    half = renamed(profile.template.half, split).values()
+    return carrying(small, records(small, compressed, frozenset(half), profile.template.bits), plan)
 
 
 def carrying(small: nn.Module, entries: Iterable[Entry], plan: Plan) -> nn.Module:

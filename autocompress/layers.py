@@ -42,7 +42,9 @@ class Layer:
     first owner where that is "weight", else the tensor's full name; columns run over (in, *kernel). Rows are output
     channels; tokens of an embedding; gates times units of a recurrent layer; the packed projection of an attention has
     a group each for query, key and value. `swapped`: the weight is (in, out/groups, *kernel), as in transposed
-    convolutions, and is stored as (out, in/groups, *kernel); see `swap`.
+    convolutions, and is stored as (out, in/groups, *kernel); see `swap`. `factorable`: whether two layers may take the
+    place of its module (`factors.factorise`): a linear layer or a convolution of one group as torch has it, with a
+    weight of its own.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Layer:
     groups: int
     parameter: str = "weight"
     swapped: bool = False
+    factorable: bool = False
 
     @property
     def key(self) -> str:
@@ -165,7 +168,8 @@ def find_layers(model: nn.Module) -> Layers:
         else:
             groups = 3 if parameter == "in_proj_weight" else int(getattr(module, "groups", 1))
             swapped = isinstance(module, TRANSPOSED)
-            layers.append(Layer(name, owners, tuple(weight.shape), groups, parameter, swapped))
+            factorable = bool(name) and len(owners) == 1 and groups == 1 and _plain(module)
+            layers.append(Layer(name, owners, tuple(weight.shape), groups, parameter, swapped, factorable))
     if not layers:
         reasons = (
             "; ".join(f"{name}: {why}" for name, why in sorted(skipped.items()))
@@ -190,6 +194,12 @@ def _left_alone(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is not nn.MultiheadAttention.forward:
         return "it has a forward of its own, so calibration cannot tell what its weights multiply"
     return None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution and nothing more, so that another may take its place."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return type(module) in (nn.Linear, *CONVOLUTIONS) and not any(hooks) and "forward" not in module.__dict__
 
 
 def _parameters(module: nn.Module) -> list[str]:

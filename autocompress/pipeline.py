@@ -31,7 +31,7 @@ from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
-from autocompress.timing import measured_ms, require_runtime, timed
+from autocompress.timing import measured_ms, require_forms, require_runtime, timed
 from autocompress.tuning import tune
 from autocompress.types import RUNNING_COSTS, Budget, Option, Plan
 
@@ -101,6 +101,8 @@ def compress(
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
+    if wanted.latency_ms is not None:
+        require_forms(named_options(options or []))
     if sequential and (limits := _other_limits(wanted)):
         raise StrategyError(f"sequential mode keeps to a size only, and the budget limits {', '.join(limits)} too")
     say = _Clock(progress)
@@ -147,6 +149,7 @@ def compress(
                 "strategy": chosen.strategy,
                 "costs": costs,
                 "layer_macs": {name: found.macs(name) for name in found.layers},
+                "positions": {name: [found.positions(name), found.statistics.samples] for name in found.layers},
                 "measured": {name: _json_number(value) for name, value in chosen.measured.items()},
                 "seed": seed,
                 "asked": {

@@ -99,7 +99,7 @@ def row_costs(profile: Profile, name: str) -> dict[str, np.ndarray]:
     Raises BudgetError where there is no table of times.
     """
     if name == "macs":
-        return {n: np.full(len(x.rows), profile.macs(n), np.int64) for n, x in profile.layers.items()}
+        return {n: np.array([profile.macs(n, row) for row in x.rows], np.int64) for n, x in profile.layers.items()}
     if name == "bops":
         return {n: np.array([profile.bops(n, row) for row in x.rows], np.int64) for n, x in profile.layers.items()}
     if profile.latency is None:

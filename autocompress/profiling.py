@@ -44,7 +44,7 @@ from autocompress.types import DENSE, Option, Plan
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 log = logging.getLogger(__name__)
 
 
@@ -124,7 +124,8 @@ class Profile:
         for name, made in ((n, made) for n, made in plan.realised.items() if n in layers):
             option = plan.layers[name]
             size, width, nonzero = (int(made[key]) for key in ("bytes", "width", "nonzero"))
-            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero)
+            known = next((r.multiplied for r in layers[name].rows if r.option == option), None)
+            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero, known)
             rows = (*(r for r in layers[name].rows if r.option != option), row)
             layers[name] = dataclasses.replace(layers[name], rows=rows)
         found = dataclasses.replace(self, layers=layers)
@@ -150,7 +151,7 @@ class Profile:
                 "relative_error": row.error / layer.energy if layer.energy > 0 else 0.0,
                 "bytes": row.bytes,
                 "bits_per_weight": 8 * row.bytes / layer.layer.size,
-                "macs": self.macs(name),
+                "macs": self.macs(name, row),
                 "bops": self.bops(name, row),
                 "seconds": row.seconds,
                 **({} if self.latency is None else {"extra_ms": self.latency.extra_ms[name][row.option]}),
@@ -160,15 +161,23 @@ class Profile:
         ]
         return pd.DataFrame.from_records(records)
 
-    def macs(self, name: str) -> int:
-        """MACs of a layer for one sample, whatever its option; 0 where calibration never reached it."""
+    def macs(self, name: str, row: Measured | None = None) -> int:
+        """MACs of a layer for one sample, dense or with one of its options; 0 where calibration never reached it."""
+        return costs.macs(self._multiplied(name, row), self.positions(name), self.statistics.samples)
+
+    def positions(self, name: str) -> int:
+        """How often calibration used each weight of a layer, over all of its samples."""
         stats = self.statistics.layers.get(name)
-        positions = 0 if stats is None else stats.positions
-        return costs.macs(self.layers[name].layer.size, positions, self.statistics.samples)
+        return 0 if stats is None else stats.positions
+
+    def _multiplied(self, name: str, row: Measured | None) -> int:
+        """How many weights of a layer a position multiplies."""
+        changed = None if row is None else row.multiplied
+        return self.layers[name].layer.size if changed is None else changed
 
     def bops(self, name: str, row: Measured) -> int:
         """BOPs of a layer for one sample with one of its options."""
-        return costs.bops(self.macs(name), row.width, row.nonzero, self.layers[name].layer.size)
+        return costs.bops(self.macs(name, row), row.width, row.nonzero, self._multiplied(name, row))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise MismatchError unless the model's weights are the ones that were profiled."""
@@ -191,6 +200,7 @@ class Profile:
             found.losses,
             None if stats is None else stats.row_weights,
             self.exact_limit,
+            found.layer.factorable,
         )
 
 
@@ -244,6 +254,7 @@ class Store:
 def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) -> str:
     """Digest of all that a layer's profile depends on."""
     digest = hashlib.sha256(f"{versions}|{problem.exact}|{problem.shape}|{'|'.join(map(str, options))}".encode())
+    digest.update(b"factorable" if problem.factorable else b"")
     digest.update(np.ascontiguousarray(problem.weight).tobytes())
     digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
     if problem.row_weights is not None:
@@ -261,6 +272,8 @@ def _save_layer(
         "seconds": np.array([r.seconds for r in rows]),
         "widths": np.array([r.width for r in rows], np.int64),
         "nonzero": np.array([r.nonzero for r in rows], np.int64),
+        "multiplied": np.array([r.multiplied or 0 for r in rows], np.int64),
+        "first_bytes": np.array([r.first_bytes for r in rows], np.int64),
         "energy": np.array(energy),
     }
     if order is not None and losses is not None:
@@ -274,10 +287,14 @@ def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarr
     try:
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
-            numbers = (data[key].tolist() for key in ("errors", "bytes", "seconds", "widths", "nonzero"))
+            columns = ("errors", "bytes", "seconds", "widths", "nonzero", "multiplied", "first_bytes")
             rows = [
-                Measured(Option.parse(option), error, size, codec, step, seconds, width, nonzero)
-                for (option, codec, step), error, size, seconds, width, nonzero in zip(names, *numbers, strict=True)
+                Measured(
+                    Option.parse(option), error, size, codec, step, seconds, width, nonzero, changed or None, first
+                )
+                for (option, codec, step), error, size, seconds, width, nonzero, changed, first in zip(
+                    names, *(data[key].tolist() for key in columns), strict=True
+                )
             ]
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
             return rows, order, losses, float(data["energy"])
@@ -328,6 +345,7 @@ def profile(
             None if found is None else found.hessian,
             row_weights=None if found is None else found.row_weights,
             exact_limit=exact_limit,
+            factorable=layer.factorable,
         )
     keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
     template = make_template(model, layers)
@@ -344,7 +362,10 @@ def profile(
             head = {
                 "fields": fields,
                 "skipped": layers.skipped,
-                "layers": [[x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, keys[x.name]] for x in layers],
+                "layers": [
+                    [x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, x.factorable, keys[x.name]]
+                    for x in layers
+                ],
                 "template": template.to_json(),
             }
             place.write_json("profile.json", head)
@@ -452,13 +473,13 @@ def load_profile(store: str | Path) -> Profile:
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged_head(place) from error
     profiles = {}
-    for name, owners, shape, groups, parameter, swapped, key in known["layers"]:
+    for name, owners, shape, groups, parameter, swapped, factorable, key in known["layers"]:
         kept = _load_layer(place.layer_path(key))
         if kept is None:
             raise StoreError(
                 f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again"
             )
-        layer = Layer(name, tuple(owners), tuple(shape), groups, parameter, swapped)
+        layer = Layer(name, tuple(owners), tuple(shape), groups, parameter, swapped, factorable)
         profiles[name] = _layer_profile(layer, kept)
     stats = Statistics.load(path / "statistics.npz")
     return Profile(profiles, known["skipped"], stats, known["fields"], template, place)

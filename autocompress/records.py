@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from autocompress.compressors import Measured
+from autocompress.compressors.base import factor_keys
+from autocompress.costs import factor_shapes
+from autocompress.factors import renamed
 from autocompress.layers import NORMS, Layers, dense_file_bytes, stored_tensors
 from autocompress.storage import Entry, file_size, float_entry, grid_codes, grid_entry, grid_size
 
@@ -28,6 +31,7 @@ __all__ = [
     "foldable_norms",
     "make_template",
     "records",
+    "rename_vectors",
     "vector_bits",
     "vector_keys",
 ]
@@ -110,6 +114,13 @@ class VectorStore:
             if key not in self.codes:
                 tensor.copy_(self(key, tensor))
         setattr(small, _ATTRIBUTE, self.codes)
+
+
+def rename_vectors(small: nn.Module, layers: Collection[str]) -> None:
+    """Call the codes that a `VectorStore` left on a model what the state dict does once these layers are split."""
+    codes: Mapping[str, Any] = getattr(small, _ATTRIBUTE, {})
+    names = renamed(codes, layers)
+    setattr(small, _ATTRIBUTE, {names[key]: value for key, value in codes.items()})
 
 
 def _join(owner: str, name: str) -> str:
@@ -212,9 +223,15 @@ class Template:
         The header is compressed, so its length depends on the options' names; payloads enter by their length alone.
         """
         rows = {self.keys[name]: row for name, row in choice.items()}
-        return file_size(
-            [_stand_in(entry, rows[entry.name]) if entry.name in rows else entry for entry in self.entries]
-        )
+        split = [name for name, row in choice.items() if row.first_bytes]
+        names = renamed((entry.name for entry in self.entries), split)
+        found = []
+        for entry in self.entries:
+            if entry.name in rows:
+                found += _stand_ins(entry, rows[entry.name])
+            else:
+                found.append(dataclasses.replace(entry, name=names[entry.name]) if split else entry)
+        return file_size(found)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -242,8 +259,19 @@ class Template:
         )
 
 
-def _stand_in(entry: Entry, row: Measured) -> Entry:
-    """An entry of the length that `row` will have; its bytes are zeros."""
+def _stand_ins(entry: Entry, row: Measured) -> list[Entry]:
+    """Entries of the lengths that `row` will have, two if it is one of factors; their bytes are zeros."""
+    if row.first_bytes:
+        params = {**entry.params, "option": str(row.option), "factor": row.option.groups or 1}
+        lengths = row.first_bytes, row.bytes - row.first_bytes
+        each = zip(
+            factor_keys(entry.name), factor_shapes(entry.shape, row.option), lengths, row.step.split(","), strict=True
+        )
+        return [Entry(name, shape, "float32", row.codec, bytes(n), step, params) for name, shape, n, step in each]
+    return [_whole_stand_in(entry, row)]
+
+
+def _whole_stand_in(entry: Entry, row: Measured) -> Entry:
     return Entry(
         entry.name,
         entry.shape,

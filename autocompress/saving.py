@@ -15,6 +15,7 @@ from torch import nn
 
 from autocompress.applying import encoded_of
 from autocompress.errors import AutocompressError, BudgetError, MismatchError
+from autocompress.factors import Halves, factorise, split_shapes
 from autocompress.files import atomic_path
 from autocompress.layers import stored_tensors, swap, swapped_shape
 from autocompress.packed import fixed_width, pack, packable
@@ -22,7 +23,18 @@ from autocompress.records import foldable_norms
 from autocompress.storage import Entry, FormatError, file_size, read, write
 from autocompress.types import Plan
 
-__all__ = ["OutputError", "SaveInfo", "fill", "load", "save", "state_dict_of", "swap_groups", "unpack", "write_text"]
+__all__ = [
+    "OutputError",
+    "SaveInfo",
+    "fill",
+    "halves_of",
+    "load",
+    "save",
+    "state_dict_of",
+    "swap_groups",
+    "unpack",
+    "write_text",
+]
 
 
 class OutputError(AutocompressError):
@@ -138,11 +150,13 @@ def load(
     if packed not in (False, True, "bits"):
         raise MismatchError(f"packed is {packed!r}; it is False, True or 'bits'")
     with read(path) as archive:
+        halves = halves_of(archive)
         if packed and model is not None:
             entries = dict(archive)
             for entry in entries.values():
                 entry.dequantise()  # one at a time: what is damaged shows before the model is touched
-            _check_shapes(model, _shapes(entries), str(path))
+            _check_shapes(model, _shapes(entries), str(path), halves)
+            factorise(model, halves)
             weights = {name: entry for name, entry in entries.items() if packable(entry, model)}
             if packed == "bits":
                 weights = {name: fixed_width(entry) for name, entry in weights.items()}
@@ -154,15 +168,49 @@ def load(
         if packed:
             raise MismatchError("packed=True needs the model whose layers decode their weights; got none")
         return tensors
-    return fill(model, tensors, str(path))
+    return fill(model, tensors, str(path), halves)
 
 
-def fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], place: str) -> nn.Module:
-    """Put a file's tensors into a model of the same architecture, in eval mode. Raises MismatchError before it is
-    touched.
+def fill(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], place: str, halves: Mapping[str, Halves] | None = None
+) -> nn.Module:
+    """Put a file's tensors into a model of the same architecture, in eval mode; layers that the file has as two
+    (`halves`) become two. Raises MismatchError before it is touched.
     """
-    _check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place)
-    return _copy_in(model, tensors)
+    _check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place, halves or {})
+    return _copy_in(factorise(model, halves or {}), tensors)
+
+
+def halves_of(archive: Mapping[str, Entry]) -> dict[str, Halves]:
+    """The layers that a file has as two, by name, in file order. Raises FormatError where two do not fit together."""
+    found: dict[str, Halves] = {}
+    for name, entry in archive.items():
+        groups = entry.params.get("factor")
+        if groups is None or name.endswith(".1.weight"):
+            continue
+        layer = name.removesuffix(".0.weight")
+        other = archive[f"{layer}.1.weight"] if f"{layer}.1.weight" in archive else None
+        if layer == name or other is None or other.params.get("factor") != groups:
+            raise FormatError(f"entry {name!r}: the other factor of its layer is not there")
+        found[layer] = _halves(entry, other, groups)
+    for name, entry in archive.items():
+        if "factor" in entry.params and name.rpartition(".")[0].rpartition(".")[0] not in found:
+            raise FormatError(f"entry {name!r}: the other factor of its layer is not there")
+    return found
+
+
+def _halves(first: Entry, second: Entry, groups: object) -> Halves:
+    between = first.shape[0] if first.shape else 0
+    if (
+        type(groups) is not int
+        or groups < 1
+        or between < 1
+        or between % groups
+        or len(first.shape) < 2
+        or second.shape[1:] != (between, *(1,) * (len(first.shape) - 2))
+    ):
+        raise FormatError(f"entry {first.name!r}: {first.shape} and {second.shape} in {groups!r} groups are no layer")
+    return Halves(groups, between)
 
 
 def _copy_in(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -185,9 +233,12 @@ def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], place: str) -> None:
-    """Raise MismatchError, naming what differs, unless the model has exactly these tensors."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+def _check_shapes(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], place: str, halves: Mapping[str, Halves]
+) -> None:
+    """Raise MismatchError, naming what differs, unless the model has exactly these tensors once it is split so."""
+    tensors = stored_tensors(model)
+    wanted = split_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, halves)
     missing, extra = sorted(set(wanted) - set(shapes)), sorted(set(shapes) - set(wanted))
     differ = [n for n in wanted if n in shapes and wanted[n] != shapes[n]]
     if missing or extra or differ:

@@ -322,5 +322,6 @@ def _problems(
         weight = layer.matrix(model.get_parameter(layer.key))
         cross = moments[layer.name] * (2.0 / samples)
         moved = [np.linalg.solve(h, c.T).T for h, c in zip(hessian, cross, strict=True)]
-        problems.append(LayerProblem(layer.name, layer.stored_shape, weight + np.stack(moved), hessian))
+        refitted = weight + np.stack(moved)
+        problems.append(LayerProblem(layer.name, layer.stored_shape, refitted, hessian, factorable=layer.factorable))
     return problems

@@ -17,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,7 @@ __all__ = [
     "forms_of",
     "in_turns",
     "measured_ms",
+    "require_forms",
     "require_runtime",
     "timed",
 ]
@@ -92,6 +93,14 @@ def require_runtime() -> None:
             f"milliseconds are measured in onnxruntime, which needs {error.name}; "
             "install it with: pip install 'autocompress[onnx]'"
         ) from error
+
+
+def require_forms(options: Iterable[Option]) -> None:
+    """Raise ExportError for an option that makes two layers of one: the graph that is timed has one."""
+    if (found := next((option for option in options if option.rank is not None), None)) is not None:
+        raise ExportError(
+            f"there is no table of milliseconds for low-rank options ({found}); leave them out, or limit macs instead"
+        )
 
 
 class Timer:
@@ -292,9 +301,10 @@ def timed(
     """The profile with a table of what every option of every layer adds to the model's milliseconds (`Latency`).
 
     example: a batch as the model takes it, of which one sample is used. folder, progress: see `Timer.table`.
-    Raises ExportError, MismatchError for another model than the profile's.
+    Raises ExportError, for low-rank options too; MismatchError for another model than the profile's.
     """
     profile.check_model(model)
+    require_forms(row.option for layer in profile.layers.values() for row in layer.rows)
     timer = Timer(model, example, runtime)
     forms = forms_of(timer, profile)
     asked = {name: dict(found.values()) for name, found in forms.items()}

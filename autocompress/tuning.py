@@ -14,6 +14,7 @@ from torch import nn
 
 from autocompress.applying import carrying, encoded_of
 from autocompress.batches import chunk_batch, evaluating, feed
+from autocompress.factors import Factored
 from autocompress.inputs import slow_attention
 from autocompress.layers import CONVOLUTIONS
 from autocompress.measuring import Context, class_axis, logits
@@ -150,9 +151,13 @@ def _scaled(model: nn.Module, scales: Mapping[str, nn.Parameter]) -> Iterator[No
 
 
 def _watched(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[str]:
-    """The modules that hold a tuned tensor, as their outputs are what it can change."""
+    """The modules that hold a tuned tensor, as their outputs are what it can change; of a layer that is split the
+    whole, which the dense model has too.
+    """
     tuned = {id(p) for p in values.values()}
-    return [name for name, m in model.named_modules() if any(id(p) in tuned for p in m._parameters.values())]
+    split = {f"{name}.1": name for name, m in model.named_modules() if isinstance(m, Factored)}
+    holders = [name for name, m in model.named_modules() if any(id(p) in tuned for p in m._parameters.values())]
+    return [split.get(name, name) for name in holders]
 
 
 def _features(model: nn.Module, names: list[str], piece: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -30,7 +30,7 @@ _OPTION = re.compile(
     rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
     rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
-    rf"|k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+)|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
+    rf"|(?:k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+))(?P<plain>p)?|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
     r"(?:w(?P<bits>\d+)(?:(?P<tensor>t)|g(?P<group>\d+))?(?P<asymmetric>a)?(?P<minmax>m)?|fp(?P<float>8|16))?"
 )
 
@@ -45,7 +45,9 @@ class Option:
       `blk4@50`  `block` weights at a time, along the input channels as above, `sparsity` percent of all weights;
                  `blk2x4@50`: the same for `block_rows` = 2 consecutive outputs at once
       `ch50`     `channels`: whole input channels;  `out50`  `out`: whole output channels
-      `rank32`   `rank`;  `k4r12`: with `groups` channel groups
+      `rank32`   two thinner layers, `rank` channels between them, of least error on the inputs;  `k4r12`: of `rank`
+                 channels for each of `groups` equal runs of input channels;  `rank32p`, `k4r12p`: `plain`, from the
+                 singular vectors of the weight alone
     Values, at most one:
       `w4`       `bits`: uniform grid of 2^bits levels, symmetric around 0 (codes -8 ... 7; `w1`: -1 and 1), one scale
                  per output row, found by its error. Suffixes, in this order: `t` one scale for the layer, or `g128` one
@@ -82,6 +84,7 @@ class Option:
     asymmetric: bool = False
     minmax: bool = False
     fp8: bool = False
+    plain: bool = False
 
     def __post_init__(self) -> None:
         self._validate(str(self))
@@ -95,9 +98,9 @@ class Option:
             rows = f"{self.block_rows}x" if self.block_rows != 1 else ""
             text += f"blk{rows}{self.block}@{_number(self.sparsity)}"
         elif self.groups is not None:
-            text += f"k{self.groups}r{self.rank}"
+            text += f"k{self.groups}r{self.rank}" + "p" * self.plain
         elif self.rank is not None:
-            text += f"rank{self.rank}"
+            text += f"rank{self.rank}" + "p" * self.plain
         elif self.channels is not None:
             text += f"ch{_number(self.channels)}"
         elif self.out is not None:
@@ -126,6 +129,7 @@ class Option:
             channels=self.channels,
             block_rows=self.block_rows,
             out=self.out,
+            plain=self.plain,
         )
 
     @classmethod
@@ -166,6 +170,7 @@ class Option:
             minmax=got["minmax"] is not None,
             fp8=got["float"] == "8",
             trellis=got["coder"] == "tcq",
+            plain=got["plain"] is not None,
         )
 
     def _validate(self, text: str) -> None:
@@ -187,6 +192,7 @@ class Option:
         values = [self.bits is not None, self.step is not None, self.half, self.fp8]
         need(sum(values) <= 1, "at most one representation of the values: w, rd, fp16 or fp8")
         need(self.groups is None or self.rank is not None, "channel groups need a rank, as in k4r12")
+        need(self.rank is not None or not self.plain, "plain factors need a rank, as in rank32p")
         need(self.bits is not None or self.group is None, "a group of scales needs bits, as in w4g128")
         grid = self.per_tensor or self.asymmetric or self.minmax
         need(self.bits is not None or not grid, "per_tensor, asymmetric and minmax need bits, as in w4tam")

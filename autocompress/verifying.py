@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocompress.costs import FLOAT_BITS, bops, code_bits
+from autocompress.costs import FLOAT_BITS, bops, code_bits, macs
 from autocompress.errors import AutocompressError, MismatchError
 from autocompress.storage import Archive, Entry, FormatError, read
 from autocompress.types import RUNNING_COSTS, Plan
@@ -134,7 +135,9 @@ def _size_checks(archive: Archive, plan: Plan) -> list[Check]:
 
 
 def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
-    options, sizes, values = {}, {}, 0
+    options: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    values = 0
     try:
         for name in archive.names:
             entry = archive[name]
@@ -143,9 +146,8 @@ def _content_checks(archive: Archive, plan: Plan) -> list[Check]:
             if "option" in entry.params:  # any other tensor, a mask say, may well hold infinities
                 if not np.isfinite(tensor).all():
                     return [Check("contents", False, f"{name} holds weights that are NaN or infinite")]
-                owner, _, field = name.rpartition(".")
-                layer = owner if field == "weight" else name
-                options[layer], sizes[layer] = str(entry.params["option"]), entry.bytes
+                layer = _layer_of(entry)
+                options[layer], sizes[layer] = str(entry.params["option"]), sizes.get(layer, 0) + entry.bytes
     except FormatError as error:
         return [Check("contents", False, str(error))]
     wanted = {name: str(option) for name, option in plan.layers.items()}
@@ -191,12 +193,17 @@ def _cost_checks(archive: Archive, plan: Plan, metrics: dict[str, Any]) -> list[
         if getattr(plan.budget, name) is None:
             continue
         try:
-            cost, layer_macs = metrics["costs"][name], metrics["layer_macs"]
+            cost, layer_macs, positions = metrics["costs"][name], metrics["layer_macs"], metrics.get("positions", {})
             taken, limit = float(cost["predicted"]), plan.budget.limit(name, float(cost["dense"]))
-            counted = {"macs": sum(layer_macs.values()), "latency_ms": taken}.get(name)
-            if counted is None:
-                counted = sum(_bops(archive[f"{n}.weight" if n else "weight"], layer_macs[n]) for n in plan.layers)
-        except (KeyError, TypeError, ValueError, AttributeError, FormatError) as error:
+            counted = taken
+            if name != "latency_ms":
+                weights: dict[str, list[Entry]] = {layer: [] for layer in plan.layers}
+                for entry in archive.values():
+                    if "option" in entry.params:
+                        weights[_layer_of(entry)].append(entry)
+                each = {n: _macs(entries, layer_macs[n], positions.get(n)) for n, entries in weights.items()}
+                counted = sum(each[n] if name == "macs" else _bops(weights[n], each[n]) for n in each)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, FormatError, MismatchError) as error:
             checks.append(Check(name, False, f"metrics.json and the file do not give {name}: {error}"))
             continue
         assert limit is not None
@@ -206,11 +213,31 @@ def _cost_checks(archive: Archive, plan: Plan, metrics: dict[str, Any]) -> list[
     return checks
 
 
-def _bops(entry: Entry, layer_macs: int) -> int:
+def _layer_of(entry: Entry) -> str:
+    """The layer that a weight is of, whole or as one of two factors."""
+    owner, _, field = entry.name.rpartition(".")
+    owner = owner if field == "weight" else entry.name
+    return owner.rpartition(".")[0] if "factor" in entry.params else owner
+
+
+def _macs(entries: Sequence[Entry], layer_macs: int, positions: Sequence[int] | None) -> int:
+    """MACs of a layer, from what the file holds of it and how often calibration used it (positions, samples)."""
+    if "factor" not in entries[0].params:
+        return layer_macs
+    if positions is None:
+        raise MismatchError("metrics.json does not say how often the layer is used")
+    return macs(sum(entry.numel for entry in entries), *positions)
+
+
+def _bops(entries: Sequence[Entry], layer_macs: int) -> int:
     """BOPs of a layer, from what the file holds of it."""
-    nonzero = int(np.count_nonzero(entry.dequantise()))
-    width = (16 if entry.codec == "fp16" else FLOAT_BITS) if entry.step == "none" else code_bits(entry.codes())
-    return bops(layer_macs, width, nonzero, entry.numel)
+    nonzero = sum(int(np.count_nonzero(entry.dequantise())) for entry in entries)
+    width = max(map(_width, entries))
+    return bops(layer_macs, width, nonzero, sum(entry.numel for entry in entries))
+
+
+def _width(entry: Entry) -> int:
+    return (16 if entry.codec == "fp16" else FLOAT_BITS) if entry.step == "none" else code_bits(entry.codes())
 
 
 def _task_checks(path: Path, metrics: dict[str, Any], task: Task) -> list[Check]:

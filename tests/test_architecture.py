@@ -22,6 +22,7 @@ ORDER = [
     "digits",
     "batches",
     "layers",
+    "factors",
     "inputs",
     "calibration",
     "storage",

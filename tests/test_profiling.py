@@ -213,8 +213,8 @@ def test_statistics_of_other_weights_are_refused(stored: Any) -> None:
 
 def test_an_option_that_nobody_realises_is_refused_before_the_work(stored: Any, tmp_path: Path) -> None:
     model, stats, _ = stored
-    with pytest.raises(OptionError, match="rank8"):
-        profile(model, stats, tmp_path / "other", ["rank8"])
+    with pytest.raises(OptionError, match="rank8w8t"):
+        profile(model, stats, tmp_path / "other", ["rank8w8t"])
     assert not (tmp_path / "other").exists()
 
 

@@ -22,8 +22,7 @@ structures: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.fixed_dictionaries({"nm": st.integers(2, 64).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))}),
     st.fixed_dictionaries({"block": whole, "sparsity": percent}, optional={"block_rows": whole}),
     st.fixed_dictionaries({"out": st.floats(min_value=1e-3, max_value=99.9)}),
-    st.fixed_dictionaries({"rank": whole}),
-    st.fixed_dictionaries({"groups": whole, "rank": whole}),
+    st.fixed_dictionaries({"rank": whole}, optional={"groups": whole, "plain": st.booleans()}),
     st.fixed_dictionaries({"channels": st.floats(min_value=1e-3, max_value=99.9)}),
 )
 values: st.SearchStrategy[dict[str, Any]] = st.one_of(
@@ -70,6 +69,8 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("tcq(0.34,0.4)", Option(step=0.34, lam=0.4, trellis=True)),
         ("rank32w8", Option(rank=32, bits=8)),
         ("k4r12w8", Option(groups=4, rank=12, bits=8)),
+        ("k4r12pw8", Option(groups=4, rank=12, bits=8, plain=True)),
+        ("rank32pfp16", Option(rank=32, half=True, plain=True)),
         ("ch50w8", Option(channels=50, bits=8)),
         ("out25", Option(out=25)),
         ("blk2x4@50fp16", Option(block=4, block_rows=2, sparsity=50, half=True)),
@@ -138,6 +139,7 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"rank": 4, "sparsity": 50}, "at most one structure"),
         ({"nm": (2, 4), "channels": 50}, "at most one structure"),
         ({"groups": 4}, "channel groups need a rank"),
+        ({"plain": True}, "plain factors need a rank"),
         ({"group": 128}, "a group of scales needs bits"),
         ({"step": 0.5}, "rate-distortion codes need both numbers"),
         ({"half": True, "bits": 4}, "at most one representation of the values"),

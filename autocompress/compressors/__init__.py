@@ -9,6 +9,7 @@ import numpy as np
 
 from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
 from autocompress.compressors.fp8 import Fp8
+from autocompress.compressors.lowrank import LowRank, lowrank_grid
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.pruned import Pruned
@@ -40,6 +41,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "fp8": Fp8(),
     "rd": RateDistortion(),
     "tcq": TrellisCoded(),
+    "lowrank": LowRank(),
 }
 
 
@@ -82,6 +84,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "nm": lambda: _named(*(f"{p}{v}" for p in ("1:4", "2:4", "4:8") for v in ("", "fp16", "w8", "w4"))),
     "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "channels": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
+    "lowrank": lowrank_grid,
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
     "all": lambda: list(dict.fromkeys(o for name, make in FAMILIES.items() if name != "all" for o in make())),
 }

@@ -5,7 +5,7 @@ here.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ class LayerProblem:
     `row_weights` (rows,): what each row of a table weighs beside its Hessian, which is (0, d, d) where there is none
     (see `LayerStatistics`). `shape` is the shape of what is stored, rows first. `order` (int32) and `losses` (float32,
     in units of the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first
-    asked for, and handed in when a profile has them.
+    asked for, and handed in when a profile has them. factorable: whether two layers can take the place of this one
+    (see `Layer`).
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerProblem:
     losses: np.ndarray | None = None
     row_weights: np.ndarray | None = None
     exact_limit: float = obs.EXACT_LIMIT
+    factorable: bool = True
     _found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -75,6 +77,12 @@ class LayerProblem:
         hessian = self.known_hessian()
         scales = hessian.step_scales() if isinstance(hessian, obs.RowHessian) else None
         return None if scales is None or (scales == 1.0).all() else scales
+
+    def once(self, key: object, find: Callable[[], Any]) -> Any:
+        """What `find` gives, computed when it is first asked for under that key."""
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def counts(self, percent: float) -> np.ndarray:
         """Weights that each row loses at a sparsity in percent, int64 (groups, rows)."""
@@ -193,6 +201,8 @@ class Realised:
     """A compressed weight, exactly as it will be stored: codes times step, or values in a float codec.
 
     step: one number, one per row, or (rows, groups) where each `group` consecutive weights of a row share one.
+    factors: of a low-rank weight the two layers that take its place, the one that is applied first in front, each of a
+    shape of `costs.factor_shapes`; nothing else is stored then.
     """
 
     shape: tuple[int, ...]
@@ -201,9 +211,13 @@ class Realised:
     step: np.ndarray | float = 1.0
     values: np.ndarray | None = None
     group: int | None = None
+    factors: tuple[Realised, Realised] | None = None
 
     @property
     def step_kind(self) -> str:
+        """As an entry says it; of factors both, with a comma between them."""
+        if self.factors is not None:
+            return ",".join(factor.step_kind for factor in self.factors)
         if self.codes is None:
             return "none"
         return ("tensor", "row", f"group{self.group}")[np.ndim(self.step)]
@@ -211,12 +225,31 @@ class Realised:
     @property
     def width(self) -> int:
         """Bits of a weight when it is multiplied: what holds every code, 16 or 32 for floats."""
+        if self.factors is not None:
+            return max(factor.width for factor in self.factors)
         if self.codes is None:
             return 16 if self.codec == "fp16" else FLOAT_BITS
         return 8 if self.codec == "fp8" else code_bits(self.codes)
 
+    @property
+    def multiplied(self) -> int:
+        """How many weights are multiplied where the layer is used once."""
+        shapes = [self.shape] if self.factors is None else [factor.shape for factor in self.factors]
+        return sum(int(np.prod(shape)) for shape in shapes)
+
+    @property
+    def nonzero(self) -> int:
+        """How many of them are not zero."""
+        return sum(int(np.count_nonzero(part.weight())) for part in self.factors or (self,))
+
     def weight(self) -> np.ndarray:
-        """What a reader of the file gets, float32 in the weight's shape."""
+        """What a reader of the file gets, float32 in the weight's shape; of factors their product, rounded once."""
+        if self.factors is not None:
+            first, second = (factor.weight().astype(np.float64) for factor in self.factors)
+            groups = self.shape[1] // first.shape[1]
+            rows = first.reshape(groups, len(first) // groups, -1)
+            parts = second.reshape(len(second), groups, -1)
+            return np.einsum("fgr,grd->fgd", parts, rows, optimize=True).astype(np.float32).reshape(self.shape)
         if self.codes is None:
             assert self.values is not None
             stored = self.values.astype(np.float16) if self.codec == "fp16" else self.values
@@ -228,15 +261,27 @@ class Realised:
         return (codes * (step[:, None] if step.ndim == 1 else step)).reshape(self.shape)
 
     def entry(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> Entry:
-        """The record for the file; `layout` is what it says beside the option (see `Layer.params`)."""
+        """The record for the file; `layout` is what it says beside the option (see `Layer.params`).
+
+        Of factors there are two: see `entries`.
+        """
         params: dict[str, Any] = {"option": str(option), **(layout or {})}
         if self.codes is None:
             return float_entry(key, self._values(), codec=self.codec, params=params)
         codes = self.codes.reshape(self.shape)
         return weight_entry(key, codes, self.step, codec=self.codec, group=self.group, params=params)
 
+    def entries(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> list[Entry]:
+        """The records for the file: that of `entry`, or of both factors, each with the number of groups."""
+        if self.factors is None:
+            return [self.entry(key, option, layout)]
+        groups = {**(layout or {}), "factor": option.groups or 1}
+        return [factor.entry(name, option, groups) for factor, name in zip(self.factors, factor_keys(key), strict=True)]
+
     def bytes(self) -> int:
-        """Length of the entry's payload, exactly."""
+        """Length of the entry's payload, exactly; of those of both factors together."""
+        if self.factors is not None:
+            return sum(factor.bytes() for factor in self.factors)
         if self.codes is None:
             return codec_named(self.codec).size(self._values())
         return weight_size(self.codes.reshape(self.shape), self.step, codec=self.codec, group=self.group)
@@ -246,6 +291,12 @@ class Realised:
         return self.values.reshape(self.shape).astype(np.float32)
 
 
+def factor_keys(key: str) -> tuple[str, str]:
+    """Names of the factors of a weight in the state dict, as `factors.factorise` gives them."""
+    owner = key.removesuffix("weight")
+    return f"{owner}0.weight", f"{owner}1.weight"
+
+
 @dataclass(frozen=True)
 class Measured:
     """One row of a profile: error ½ tr(ΔW H ΔWᵀ) of exactly what would be stored, bytes of its payload, seconds to find
@@ -253,7 +304,8 @@ class Measured:
 
     `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
     `width`: the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see
-    `costs.bops`).
+    `costs.bops`). `multiplied`: how many weights there are where an option changes that, and `first_bytes`: of `bytes`,
+    those of the first of two factors; None and 0 otherwise.
     """
 
     option: Option
@@ -264,6 +316,8 @@ class Measured:
     seconds: float = field(compare=False)
     width: int
     nonzero: int
+    multiplied: int | None = None
+    first_bytes: int = 0
 
 
 class Compressor(Protocol):
@@ -301,9 +355,13 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         start = time.perf_counter()
         weight = realised.weight()
         error = 0.0 if problem.hessian is None else problem.error(weight)
-        size, nonzero = realised.bytes(), int(np.count_nonzero(weight))
+        factors = realised.factors
+        nonzero = realised.nonzero if factors else int(np.count_nonzero(weight))
+        size, first = realised.bytes(), factors[0].bytes() if factors else 0
+        changed = realised.multiplied if factors else None
         seconds = each + time.perf_counter() - start
-        rows.append(Measured(option, error, size, realised.codec, realised.step_kind, seconds, realised.width, nonzero))
+        kinds = realised.codec, realised.step_kind
+        rows.append(Measured(option, error, size, *kinds, seconds, realised.width, nonzero, changed, first))
     return rows
 
 
