@@ -5,17 +5,18 @@ feedback.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from scipy.linalg import block_diag, solve_triangular
+from scipy.linalg import block_diag, cho_solve, solve_triangular
 
-from autocompress.compressors.base import LayerProblem, Realised
+from autocompress.compressors.base import LayerProblem, Realised, by_structure
 from autocompress.compressors.obc import ObcUniform
 from autocompress.costs import factor_shapes
 from autocompress.types import Option
 
-__all__ = ["LowRank", "lowrank_grid"]
+__all__ = ["LowRank", "bases", "lowrank_grid"]
 
 FAINT = 1e-9  # of the mean diagonal: added where a Hessian of features may be singular
 
@@ -24,27 +25,41 @@ class LowRank:
     """W (f, d) ≈ A B: B has `rank` rows for each of k consecutive runs of input channels, zero elsewhere, and A (f, k ·
     rank) all of them.
 
-    Of least error: with H_ii = L Lᵀ the Hessian of a run and W_i L = U S Vᵀ, B_i holds the first rows of Vᵀ L⁻¹, which
-    for k = 1 is the minimum of ½ tr((W - AB) H (W - AB)ᵀ) over all of that rank (Eckart and Young); A is then refitted
-    to all runs at once, A = W H Bᵀ (B H Bᵀ)⁻¹. Plain: W_i = U S Vᵀ, and A_i B_i = U S Vᵀ truncated, whatever the
-    inputs. Rows of B and columns of A have equal norms: U√S and √S Vᵀ. Quantised: rows of B are OBQ's, with H_ii as
-    their Hessian, A is refitted to what they became, and is OBQ's with the Hessian B H Bᵀ. None where two layers would
-    hold no fewer weights than one. Sources: ALDS, arXiv 2107.11442 (runs, factors, two layers); the error as in OBC,
-    arXiv 2208.11580.
+    Of least error: with H_ii = L Lᵀ the Hessian of a run and W_i L = U S Vᵀ, A_i = U √S and B_i = √S Vᵀ L⁻¹ truncated,
+    which for k = 1 is the minimum of ½ tr((W - AB) H (W - AB)ᵀ) over all of that rank (Eckart and Young). For k > 1 one
+    run after the other, `sweeps` times, becomes the best of its rank beside the others as they are, and A is refitted
+    to all, A = W H Bᵀ (B H Bᵀ)⁻¹. Plain: U √S and √S Vᵀ of W_i = U S Vᵀ, whatever the inputs. Quantised: rows of B are
+    OBQ's, with H_ii as their Hessian; A is refitted to what they became, and is OBQ's with the Hessian B H Bᵀ. `share`:
+    the power of S that B gets. None where two layers would hold no fewer weights than one.
+    experiments/lowrank_layers.py compares these choices. Sources: ALDS, arXiv 2107.11442 (runs, factors, two layers);
+    the error is OBC's, arXiv 2208.11580.
     """
 
     version = 1
     source = "ALDS, arXiv 2107.11442"
 
+    def __init__(self, share: float = 0.5, sweeps: int = 2) -> None:
+        self.share, self.sweeps = share, sweeps
+
     def offers(self, option: Option) -> bool:
-        plain = Option(rank=option.rank, groups=option.groups, plain=option.plain) if option.rank else None
-        return plain is not None and option == dataclasses.replace(plain, bits=option.bits, half=option.half)
+        if option.rank is None:
+            return False
+        return option == dataclasses.replace(option.structure, bits=option.bits, half=option.half)
 
     def needs_data(self, option: Option) -> bool:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        return [_realised(problem, option) if _takes(problem, option) else None for option in options]
+        found: dict[Option, Realised | None] = {}
+        for structure, wanted in by_structure(options):
+            if not _takes(problem, structure):
+                found |= dict.fromkeys(wanted)
+                continue
+            pair = _Pair(problem, structure, self.share, self.sweeps)
+            for option in wanted:
+                parts = pair.floats(option.half) if option.bits is None else pair.quantised(option.bits)
+                found[option] = None if parts is None else Realised(problem.shape, parts[0].codec, factors=parts)
+        return [found[o] for o in options]
 
 
 def lowrank_grid() -> list[Option]:
@@ -70,107 +85,131 @@ def _takes(problem: LayerProblem, option: Option) -> bool:
     return sum(int(np.prod(shape)) for shape in factor_shapes(problem.shape, option)) < problem.weight.size
 
 
-def _realised(problem: LayerProblem, option: Option) -> Realised | None:
-    pair = _floats(problem, option) if option.bits is None else _quantised(problem, option)
-    return None if pair is None else Realised(problem.shape, pair[0].codec, factors=pair)
+class _Pair:
+    """A and B of one structure of a layer, as floats and as codes; a row of B is a filter of the first layer."""
+
+    def __init__(self, problem: LayerProblem, structure: Option, share: float, sweeps: int) -> None:
+        self.problem, self.structure = problem, structure
+        self.groups, self.rank = structure.groups or 1, structure.rank or 0
+        self.shapes = factor_shapes(problem.shape, structure)
+        # Where a rank's rows are the first of a higher one's, all are made, and quantised, once.
+        self.nested = structure.plain or self.groups == 1
+        key = (self.groups, structure.plain, share)
+
+        def split() -> tuple[np.ndarray, np.ndarray]:
+            rows, left = bases(problem, self.groups, structure.plain)
+            if not self.nested:
+                rows, left = _swept(problem, rows[:, : self.rank], left[:, :, : self.rank], sweeps)
+            sizes = np.linalg.norm(left, axis=1)
+            shared = np.where(sizes > 0.0, sizes, 1.0) ** share
+            rows, left = rows * shared[..., None], left / shared[:, None, :]
+            peaks = [float(np.abs(x).max(initial=0.0)) for x in (left, rows)]
+            even = float(np.sqrt(peaks[0] / peaks[1])) if min(peaks) > 0.0 else 1.0
+            return rows * even, left / even  # of one magnitude, as half precision has a range
+
+        def as_layer() -> LayerProblem:
+            shape = (self.rows.shape[0] * self.rows.shape[1], self.rows.shape[2])
+            hessians = np.stack([h for h, _ in _runs(problem, self.groups)])
+            return LayerProblem(problem.name, shape, self.rows, hessians, exact_limit=problem.exact_limit)
+
+        def once(name: str, find: Callable[[], Any]) -> Any:
+            return problem.once((name, *key), find) if self.nested else find()
+
+        self.rows, self.left = once("split", split)
+        self.layer: LayerProblem = once("layer", as_layer)
+
+    def floats(self, half: bool) -> tuple[Realised, Realised] | None:
+        """Both as float32 or binary16, None where that cannot hold them; A is refitted to B as it is stored, unless the
+        structure is plain.
+        """
+        codec, dtype = ("fp16", np.float16) if half else ("raw", np.float32)
+        rows, left = self.rows[:, : self.rank], self.left[:, :, : self.rank]
+        limit = float(np.finfo(dtype).max)
+        if max(np.abs(rows).max(initial=0.0), np.abs(left).max(initial=0.0)) > limit:
+            return None
+        first = Realised(self.shapes[0], codec, values=rows.reshape(self.shapes[0]).astype(dtype).astype(np.float32))
+        columns = np.concatenate(list(left), axis=1) if self.structure.plain else self._refitted(first)[0]
+        columns = columns.clip(-limit, limit).astype(dtype).astype(np.float32)
+        return first, Realised(self.shapes[1], codec, values=columns.reshape(self.shapes[1]))
+
+    def quantised(self, bits: int) -> tuple[Realised, Realised] | None:
+        """Both as codes with a step per row: B by the Hessians of its inputs, A by that of what B makes of them."""
+
+        def find() -> Realised | None:
+            return ObcUniform().realise_all(self.layer, [Option(bits=bits)])[0]
+
+        whole = self.layer.once(bits, find)
+        if whole is None or whole.codes is None:
+            return None
+        taken = (np.arange(self.groups)[:, None] * self.rows.shape[1] + np.arange(self.rank)).ravel()
+        step = whole.step[taken] if isinstance(whole.step, np.ndarray) else whole.step
+        first = Realised(self.shapes[0], whole.codec, codes=whole.codes[taken].reshape(self.shapes[0]), step=step)
+        columns, hessian = self._refitted(first)
+        limit = self.problem.exact_limit
+        inner = LayerProblem(self.problem.name, columns.shape, columns[None], hessian[None], exact_limit=limit)
+        second = ObcUniform().realise_all(inner, [Option(bits=bits)])[0]
+        if second is None or second.codes is None:
+            return None
+        return first, dataclasses.replace(second, shape=self.shapes[1], codes=second.codes.reshape(self.shapes[1]))
+
+    def _refitted(self, first: Realised) -> tuple[np.ndarray, np.ndarray]:
+        """(A (f, groups · rank) of least error for that B, the Hessian B H Bᵀ, and a little that keeps it regular)."""
+        rows = first.weight().astype(np.float64).reshape(self.groups * self.rank, -1)
+        wide, hessian = block_diag(*np.split(rows, self.groups)), self.problem.shared_hessian()[0]
+        target = self.problem.once("targets", lambda: self.problem.weight[0] @ hessian)
+        inner = wide @ hessian @ wide.T
+        inner = 0.5 * (inner + inner.T)
+        inner += (FAINT * float(np.diag(inner).mean()) or 1.0) * np.eye(len(inner))
+        return np.linalg.solve(inner, wide @ target.T).T, inner
 
 
-def _floats(problem: LayerProblem, option: Option) -> tuple[Realised, Realised] | None:
-    """Both factors as floats; A is refitted to B as it is stored, unless the option is plain."""
-    groups, rank = option.groups or 1, option.rank or 0
-    whole, left = _bases(problem, groups, option.plain)
-    rows = whole[:, :rank].reshape(groups * rank, -1)
-    columns = left[:, :, :rank].transpose(1, 0, 2).reshape(len(left[0]), -1)
-    dtype = np.float16 if option.half else np.float32
-    if not option.plain:
-        columns = _refitted(problem, rows, groups)[0]
-    norms = np.linalg.norm(rows, axis=1), np.linalg.norm(columns, axis=0)
-    balance = np.sqrt(np.divide(norms[1], norms[0], out=np.zeros_like(norms[0]), where=norms[0] > 0.0))
-    balance[balance == 0.0] = 1.0
-    rows, columns = rows * balance[:, None], columns / balance
-    if max(np.abs(rows).max(initial=0.0), np.abs(columns).max(initial=0.0)) > np.finfo(dtype).max:
-        return None
-    rows = rows.astype(dtype).astype(np.float32)
-    if option.half and not option.plain:
-        columns = _refitted(problem, rows.astype(np.float64), groups)[0]
-    codec, shapes = "fp16" if option.half else "raw", factor_shapes(problem.shape, option)
-    limit = np.finfo(dtype).max
-    columns = columns.clip(-limit, limit).astype(dtype).astype(np.float32)
-    return (
-        Realised(shapes[0], codec, values=rows.reshape(shapes[0])),
-        Realised(shapes[1], codec, values=columns.reshape(shapes[1])),
-    )
+def _runs(problem: LayerProblem, groups: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(H_ii, L) of each run of input channels, (d / groups, d / groups) both."""
+
+    def find() -> list[tuple[np.ndarray, np.ndarray]]:
+        hessian = problem.shared_hessian()[0]
+        part = len(hessian) // groups
+        blocks = [hessian[i : i + part, i : i + part] for i in range(0, len(hessian), part)]
+        return [(block, np.linalg.cholesky(block)) for block in blocks]
+
+    return problem.once(("runs", groups), find)
 
 
-def _quantised(problem: LayerProblem, option: Option) -> tuple[Realised, Realised] | None:
-    """Both factors as codes with a step per row: B by the Hessians of its inputs, A by that of what B makes of them."""
-    groups, rank, shapes = option.groups or 1, option.rank or 0, factor_shapes(problem.shape, option)
-    whole = _coded_rows(problem, groups, option)
-    if whole is None or whole.codes is None:
-        return None
-    # Rows do not depend on each other, nor a row on how many there are.
-    taken = (np.arange(groups)[:, None] * (whole.shape[0] // groups) + np.arange(rank)).ravel()
-    step = whole.step[taken] if isinstance(whole.step, np.ndarray) else whole.step
-    first = Realised(shapes[0], whole.codec, codes=whole.codes[taken].reshape(shapes[0]), step=step)
-    columns, hessian = _refitted(problem, first.weight().astype(np.float64).reshape(len(taken), -1), groups)
-    inner = LayerProblem(problem.name, columns.shape, columns[None], hessian[None], exact_limit=problem.exact_limit)
-    second = ObcUniform().realise_all(inner, [Option(bits=option.bits)])[0]
-    if second is None or second.codes is None:
-        return None
-    return first, dataclasses.replace(second, shape=shapes[1], codes=second.codes.reshape(shapes[1]))
+def bases(problem: LayerProblem, groups: int, plain: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(B (groups, m, d / groups), A (groups, f, m)) of full rank m, the largest singular value of each run first.
 
-
-def _hessians(problem: LayerProblem, groups: int) -> np.ndarray:
-    """The Hessian of each run of input channels, (groups, d / groups, d / groups)."""
-    hessian = problem.shared_hessian()[0]
-    part = len(hessian) // groups
-    return np.stack([hessian[i : i + part, i : i + part] for i in range(0, len(hessian), part)])
-
-
-def _bases(problem: LayerProblem, groups: int, plain: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(B (groups, m, d / groups), A (groups, f, m)) of full rank m, the most important direction of each run first."""
+    Rows of B are of energy b H_ii bᵀ = 1 (of length 1 where plain), and columns of A as long as the singular values.
+    """
 
     def find() -> tuple[np.ndarray, np.ndarray]:
-        rows = problem.weight.shape[1]
-        parts = problem.weight[0].reshape(rows, groups, -1).transpose(1, 0, 2)
+        parts = problem.weight[0].reshape(problem.weight.shape[1], groups, -1).transpose(1, 0, 2)
         if plain:
             left, values, right = np.linalg.svd(parts, full_matrices=False)
             return right, left * values[:, None, :]
-        lower = np.linalg.cholesky(_hessians(problem, groups))
-        left, values, right = np.linalg.svd(parts @ lower, full_matrices=False)
-        whitened = [solve_triangular(x, r.T, lower=True, trans="T").T for x, r in zip(lower, right, strict=True)]
-        return np.stack(whitened), left * values[:, None, :]
+        lowers = np.stack([lower for _, lower in _runs(problem, groups)])
+        left, values, right = np.linalg.svd(parts @ lowers, full_matrices=False)
+        rows = [solve_triangular(x, r.T, lower=True, trans="T").T for x, r in zip(lowers, right, strict=True)]
+        return np.stack(rows), left * values[:, None, :]
 
     return problem.once(("bases", groups, plain), find)
 
 
-def _coded_rows(problem: LayerProblem, groups: int, option: Option) -> Realised | None:
-    """All rows of B as codes of so many bits, (groups · m, d / groups)."""
-
-    def find() -> Realised | None:
-        rows = _bases(problem, groups, option.plain)[0]
-        peak = np.abs(rows).max(axis=-1, keepdims=True)
-        rows = np.divide(rows, peak, out=np.zeros_like(rows), where=peak > 0.0)  # steps have a row's size anyway
-        shape = (rows.shape[0] * rows.shape[1], rows.shape[2])
-        key = ("rows", groups, option.plain)
-        inner = problem.once(
-            key,
-            lambda: LayerProblem(
-                problem.name, shape, rows, _hessians(problem, groups), exact_limit=problem.exact_limit
-            ),
-        )
-        return ObcUniform().realise_all(inner, [Option(bits=option.bits)])[0]
-
-    return problem.once(("codes", groups, option.plain, option.bits), find)
-
-
-def _refitted(problem: LayerProblem, rows: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """(A (f, groups · rank) of least error for B = `rows` (groups · rank, d / groups), the Hessian B H Bᵀ + what keeps
-    it regular).
+def _swept(problem: LayerProblem, rows: np.ndarray, left: np.ndarray, sweeps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Runs improved in turn: with T = W_i + Σ_m≠i (W_m - A_m B_m) H_mi H_ii⁻¹, what run i should be to make up for the
+    errors of the others, and U the first eigenvectors of T H_ii Tᵀ, it becomes U Uᵀ T. The error never rises.
     """
-    wide = block_diag(*np.split(rows, groups))
-    target = problem.once("targets", lambda: problem.weight[0] @ problem.shared_hessian()[0])
-    inner = wide @ problem.shared_hessian()[0] @ wide.T
-    inner = 0.5 * (inner + inner.T)
-    inner += (FAINT * np.diag(inner).mean() or 1.0) * np.eye(len(inner))
-    return np.linalg.solve(inner, wide @ target.T).T, inner
+    rank, part, weight = rows.shape[1], rows.shape[2], problem.weight[0]
+    hessian, runs = problem.shared_hessian()[0], _runs(problem, len(rows))
+    rows, left = rows.copy(), left.copy()
+    missing = weight - np.concatenate(list(left @ rows), axis=1)
+    for i, (own, lower) in [*enumerate(runs)] * sweeps:
+        at = slice(i * part, (i + 1) * part)
+        missing[:, at] = 0.0
+        target = weight[:, at] + cho_solve((lower, True), (missing @ hessian[:, at]).T).T
+        basis = np.linalg.eigh(target @ own @ target.T)[1][:, : -rank - 1 : -1]
+        found = basis.T @ target
+        sizes = np.sqrt(np.maximum(np.einsum("rd,rd->r", found @ own, found), 0.0))
+        rows[i] = np.divide(found, sizes[:, None], out=np.zeros_like(found), where=sizes[:, None] > 0.0)
+        left[i] = basis * sizes
+        missing[:, at] = weight[:, at] - basis @ found
+    return rows, left
