@@ -173,14 +173,15 @@ def test_convolutions_by_correlation(
     check(nn.Conv2d(3, 2, kernel, padding=padding), _batches(3, *size))
 
 
-def test_what_correlation_cannot_do_is_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", PADDINGS)
+@pytest.mark.parametrize("groups", [1, 4], ids=["one group", "depthwise"])
+def test_what_correlation_cannot_do_is_unfolded(
+    groups: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grams, "LEAST_CHANNELS", 4)
-    for options in (o.values[0] for o in PADDINGS):
-        for groups in (1, 4):
-            layer = nn.Conv2d(4, 4, **{"kernel_size": 3, "groups": groups, **options})
-            same = options == {"padding": "same"} and groups == 1
-            assert grams._correlates(layer, torch.zeros(1, 4, 7, 6)) == same, (options, groups)
-            check(layer, _batches(4, 7, 6))
+    layer = nn.Conv2d(4, 4, **{"kernel_size": 3, "groups": groups, **options})
+    assert grams._correlates(layer, torch.zeros(1, 4, 7, 6)) == (options == {"padding": "same"} and groups == 1)
+    check(layer, _batches(4, 7, 6))
 
 
 class Twice(nn.Module):
