@@ -169,7 +169,7 @@ def test_convolutions_by_correlation(
     layer = nn.Conv2d(3, 2, kernel, padding="same")
     assert grams._correlates(layer, torch.zeros(1, 3, *size))
     check(layer, _batches(3, *size))
-    padding = tuple(k // 2 for k in layer.kernel_size)
+    padding: Any = tuple(k // 2 for k in layer.kernel_size)
     check(nn.Conv2d(3, 2, kernel, padding=padding), _batches(3, *size))
 
 
