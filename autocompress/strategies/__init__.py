@@ -19,6 +19,10 @@ from autocompress.planning import (
 from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
+from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
+from autocompress.strategies.densities import magnitude
+from autocompress.strategies.erk import erk
+from autocompress.strategies.lamp import lamp
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
 from autocompress.types import Budget, Plan
 
@@ -30,6 +34,11 @@ STRATEGIES: dict[str, Strategy] = {
     "lagrangian": Solved("lagrangian"),
     "dp": Solved("dp"),
     "exact": Solved("exact"),
+    "uniform_bits": uniform_bits,
+    "uniform_sparsity": uniform_sparsity,
+    "magnitude": magnitude,
+    "erk": erk,
+    "lamp": lamp,
     "kl": Sensitivity(),
     "auto": Auto(),
 }
