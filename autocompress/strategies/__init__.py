@@ -23,10 +23,13 @@ from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
 from autocompress.strategies.densities import magnitude
 from autocompress.strategies.erk import erk
 from autocompress.strategies.lamp import lamp
+from autocompress.strategies.opq import opq, opq_energy
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
+from autocompress.strategies.yang import Yang
+from autocompress.strategies.yang import paper_bytes as paper_counted
 from autocompress.types import Budget, Plan
 
-__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "plan"]
+__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "paper_counted", "plan"]
 
 STRATEGIES: dict[str, Strategy] = {
     "uniform": SingleOption(),
@@ -39,6 +42,9 @@ STRATEGIES: dict[str, Strategy] = {
     "magnitude": magnitude,
     "erk": erk,
     "lamp": lamp,
+    "yang": Yang(),
+    "opq": opq,
+    "opq_energy": opq_energy,
     "kl": Sensitivity(),
     "auto": Auto(),
 }

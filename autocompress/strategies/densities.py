@@ -19,7 +19,7 @@ from autocompress.profiling import Profile
 from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused, weights_of
 from autocompress.types import DENSE, Budget, Option, Plan
 
-__all__ = ["DensityRule", "SparseFamily", "above_one_threshold", "magnitude", "sparse_families"]
+__all__ = ["DensityRule", "SparseFamily", "above_one_threshold", "integer_families", "magnitude", "sparse_families"]
 
 Densities = Mapping[str, float]
 LEAST_DENSITY = 1e-9  # stands for none at all, so that it has a logarithm
@@ -35,13 +35,13 @@ class SparseFamily:
     rows: Mapping[str, Sequence[Measured]]
 
     def nearest(self, densities: Densities) -> dict[str, Measured]:
-        """In every layer the row whose density has the nearest logarithm; layers without one take their only row."""
-        found = {}
-        for name, rows in self.rows.items():
-            offered = np.log([max(1.0 - row.option.sparsity / 100.0, LEAST_DENSITY) for row in rows])
-            wanted = np.log(max(densities.get(name, 1.0), LEAST_DENSITY))
-            found[name] = rows[int(np.argmin(np.abs(offered - wanted)))]
-        return found
+        """`nearest_row` of every layer; a layer without a density keeps all that it can."""
+        return {name: self.nearest_row(name, densities.get(name, 1.0)) for name in self.rows}
+
+    def nearest_row(self, name: str, density: float) -> Measured:
+        """The row of a layer whose density has the nearest logarithm."""
+        offered = [np.log(max(1.0 - row.option.sparsity / 100.0, LEAST_DENSITY)) for row in self.rows[name]]
+        return self.rows[name][int(np.argmin(np.abs(np.array(offered) - np.log(max(density, LEAST_DENSITY)))))]
 
 
 def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
@@ -68,6 +68,19 @@ def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
             "them: profile with --options default,surface"
         )
     return found
+
+
+def integer_families(profile: Profile, strategy: str) -> dict[int, SparseFamily]:
+    """The sparse options of every width of a plain grid (s60w4), by width. Raises MismatchError if there are none."""
+    found = sparse_families(profile, strategy)
+    by_width = {family.value.bits: family for family in found if family.value == Option(bits=family.value.bits)}
+    widths = {bits: by_width[bits] for bits in sorted(bits for bits in by_width if bits is not None)}
+    if not widths:
+        raise MismatchError(
+            f"strategy {strategy!r} sets a sparsity and a width for every layer, and this profile has no options such "
+            "as s60w4: profile with --options default,surface"
+        )
+    return widths
 
 
 class DensityRule:
