@@ -45,8 +45,8 @@ class SparseFamily:
 
 
 def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
-    """Every way to store values with which all layers that calibration reached have sparse options, in the order of
-    the profile. Raises MismatchError where there is none.
+    """Every way to store values that has two sparsities or more (0 is one) in all layers that calibration reached, in
+    the order of the profile. Raises MismatchError where there is none.
     """
     reached = {name: layer for name, layer in profile.layers.items() if layer.reached}
     by_value: dict[Option, dict[str, list[Measured]]] = {}
@@ -58,14 +58,14 @@ def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
     smallest = {name: min(layer.rows, key=lambda row: row.bytes) for name, layer in profile.layers.items()}
     found = []
     for value, rows in by_value.items():
-        if len(rows) == len(reached) and all(any(r.option.sparsity for r in each) for each in rows.values()):
+        if len(rows) == len(reached) and all(len(each) > 1 for each in rows.values()):
             rows = {n: rows.get(n, [least]) for n, least in smallest.items()}
             by_density = {n: sorted(each, key=lambda r: r.option.sparsity) for n, each in rows.items()}
             found.append(SparseFamily(value, by_density))
     if not found:
         raise MismatchError(
-            f"strategy {strategy!r} sets a sparsity for every layer, and no options of this profile have one in all of "
-            "them: profile with --options default,surface"
+            f"strategy {strategy!r} sets a sparsity for every layer, and this profile has no options that differ in "
+            "theirs alone, such as w4 and s60w4, in all of them: profile with --options default,surface"
         )
     return found
 
