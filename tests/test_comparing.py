@@ -110,7 +110,7 @@ def test_a_strategy_that_fails_is_a_row_and_the_table_goes_on() -> None:
 
     table = compared([100, "5x"], ["uniform", too_large, too_small, "exact"])
     assert list(table["strategy"]) == ["uniform", "too_large", "too_small", "exact"] * 2
-    assert table["error"][0].startswith("InfeasibleError: no single option for all layers fits in 100 bytes")
+    assert table["error"][0].startswith("InfeasibleError: no single option for all layers (uniform) fits in 100 bytes")
     assert table["error"][3].startswith("InfeasibleError: no allocation fits in 100 bytes: the smallest file has ")
     assert "the plan makes a file of " in table["error"][5]
     assert "; the budget is 711" in table["error"][5]
