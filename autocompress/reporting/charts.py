@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -26,7 +25,7 @@ __all__ = [
     "sizes_chart",
 ]
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 960, 360, 44, 22, 26
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 360, 44, 905, 24, 26
 ERRORS = 84  # height of the strip of errors below the columns
 SMALL = (236, 168)
 MIDDLE = (460, 340)
@@ -44,7 +43,7 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
     # A column that is nearly as wide as nothing must not set the scale: cut above four times the mean, and say so.
     top = min(peak, max(4 * mean, sorted(row.bits_per_weight for row in rows)[len(rows) // 2]))
     foot = HEIGHT - BOTTOM - ERRORS - 30
-    across, up = Axis(0, weights, LEFT, WIDTH - 4, log=False), Axis(0, top, foot, TOP, log=False)
+    across, up = Axis(0, weights, LEFT, RIGHT, log=False), Axis(0, top, foot, TOP, log=False)
     plot = Plot(across, up, (WIDTH, HEIGHT), "Bits per weight and error of every layer; the table holds the same")
     plot.axes(str, "{:g}".format, ("", "bits per weight"), ((), nice_steps(top)))
     errors = [row.error for row in rows if row.error]
@@ -72,8 +71,9 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
             plot.text(x + wide / 2, HEIGHT - 8, name, "middle")
         before += row.weights
     y = up(min(mean, top))
-    plot.parts.append(f'<path class="mean" d="M{LEFT} {y:.1f}H{WIDTH - 4}"><title>mean: {mean:.2f}</title></path>')
-    plot.text(WIDTH - 6, y - 5, f"mean {mean:.2f}", "end", "strong")
+    plot.parts.append(f'<path class="mean" d="M{LEFT} {y:.1f}H{RIGHT + 4}"/>')
+    plot.text(RIGHT + 8, y, "mean", kind="strong")
+    plot.text(RIGHT + 8, y + 14, f"{mean:.2f}", kind="strong")
     plot.parts += strip.parts
     return plot.svg
 
@@ -81,11 +81,15 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
 def sizes_chart(sizes: Sequence[tuple[str, int, str]]) -> str:
     """Bars of bytes to one scale: (name, bytes, colour)."""
     scale = Axis(0, max(size for _, size, _ in sizes), 0, 100, log=False)
-    return '<div class="sizes">' + "".join(
-        f'<span>{escape(name)}</span><span class="track" aria-hidden="true">'
-        f'<i class="{colour}" style="width: {scale(size):.2f}%"></i></span><span class="n">{size:,} B</span>'
-        for name, size, colour in sizes
-    ) + "</div>"
+    return (
+        '<div class="sizes">'
+        + "".join(
+            f'<span>{escape(name)}</span><span class="track" aria-hidden="true">'
+            f'<i class="{colour}" style="width: {scale(size):.2f}%"></i></span><span class="n">{size:,} B</span>'
+            for name, size, colour in sizes
+        )
+        + "</div>"
+    )
 
 
 def curve_chart(curve: LayerCurve, errors: tuple[float, float], bits: tuple[float, float]) -> str:
@@ -204,9 +208,13 @@ def bytes_bar(groups: Sequence[tuple[str, str, Sequence[FilePart]]]) -> str:
 
 def key(entries: Sequence[tuple[str, str]]) -> str:
     """A legend: (colour, text)."""
-    return '<span class="legend">' + "".join(
-        f'<span><i class="key {colour}" aria-hidden="true"></i>{escape(text)}</span>' for colour, text in entries
-    ) + "</span>"
+    return (
+        '<span class="legend">'
+        + "".join(
+            f'<span><i class="key {colour}" aria-hidden="true"></i>{escape(text)}</span>' for colour, text in entries
+        )
+        + "</span>"
+    )
 
 
 def family_key(found: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "row",
     "scrolling",
     "section",
+    "spot",
     "table",
 ]
 
@@ -43,8 +44,12 @@ def document(title: str, tab: str, lead: str, sections: Sequence[tuple[str, str]
 
 
 def anchor(name: str, kind: str = "") -> str:
-    """The id of a section, or of something else by kind and name: letters, digits and dashes, no two names alike."""
-    return kind + "".join(c if c.isascii() and c.isalnum() else f"-{ord(c):x}-" if kind else "-" for c in name.lower())
+    """The id of a section, or of something else by kind and name, where no two names are alike: letters, digits and
+    dashes.
+    """
+    if not kind:
+        return "".join(c if c.isalnum() else "-" for c in name.lower())
+    return kind + "".join(c if c.isascii() and c.isalnum() else f"-{ord(c):x}-" for c in name)
 
 
 def section(title: str, body: str) -> str:
@@ -87,10 +92,11 @@ def table(head: Sequence[str], body: Iterable[str], foot: str = "", label: str =
         else (f'<th scope="col">{escape(h)}</th>' if h else "<td></td>")
         for h in head
     )
-    caption = f"<caption>{escape(note)}</caption>" if note else ""
+    # Beside the table, not a caption in it: one line of it would be as wide as the table, and cut off by a phone.
+    above = f'<p class="note">{escape(note)}</p>' if note else ""
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
-    return scrolling(
-        f"<table>{caption}<thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody>{foot}</table>", label
+    return above + scrolling(
+        f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody>{foot}</table>", label
     )
 
 
@@ -101,7 +107,8 @@ def scrolling(content: str, label: str) -> str:
 
 def row(name: str, cells: Sequence[str], link: str = "", name_id: str = "", marked: bool = False) -> str:
     """A row by its heading and the HTML of its cells. link: the id that its name leads to; name_id: its own."""
-    text = f'<a href="#{link}">{escape(name)}</a>' if link else escape(name)
+    words = escape(name).replace(".", ".<wbr>")
+    text = f'<a href="#{link}">{words}</a>' if link else words
     kind = (' class="this"' if marked else "") + (f' id="{name_id}"' if name_id else "")
     return f'<tr{kind}><th scope="row">{text}</th>{"".join(cells)}</tr>'
 
@@ -118,3 +125,8 @@ def number(text: str, more: str = "") -> str:
 def bar(part: float, kind: str = "") -> str:
     """A bar filled to `part` of its width."""
     return f'<span class="bar {kind}" aria-hidden="true"><i style="width: {100 * min(part, 1.0):.1f}%"></i></span>'
+
+
+def spot(part: float) -> str:
+    """A dot on a line, at `part` of its length."""
+    return f'<span class="spot" aria-hidden="true"><i style="left: {100 * min(max(part, 0.0), 1.0):.1f}%"></i></span>'

@@ -1,4 +1,6 @@
-"""How good a result is: the certificate and the frontier, what was predicted beside what was measured, every plan tried."""
+"""How good a result is: the certificate and the frontier, what was predicted beside what was measured, every plan
+tried.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,16 @@ import numpy as np
 
 from autocompress.profiling import Profile
 from autocompress.reporting.charts import frontier_chart, key, layers_chart, plans_chart
-from autocompress.reporting.html import bar, cell, details, figure, number, row, table
+from autocompress.reporting.html import cell, details, figure, number, row, spot, table
 from autocompress.reporting.rows import LayerRow, percent
 from autocompress.reporting.tradeoff import Tradeoff
 from autocompress.types import RUNNING_COSTS, Plan
 
-__all__ = ["frontier_section", "measured_section"]
+__all__ = ["compared_section", "frontier_section", "measured_section"]
 
 # What `auto` notes of each plan that it measured; the table of plans holds the same.
 TRIAL = re.compile(r".+: KL \S+ on all calibration data, \S+ on the held-out slice")
 PLANS = 12  # rows of the table of plans that are open from the start
-FULL = 4.0  # times this plan's KL: where the bars of that table end
 
 
 def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], rows: Sequence[LayerRow]) -> str:
@@ -34,8 +35,17 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
     loss = sum(row.error or 0.0 for row in rows)
     others = [other for other in metrics.get("measured_plans", []) if other["bytes"] <= plan.budget_bytes]
     picture = frontier_chart(line, (metrics["bytes"], loss), plan.budget_bytes, others)
+    caption = (
+        "One profile answers every budget. The line is the least possible sum of relative errors (each layer's error "
+        "over that of losing it) for files of any length, by the curves above; a bar leads from what is proven to be "
+        "the least to what is there, and the optimum is on it."
+    )
     legend = key(
-        [("chosen", "this result"), ("known", "best known at round ratios"), ("other", "other plans that were measured")]
+        [
+            ("chosen", "this result"),
+            ("known", "best known at round ratios"),
+            ("other", "other plans that were measured"),
+        ]
     )
     budgets = [
         row(
@@ -50,12 +60,12 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
         )
         for ratio, point in line.budgets()
     ]
-    head = ["budget", "#file, bytes", "#error", "#proven least", "#gap", "#1 kB more"]
-    shown = table(head, budgets, label="Budgets of the frontier", note="1 kB more: the part of the error it takes away.")
-    text += (
-        "<p>One profile answers every budget: the line is the least possible sum of relative errors (each layer's "
-        "error over that of losing it) for files of any length, by the error curves above. A bar leads from what is "
-        "proven to be the least to what is there; the true optimum is on it.</p>"
+    head = ["budget", "#file, bytes", "#error", "#proven", "#gap", "#1 kB more"]
+    shown = table(
+        head,
+        budgets,
+        label="Budgets of the frontier",
+        note="Proven: no choice of as many bytes is below. 1 kB more: the part of the error it takes away.",
     )
     least = line.at(metrics["bytes"])
     if least is not None and least.bound > 0.0 and loss > 0.0:
@@ -65,7 +75,7 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
         most = ", ".join(f"<code>{escape(name)}</code>" for name in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         text += f"<p>From here, 1 kB more would take away {100 * part:.2g} % of the error, spent on {most}{more}.</p>"
-    return text + f'<div class="pair">{figure(picture, legend)}{shown}</div>'
+    return text + f'<div class="pair">{figure(picture, f"{caption}<br>{legend}")}<div>{shown}</div></div>'
 
 
 def _certificate(plan: Plan) -> str:
@@ -108,18 +118,15 @@ def _place(plan: Plan, loss: float, bound: float, rows: Sequence[LayerRow]) -> s
 def measured_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], rows: Sequence[LayerRow]) -> str:
     """Predicted errors beside measured divergences: plans, layers alone, and the table of every plan that was tried."""
     measured = plan.measured
-    others = [note for note in plan.notes if not TRIAL.fullmatch(note)]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in others)
-    notes = f"<p>What was decided on the way:</p><ul>{notes}</ul>" if notes else ""
     if "kl" not in measured:
-        return f"<p>Nothing was measured on the model: the plan is predicted only.</p>{notes}"
+        return "<p>Nothing was measured on the model: the plan is predicted only.</p>"
     samples = int(measured.get("samples", 0))
     text = (
         f"<p>Measured on {samples:,} calibration samples that the Hessians never saw: how far the outputs are from the "
         "dense model's (mean KL divergence per sample, lower is better).</p>"
     )
     loss = sum(row.error or 0.0 for row in rows)
-    plans = [p for p in metrics.get("measured_plans", []) if p["kl"] is not None]
+    plans = _measured_plans(metrics)
     drawn = [(p["name"], p["relative_error"], p["kl"]) for p in plans if p["relative_error"] > 0.0 < p["kl"]]
     pictures = ""
     if len(drawn) > 2 and loss > 0.0 < measured["kl"]:
@@ -133,18 +140,30 @@ def measured_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
     }
     if len(alone := {name: points for name, points in alone.items() if points}) > 1:
         caption = (
-            "<strong>Layers alone.</strong> Each line is a layer that was compressed by itself, more and more: one that "
-            "lies higher harms the network more for the same relative error. The three steepest are dark."
+            "<strong>Layers alone.</strong> Each line is a layer that was compressed by itself, more and more: one "
+            "that lies higher harms the network more for the same relative error. The three steepest are dark."
         )
         pictures += figure(layers_chart(alone), caption)
-    if pictures:
-        text += f'<div class="pair">{pictures}</div>'
-    if "single_option_kl" in measured:
+    return text + (f'<div class="pair">{pictures}</div>' if pictures else "")
+
+
+def compared_section(plan: Plan, metrics: Mapping[str, Any], rows: Sequence[LayerRow]) -> str:
+    """Every plan that was measured on the way, and what was decided."""
+    text = ""
+    if "kl" in plan.measured:
+        text = _plans_table(plan, metrics, sum(row.error or 0.0 for row in rows), _measured_plans(metrics))
+    if "single_option_kl" in plan.measured:
         text += (
             "<p>A plan is never handed out if the best fitting one with the same option for every layer measures "
             "better: then that one is.</p>"
         )
-    return text + _plans_table(plan, metrics, loss, plans) + notes
+    notes = "".join(f"<li>{escape(note)}</li>" for note in plan.notes if not TRIAL.fullmatch(note))
+    return text + (f"<p>What was decided on the way:</p><ul>{notes}</ul>" if notes else "")
+
+
+def _measured_plans(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The plans whose outputs were finite."""
+    return [found for found in metrics.get("measured_plans", []) if found["kl"] is not None]
 
 
 def _agreement(drawn: Sequence[tuple[str, float, float]]) -> str:
@@ -160,9 +179,11 @@ def _agreement(drawn: Sequence[tuple[str, float, float]]) -> str:
 def _plans_table(plan: Plan, metrics: Mapping[str, Any], loss: float, plans: Sequence[Mapping[str, Any]]) -> str:
     """Every plan that was measured, the best first."""
     this = plan.measured["kl"]
+    positive = [kl for kl in (this, *(p["kl"] for p in plans)) if kl > 0.0] or [1.0]
+    low, high = math.log(min(positive)), math.log(max(positive))
 
     def line(name: str, size: int | None, error: float | None, everywhere: float | None, held: float) -> str:
-        times = held / this if this > 0.0 else math.nan
+        place = (math.log(held) - low) / ((high - low) or 1.0) if held > 0.0 else 0.0
         return row(
             name,
             [
@@ -170,8 +191,8 @@ def _plans_table(plan: Plan, metrics: Mapping[str, Any], loss: float, plans: Seq
                 number("" if error is None else f"{error:.3g}"),
                 number("" if everywhere is None else f"{everywhere:.3g}"),
                 number(f"{held:.3g}"),
-                number(f"{times:.2f}x" if math.isfinite(times) else ""),
-                cell(bar(times / FULL, "over" if times > FULL else "b") if math.isfinite(times) else ""),
+                number(f"{held / this:.2f}x" if this > 0.0 else ""),
+                cell(spot(place)),
             ],
             marked=name == "this result",
         )
@@ -183,11 +204,16 @@ def _plans_table(plan: Plan, metrics: Mapping[str, Any], loss: float, plans: Seq
     ]
     if not plans and "single_option_kl" in plan.measured:
         found.append(line("best single option for all layers", None, None, None, plan.measured["single_option_kl"]))
-    head = ["plan", "#bytes", "#error, predicted", "#KL, all calibration data", "#KL, held out", "#times this", ""]
-    note = (
-        "Every plan that was measured, best first. Error: sum of the layers' relative errors. The choice between plans "
-        "goes by calibration data only."
-    )
+    head = [
+        "plan",
+        "#bytes",
+        "#error, predicted",
+        "#KL, all calibration data",
+        "#KL, held out",
+        "#times this",
+        "logarithmic",
+    ]
+    note = "Every plan that was measured, best first. Error: the sum of the layers' relative errors."
     shown = table(head, found[: PLANS + 1], label="Measured plans", note=note)
     if len(found) > PLANS + 1:
         rest = table(head, found[PLANS + 1 :], label="More measured plans")

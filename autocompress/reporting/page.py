@@ -35,9 +35,18 @@ from autocompress.reporting.html import (
     scrolling,
     table,
 )
-from autocompress.reporting.judging import frontier_section, measured_section
-from autocompress.reporting.rows import FilePart, LayerRow, amount, byte_groups, cost_rows, file_parts, layer_rows
-from autocompress.reporting.rows import percent, ratio_text
+from autocompress.reporting.judging import compared_section, frontier_section, measured_section
+from autocompress.reporting.rows import (
+    FilePart,
+    LayerRow,
+    amount,
+    byte_groups,
+    cost_rows,
+    file_parts,
+    layer_rows,
+    percent,
+    ratio_text,
+)
 from autocompress.storage import read
 from autocompress.types import Plan
 
@@ -62,6 +71,7 @@ def render_report(plan: Plan, profile: Profile, metrics: Mapping[str, Any], file
         ("Error curves", _curves(plan, profile, rows)),
         ("The frontier", frontier_section(plan, profile, metrics, rows)),
         ("Predicted and measured", measured_section(plan, profile, metrics, rows)),
+        ("Strategies compared", compared_section(plan, metrics, rows)),
         ("Where every byte goes", _bytes(parts)),
         ("How to get the same again", _reproduce(plan, profile, metrics, asked)),
     ]
@@ -103,7 +113,11 @@ def _asked(plan: Plan, metrics: Mapping[str, Any], asked: Mapping[str, Any]) -> 
         "Strategy": f"{plan.strategy}"
         + (f" (asked: {asked['strategy']}, effort {asked['effort']})" if "strategy" in asked else ""),
     }
-    sizes = [("fp32", metrics["original_bytes"], "c"), ("asked", plan.budget_bytes, "b"), ("file", metrics["bytes"], "a")]
+    sizes = [
+        ("fp32", metrics["original_bytes"], "c"),
+        ("asked", plan.budget_bytes, "b"),
+        ("file", metrics["bytes"], "a"),
+    ]
     return sizes_chart(sizes) + facts(found)
 
 
@@ -171,12 +185,12 @@ def _curves(plan: Plan, profile: Profile, rows: Sequence[LayerRow]) -> str:
     bits = min(min(widths, default=1.0) / 2, 0.25), 16.0
     order = sorted(reached, key=lambda row: -row.share)
     panels = []
-    for place, layer in enumerate(order):
+    for layer in order:
         curve = curves[layer.name]
-        chosen = f"<code>{escape(layer.option)}</code> {layer.bytes:,} B, {layer.bits_per_weight:.2f} bits"
+        chosen = f"<code>{escape(layer.option)}</code><br>{layer.bytes:,} B, {layer.bits_per_weight:.2f} bits each"
         panels.append(
             f'<li id="{anchor(layer.name, "curve-")}"><h3>{escape(layer.name)}</h3>{curve_chart(curve, lowest, bits)}'
-            f'<p>{chosen}<br>{100 * layer.share:.1f} % of the error, rank {place + 1}</p></li>'
+            f"<p>{chosen}<br>{100 * layer.share:.1f} % of the error</p></li>"
         )
     families = {family for curve in curves.values() for family in curve.fronts}
     shown = (
@@ -260,5 +274,7 @@ def _reproduce(plan: Plan, profile: Profile, metrics: Mapping[str, Any], asked: 
         stages = ", ".join(f"{name} {value:.1f} s" for name, value in metrics.get("stage_seconds", {}).items())
         found["Time"] = f"{metrics['seconds']:.1f} s" + (f" ({stages})" if stages else "")
     prints = {"Of the profile": profile.fingerprint}
-    prints |= {f"Of the {name}": profile.fields[name] for name in ("model", "data", "options") if name in profile.fields}
+    prints |= {
+        f"Of the {name}": profile.fields[name] for name in ("model", "data", "options") if name in profile.fields
+    }
     return how + facts(found) + details("Fingerprints (SHA-256)", facts(prints))

@@ -11,7 +11,17 @@ from autocompress.profiling import Profile
 from autocompress.storage import Archive, step_bytes
 from autocompress.types import Plan
 
-__all__ = ["FilePart", "LayerRow", "amount", "byte_groups", "cost_rows", "file_parts", "layer_rows", "percent", "ratio_text"]
+__all__ = [
+    "FilePart",
+    "LayerRow",
+    "amount",
+    "byte_groups",
+    "cost_rows",
+    "file_parts",
+    "layer_rows",
+    "percent",
+    "ratio_text",
+]
 
 SECTION_CHECKSUMS = "section checksums"
 

@@ -51,14 +51,18 @@ nav a { display: inline-block; padding: .2rem 0; }
 .sizes .n { text-align: right; }
 .sizes .a { background: var(--a); } .sizes .b { background: var(--b); } .sizes .c { background: var(--c); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; background: var(--panel); }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .5rem .75rem; color: var(--soft); }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .875rem;
+  font-variant-numeric: tabular-nums; }
+.note { color: var(--soft); font-size: .875rem; margin: 1.25rem 0 .4rem; }
 th, td { padding: .35rem .75rem; text-align: left; vertical-align: middle; border-top: 1px solid var(--line); }
 thead th, thead td { border-top: 0; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 9rem; }
 tfoot td, tfoot th { font-weight: 600; }
-tr.this > * { background: color-mix(in srgb, var(--b) 12%, transparent); font-weight: 600; }
+tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
+.pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
+tr > :first-child { position: sticky; left: 0; background: var(--panel); }
+tr.this > :nth-child(n) { background: color-mix(in srgb, var(--b) 12%, var(--panel)); font-weight: 600; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td code { white-space: nowrap; }
 code { font: .875em ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -79,7 +83,10 @@ details > .scroll, details > ul { margin-top: .5rem; }
   border-radius: .25rem; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--a); }
 .bar.b i { background: var(--b); } .bar.d i { background: var(--d); }
-.bar.over i { background: repeating-linear-gradient(115deg, var(--c) 0 5px, var(--track) 5px 8px); }
+.spot { display: block; position: relative; height: .8rem; min-width: 8rem; margin-right: .8rem; }
+.spot::before { content: ""; position: absolute; left: 0; right: -.7rem; top: 50%; border-top: 1px solid var(--line); }
+.spot i { position: absolute; top: .05rem; width: .7rem; height: .7rem; border-radius: 50%; background: var(--c); }
+.this .spot i { background: var(--panel); border: .18rem solid var(--b); }
 figure { margin: .75rem 0; }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .4rem; }
 .pair figure svg { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
@@ -97,10 +104,12 @@ rect.trellis, rect.rd, rect.pruned, rect.widths, rect.structured, rect.floats { 
 .line { fill: none; stroke: var(--own); stroke-width: 1.5; stroke-linejoin: round; }
 .dots { fill: none; stroke: var(--own); stroke-width: 4; stroke-linecap: round; }
 .dots.rd, .dots.widths, .dots.floats { stroke-linecap: square; }
-.line.rd { stroke-dasharray: 5 2; } .line.pruned { stroke-dasharray: 1.5 2.5; } .line.structured { stroke-dasharray: 7 3; }
-.level { stroke-width: 4; stroke-dasharray: none; } .line.hull { stroke-width: 2; }
+.line.rd { stroke-dasharray: 5 2; } .line.pruned { stroke-dasharray: 1.5 2.5; }
+.line.structured { stroke-dasharray: 7 3; }
+.line.level { stroke-width: 4; stroke-dasharray: none; } .line.hull { stroke-width: 2; }
 circle.chosen { fill: var(--panel); stroke: var(--own); stroke-width: 3; }
-circle.known, circle.other { fill: var(--own); } circle.single { fill: var(--panel); stroke: var(--own); stroke-width: 1.5; }
+circle.known, circle.other { fill: var(--own); }
+circle.single { fill: var(--panel); stroke: var(--own); stroke-width: 1.5; }
 .faint { stroke: var(--c); stroke-width: 1; opacity: .6; } .gapbar { stroke: var(--a); stroke-width: 1.5; }
 .strongbar { stroke: var(--b); stroke-width: 2; } .cut { fill: var(--b); }
 .mean { stroke: var(--b); stroke-dasharray: 4 3; fill: none; }

@@ -104,7 +104,7 @@ class Plot:
         if labels[0]:
             self.text((x.start + x.end) / 2, high - 4, labels[0], "middle")
         if labels[1]:
-            self.text(2, y.end - 8, labels[1], "start")
+            self.text(8, y.end - 8, labels[1], "start")
         return self
 
     def text(self, x: float, y: float, words: str, anchor: str = "start", kind: str = "") -> None:

@@ -98,7 +98,7 @@ class Tradeoff:
         return k if k >= 0 else None
 
     def _fixed(self, k: int) -> int:
-        """What of a file no choice changes, for the choice at breakpoint k with norms as a file of its size has them."""
+        """What of a file no choice changes, for the choice at breakpoint k with its norms as that size has them."""
         chosen = self._line.choice(k)
         rows = {n: layer.rows[int(i)] for (n, layer), i in zip(self.profile.layers.items(), chosen, strict=True)}
         payload = sum(row.bytes for row in rows.values())
