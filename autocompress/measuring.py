@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from autocompress.layers import model_digest
 from autocompress.profiling import Profile
 from autocompress.types import Option
 
-__all__ = ["EVALUATIONS", "LEVELS", "Context", "class_axis", "divergence", "logits"]
+__all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits"]
 
 CACHE_BYTES = 1 << 30
 SENSITIVITY_VERSION = 2
@@ -54,13 +55,26 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 EVALUATIONS = {"fast": 40, "normal": 120, "max": 1000}
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was measured: what it was tried as, its options, its KL on the held-out slice and, where known, on
+    all of the data.
+    """
+
+    label: str
+    layers: Mapping[str, Option]
+    kl: float
+    kl_all: float | None = None
+
+
 class Context:
     """A model and calibration batches, split as `calibrate` splits them: `fit` for corrections, `held` to measure plans
     on.
 
     The Hessians never saw `held`. `loss(model, batch)` is the task's own and `training` its labelled batches, for
     methods that need gradients of it; they do without where there is none. effort grants searches their evaluations
-    (`granted`); the seed draws the split and whatever a search draws. Measured weights are kept in memory (up to 1
+    (`granted`); the seed draws the split and whatever a search draws. `log` and `alone` keep what was measured for the
+    report: plans, and layers by themselves. Measured weights are kept in memory (up to 1
     GiB), since plans share most of their layers. Raises CalibrationError for an effort that is none.
     """
 
@@ -82,6 +96,8 @@ class Context:
         self.training = training
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
         self.evaluations = 0
+        self.log: list[Trial] = []
+        self.alone: dict[str, list[tuple[float, float]]] = {}
         self._pieces = {
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
             for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
@@ -157,9 +173,12 @@ class Context:
                 self._moments[key] = dense_moments(self.model, owners, data)
         return with_weights(self.model, profile, weights, data, self._moments[key])
 
-    def measure(self, profile: Profile, layers: Mapping[str, Option]) -> float:
-        """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice."""
-        return self.divergence_of(self.build(profile, layers))
+    def measure(self, profile: Profile, layers: Mapping[str, Option], label: str = "") -> float:
+        """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice; one with a label stands in `log`."""
+        kl = self.divergence_of(self.build(profile, layers))
+        if label:
+            self.log.append(Trial(label, dict(layers), kl))
+        return kl
 
     def score(self, profile: Profile, layers: Mapping[str, Option]) -> float:
         """What a search goes by: `measure` at `temperature`, with statistics corrected on fewer samples."""
@@ -217,7 +236,8 @@ class Context:
         if profile.store is not None:
             known = profile.store.read_json(name)
             if known is not None:
-                return {layer: [(e, k) for e, k in points] for layer, points in known.items()}
+                self.alone = {layer: [(e, k) for e, k in points] for layer, points in known.items()}
+                return self.alone
         pieces = chunk_batch(batch, PASS_SAMPLES)
         reference = self._forward(self.model, pieces)
         chosen = {n: [o for o, _ in _near(layer, levels)] for n, layer in profile.layers.items()}
@@ -233,6 +253,7 @@ class Context:
         if profile.store is not None:
             with profile.store.writing():
                 profile.store.write_json(name, found)
+        self.alone = found
         return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from autocompress.batches import batch_samples
-from autocompress.measuring import Context
+from autocompress.measuring import Context, Trial
 from autocompress.planning import allocate, energy_losses, limits_of, make_plan
 from autocompress.profiling import Profile
 from autocompress.types import Budget, Plan
@@ -44,6 +44,7 @@ class Auto:
             small = context.build(profile, plan.layers)
             kl = context.divergence_of(small)
             overall = (kl * held + context.divergence_of(small, "fit") * fit) / (held + fit)
+            context.log.append(Trial(plan.strategy, plan.layers, kl, overall))
             notes.append(f"{label}: KL {overall:.6g} on all calibration data, {kl:.6g} on the held-out slice")
             if best is None or overall < best[0]:
                 best = overall, plan.replace(measured={"kl": kl, "kl_all": overall})
