@@ -174,8 +174,8 @@ class Searchable:
         """The row of each layer that an answer (G,) of the problem stands for."""
         return {n: r[int(i)] for n, r, i in zip(self.profile.layers, self.rows, answer, strict=True)}
 
-    def score(self, context: Context) -> Callable[[np.ndarray], float]:
-        """KL to the dense model on the held-out slice, as `Context.score` has it; inf where the file is too long.
+    def score(self, context: Context, part: str = "held") -> Callable[[np.ndarray], float]:
+        """`Context.score` of the choice on a part of the data; inf where the file is too long.
 
         Payloads that fit beside one header need not fit beside another, hence the check.
         """
@@ -184,7 +184,7 @@ class Searchable:
             rows = self.choice(answer)
             if not within_limits(self.profile, self.limits, rows):
                 return float("inf")
-            return context.score(self.profile, {n: row.option for n, row in rows.items()})
+            return context.score(self.profile, {n: row.option for n, row in rows.items()}, part)
 
         return score
 
