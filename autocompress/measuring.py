@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,8 @@ class Context:
         self.seed = seed
         self.effort = effort
         self.training = training
+        self._rest: Iterator[Batch] = iter(training or ())
+        self._labelled: list[Batch] = []
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
         self.evaluations = 0
         self.log: list[Trial] = []
@@ -154,6 +156,22 @@ class Context:
     def granted(self) -> int:
         """How often a search may run the model, by the effort."""
         return EVALUATIONS[self.effort]
+
+    def labelled(self, samples: int) -> list[Batch]:
+        """The first labelled batches that hold so many samples together; none where there is no loss of them."""
+        while self.loss is not None and sum(map(batch_samples, self._labelled)) < samples:
+            if (batch := next(self._rest, None)) is None:
+                break
+            self._labelled.append(batch)
+        counts = np.cumsum([0, *map(batch_samples, self._labelled)])
+        return [b for b, before in zip(self._labelled, counts[:-1], strict=True) if before < samples]
+
+    def loss_key(self, labelled: list[Batch]) -> list[str]:
+        """What tells one loss of the task from another in the keys of what is kept: its value on the dense model."""
+        if not labelled or self.loss is None:
+            return []
+        with torch.no_grad(), evaluating(self.model):
+            return [float(self.loss(self.model, labelled[0])).hex()]
 
     def build(self, profile: Profile, layers: Mapping[str, Option], correction: int = CORRECTION_SAMPLES) -> nn.Module:
         """The compressed model of a plan: exactly the weights that `apply` with these batches would give."""

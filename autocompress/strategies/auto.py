@@ -15,6 +15,7 @@ from autocompress.measuring import Context, Trial, merit
 from autocompress.planning import energy_losses
 from autocompress.profiling import Profile
 from autocompress.strategies.base import chosen_plan, searchable, solved_plan
+from autocompress.strategies.searching import solver_for
 from autocompress.types import Budget, Plan
 from solvers.search import nearby
 
@@ -75,7 +76,13 @@ class Auto:
         """What a search around the best plan finds, if it finds another one."""
         search = searchable(profile, budget, losses)
         evaluations = round(SEARCH_SHARE * context.granted)
-        found = nearby(search.problem, search.score(context, "sample"), evaluations=evaluations, seed=context.seed)
+        found = nearby(
+            search.problem,
+            search.score(context, "sample"),
+            evaluations=evaluations,
+            seed=context.seed,
+            solver=solver_for(search.problem),
+        )
         rows = search.choice(found.choice)
         if not math.isfinite(found.score) or {n: row.option for n, row in rows.items()} == best.layers:
             return None

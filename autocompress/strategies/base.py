@@ -4,6 +4,7 @@ given.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
     "chosen_plan",
     "largest_that_fits",
     "needs_of",
+    "no_worse_than",
     "refused",
     "searchable",
     "solved_plan",
@@ -159,16 +161,26 @@ def largest_that_fits(
     return best
 
 
+def no_worse_than(profile: Profile, rows: Mapping[str, Measured]) -> Profile:
+    """The profile with only those options of each layer whose error is at most that of its row."""
+    layers = {
+        name: dataclasses.replace(layer, rows=tuple(r for r in layer.rows if r.error <= rows[name].error))
+        for name, layer in profile.layers.items()
+    }
+    return dataclasses.replace(profile, layers=layers)
+
+
 @dataclass(frozen=True)
 class Searchable:
-    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, and the limits that
-    a choice is held to.
+    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, the limits that a
+    choice is held to, and the exact answer (G,), which keeps them.
     """
 
     profile: Profile
     limits: Limits
     problem: Problem
     rows: Sequence[Sequence[Measured]]
+    first: np.ndarray
 
     def choice(self, answer: np.ndarray) -> dict[str, Measured]:
         """The row of each layer that an answer (G,) of the problem stands for."""
@@ -197,4 +209,5 @@ def searchable(profile: Profile, budget: Budget, losses: Mapping[str, np.ndarray
     losses = energy_losses(profile) if losses is None else losses
     found = allocate(profile, limits, losses)
     problem = problem_of(profile, limits, losses, found.payload_bytes)
-    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()])
+    first = np.array([profile.layers[n].rows.index(row) for n, row in found.rows.items()], np.int64)
+    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()], first)
