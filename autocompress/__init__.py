@@ -28,13 +28,16 @@ _HOME = {
     "apply": "applying",
     "apply_sequentially": "sequential",
     "calibrate": "calibration",
+    "compare": "comparing",
     "compress": "pipeline",
     "export": "exporting",
     "load": "saving",
+    "load_comparison": "comparing",
     "load_profile": "profiling",
     "plan": "strategies",
     "profile": "profiling",
     "save": "saving",
+    "spending": "comparing",
     "tune": "tuning",
     "unpack": "saving",
     "verify": "verifying",
@@ -54,13 +57,16 @@ __all__ = [
     "apply",
     "apply_sequentially",
     "calibrate",
+    "compare",
     "compress",
     "export",
     "load",
+    "load_comparison",
     "load_profile",
     "plan",
     "profile",
     "save",
+    "spending",
     "tune",
     "unpack",
     "verify",
@@ -69,6 +75,7 @@ __all__ = [
 if TYPE_CHECKING:
     from autocompress.applying import apply
     from autocompress.calibration import Statistics, calibrate
+    from autocompress.comparing import compare, load_comparison, spending
     from autocompress.errors import AutocompressError
     from autocompress.exporting import export
     from autocompress.measuring import Context

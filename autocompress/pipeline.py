@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
 from autocompress.applying import apply, carrying, encoded_of
 from autocompress.batches import Batch, batch_samples, feed, materialise
 from autocompress.calibration import Statistics, calibrate
+from autocompress.comparing import compare, task_context, write_comparison
 from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
@@ -31,6 +34,8 @@ from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
+from autocompress.tasks import Task
+from autocompress.threads import default_workers
 from autocompress.timing import measured_ms, require_forms, require_runtime, timed
 from autocompress.tuning import tune
 from autocompress.types import RUNNING_COSTS, Budget, Option, Plan
@@ -40,6 +45,7 @@ __all__ = [
     "RESULTS",
     "Result",
     "check_request",
+    "compare_seeds",
     "compress",
     "forecast",
     "profiled",
@@ -151,6 +157,11 @@ def compress(
                 "layer_macs": {name: found.macs(name) for name in found.layers},
                 "positions": {name: [found.positions(name), found.statistics.samples] for name in found.layers},
                 "measured": {name: _json_number(value) for name, value in chosen.measured.items()},
+                "measured_plans": _measured_plans(context, found, chosen.budget_bytes),
+                "measured_layers": {
+                    name: [point for point in points if math.isfinite(point[1])]
+                    for name, points in context.alone.items()
+                },
                 "seed": seed,
                 "asked": {
                     "task": task,
@@ -158,6 +169,7 @@ def compress(
                     "strategy": strategy if isinstance(strategy, str) else type(strategy).__name__,
                     "effort": effort,
                     "sequential": sequential,
+                    "options": None if options is None else [str(option) for option in options],
                 },
                 "seconds": time.perf_counter() - began,
                 "stage_seconds": say.seconds,
@@ -217,6 +229,28 @@ def _finished(
     return carrying(small, encoded_of(small).entries, plan.replace(measured=measured))
 
 
+def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict[str, Any]]:
+    """Every plan that was measured: its label, its file's length, the sum of its relative errors, and its KL on the
+    held-out slice and, where it is known, on all of the data. Of equal plans the first stays.
+    """
+    profile = within(profile, limit)
+    losses = energy_losses(profile)
+    found: dict[str, dict[str, Any]] = {}
+    for trial in context.log:
+        rows = {name: profile.layers[name].row(option) for name, option in trial.layers.items()}
+        found.setdefault(
+            json.dumps({name: str(option) for name, option in trial.layers.items()}),
+            {
+                "name": trial.label,
+                "bytes": profile.template.file_bytes(rows),
+                "relative_error": float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items())),
+                "kl": _json_number(trial.kl),
+                "kl_all": None if trial.kl_all is None else _json_number(trial.kl_all),
+            },
+        )
+    return list(found.values())
+
+
 def _other_limits(budget: Budget) -> list[str]:
     """What a budget limits beside the size: options that are near in bytes may be far in these."""
     return [name for name in RUNNING_COSTS if getattr(budget, name) is not None]
@@ -253,6 +287,60 @@ def profiled(
     """Calibrate and profile. Raises the errors of both."""
     say = _Clock(progress)
     return _profiled(model, _calibrated(model, data, seed, None, options, workers, say), store, options, workers, say)
+
+
+def compare_seeds(
+    task: Task,
+    budgets: Sequence[Budget | str | int],
+    strategies: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    effort: str = "normal",
+    out: str | Path = "runs/compare",
+    options: list[Option | str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """`compare` on a profile of its own for every seed, which draws the calibration sample and its split too.
+
+    Writes out/compare.csv and out/plans.jsonl (`comparing.load_comparison` reads them) after every seed; out/seedN
+    holds what a seed's rows come from: profile, rows, what strategies measured. What is there is taken up again. Raises
+    the errors of the stages.
+    """
+    many = default_workers() if workers is None else workers
+    latency = any(Budget.of(budget).latency_ms is not None for budget in budgets)
+    tables, plans = [], []
+    with _result_folder(Path(out)):
+        for seed in dict.fromkeys(seeds):
+            say = _Clock(None if progress is None else functools.partial(_named_stage, progress, f"seed {seed}: "))
+            folder = Path(out) / f"seed{seed}"
+            model, data = task.build_model(), task.calibration_batches(seed)
+            stats = _calibrated(model, data, seed, None, options, workers, say)
+            found = _profiled(model, stats, folder / "profile", options, workers, say)
+            if latency:
+                with say.stage("time layers"):
+                    found = timed(found, model, data[0] if task.example_input is None else task.example_input())
+            tables.append(
+                compare(
+                    found,
+                    budgets,
+                    strategies,
+                    task_context(task, seed, effort),
+                    task.evaluate,
+                    (seed,),
+                    folder,
+                    many,
+                    say.progress,
+                    task,
+                )
+            )
+            plans += (folder / "plans.jsonl").read_text().splitlines()
+            table = pd.concat(tables, ignore_index=True)
+            write_comparison(Path(out), table, plans)
+    return table
+
+
+def _named_stage(progress: Progress, prefix: str, stage: str, done: int, total: int) -> None:
+    progress(prefix + stage, done, total)
 
 
 def forecast(

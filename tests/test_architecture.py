@@ -24,6 +24,7 @@ ORDER = [
     "layers",
     "factors",
     "inputs",
+    "grams",
     "calibration",
     "storage",
     "costs",
