@@ -9,13 +9,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
-from autocompress.compressors.base import factor_keys
+from autocompress.compressors.base import Parts, factor_keys, product
 from autocompress.correcting import Moments, correct_statistics
 from autocompress.errors import MismatchError
 from autocompress.factors import Halves, factorise, renamed
@@ -76,7 +75,7 @@ def apply(
     data = None
     if batches is not None:
         data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
-    small = with_weights(model, profile, {n: r.weight() for n, r in weights.items()}, data)
+    small = with_weights(model, profile, {n: r.parts() for n, r in weights.items()}, data)
     return with_records(small, plan, profile, weights)
 
 
@@ -97,23 +96,14 @@ def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
 
 
 def with_records(small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised]) -> nn.Module:
-    """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands.
-
-    Layers of low-rank options, whose product it has so far, become two (`factors.factorise`).
-    """
+    """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands."""
     layers = {name: found.layer for name, found in profile.layers.items()}
     compressed = {
         entry.name: entry
         for n, r in weights.items()
         for entry in r.entries(layers[n].key, plan.layers[n], layers[n].params)
     }
-    split = {n: Halves(plan.layers[n].groups or 1, len(r.factors[0].weight())) for n, r in weights.items() if r.factors}
-    factorise(small, split)
-    rename_vectors(small, split)
-    with torch.no_grad():
-        for entry in (compressed[key] for n in split for key in factor_keys(layers[n].key)):
-            small.get_parameter(entry.name).copy_(torch.from_numpy(entry.dequantise()))
-    half = renamed(profile.template.half, split).values()
+    half = renamed(profile.template.half, [n for n, r in weights.items() if r.factors]).values()
     return carrying(small, records(small, compressed, frozenset(half), profile.template.bits), plan)
 
 
@@ -138,22 +128,31 @@ def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Opti
 def with_weights(
     model: nn.Module,
     profile: Profile,
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, Parts],
     data: Batch | None,
     moments: Moments | None = None,
 ) -> nn.Module:
     """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will
-    be stored. `moments`: the dense model's on `data`, where they are known.
+    be stored; a layer of which there are two factors becomes two layers. `moments`: the dense model's on `data`, where
+    they are known.
     """
     small = copy.deepcopy(model).eval()
+    layers = {name: profile.layers[name].layer for name in weights}
+    split = {n: parts for n, parts in weights.items() if isinstance(parts, tuple)}
     with torch.no_grad():
-        for name, weight in weights.items():
-            layer = profile.layers[name].layer
-            small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(weight)))
+        for name, parts in weights.items():
+            shape = layers[name].stored_shape
+            whole = product(*parts, shape) if isinstance(parts, tuple) else parts
+            small.get_parameter(layers[name].key).copy_(torch.from_numpy(layers[name].unmatrix(whole)))
         fold_norms(small)
         store = VectorStore(profile.template)
-        if data is not None:
+        if data is not None:  # with the product, as the names of the layers are still the dense model's
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
             correct_statistics(model, small, owners, data, store, moments)
         store.store_rest(small)
+        factorise(small, {n: Halves(layers[n].shape[1] // p[0].shape[1], len(p[0])) for n, p in split.items()})
+        rename_vectors(small, split)
+        for name, parts in split.items():
+            for key, values in zip(factor_keys(layers[name].key), parts, strict=True):
+                small.get_parameter(key).copy_(torch.from_numpy(values))
     return small

@@ -31,6 +31,7 @@ from autocompress.batches import (
     sample_digests,
     split_batches,
 )
+from autocompress.compressors.base import Parts
 from autocompress.correcting import Moments, dense_moments
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import model_digest
@@ -111,7 +112,7 @@ class Context:
         self._digest = model_digest(model)
         self._outputs: dict[str, list[torch.Tensor]] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
-        self._weights: dict[tuple[str, str, str], np.ndarray] = {}
+        self._weights: dict[tuple[str, str, str], Parts] = {}
         self._checked: set[str] = set()
 
     @property
@@ -178,14 +179,14 @@ class Context:
         self.check(profile)
         todo = {n: o for n, o in layers.items() if (profile.fingerprint, n, str(o)) not in self._weights}
         for name, found in realise_layers(self.model, profile, todo).items():
-            if sum(w.nbytes for w in self._weights.values()) > CACHE_BYTES:
+            if sum(map(_held, self._weights.values())) > CACHE_BYTES:
                 self._weights.clear()
-            self._weights[(profile.fingerprint, name, str(layers[name]))] = found.weight()
+            self._weights[(profile.fingerprint, name, str(layers[name]))] = found.parts()
         weights = {}
         for name, option in layers.items():
             kept = self._weights.get((profile.fingerprint, name, str(option)))
             weights[name] = (
-                kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].weight()
+                kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].parts()
             )
         data, key = self._corrections[correction], (profile.fingerprint, correction)
         if key not in self._moments:
@@ -287,6 +288,10 @@ class Context:
                 error = profile.layers[layer_name].row(alone[layer_name]).error
                 found[layer_name].append([error, *(max(rise, 0.0) for rise in self.judge(small, "sample"))])
         return found
+
+
+def _held(parts: Parts) -> int:
+    return sum(part.nbytes for part in parts) if isinstance(parts, tuple) else parts.nbytes
 
 
 def _mean_divergence(

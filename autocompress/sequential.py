@@ -100,7 +100,7 @@ def apply_sequentially(
                 small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(done[name].weight())))
         if progress is not None:
             progress(number + 1, len(steps))
-    small = with_weights(model, profile, {n: done[n].weight() for n in profile.layers}, data, moments)
+    small = with_weights(model, profile, {n: done[n].parts() for n in profile.layers}, data, moments)
     size = profile.template.file_bytes(rows)
     final = plan.replace(
         layers={name: rows[name].option for name in plan.layers},

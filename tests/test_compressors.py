@@ -35,7 +35,7 @@ OPTIONS = [
     Option.parse(name)
     for name in (
         "dense fp16 w2 w3 w4 w8 s50w4 s90w2 s100w4 "
-        "rank2 rank1fp16 rank2w8 rank3w4 rank2p rank2pfp16 rank1pw3 k2r1 k2r1w8 "
+        "rank2 rank1fp16 rank2fp16 rank1w8 rank2w8 rank3w4 rank2p rank2pfp16 rank1pw3 k2r1 k2r1w8 "
         "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100 rd(0.5,0.3)2:4 "
         "s75 s75fp16 s100 2:4 1:4fp16 3:5 2:4w4 4:8w4a blk4@50 blk4@50w4 blk2x4@50fp16 blk3x2@70w3g5 ch50 ch50w4 "
         "out50 out50w4t w4g8 w1 w1a w1t w1g4 s50w1 w2a w3a w8a w4t w4m w8m w4am w4ta w4tm w2g5 w4g4a w3g32am w4g1000 "

@@ -18,6 +18,7 @@ from autocompress.types import Option
 
 __all__ = ["Compressor", "LayerProblem", "Measured", "Realised", "by_structure", "storable"]
 
+Parts = np.ndarray | tuple[np.ndarray, np.ndarray]  # a weight, or both factors of one
 CODES_HELD = 1 << 26  # codes made at once (256 MiB): a large table has 10^7 for each of hundreds of options
 
 
@@ -231,6 +232,10 @@ class Realised:
             return 16 if self.codec == "fp16" else FLOAT_BITS
         return 8 if self.codec == "fp8" else code_bits(self.codes)
 
+    def parts(self) -> Parts:
+        """The weight, or both factors of one, as a reader of the file gets them."""
+        return self.weight() if self.factors is None else (self.factors[0].weight(), self.factors[1].weight())
+
     @property
     def multiplied(self) -> int:
         """How many weights are multiplied where the layer is used once."""
@@ -245,11 +250,7 @@ class Realised:
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape; of factors their product, rounded once."""
         if self.factors is not None:
-            first, second = (factor.weight().astype(np.float64) for factor in self.factors)
-            groups = self.shape[1] // first.shape[1]
-            rows = first.reshape(groups, len(first) // groups, -1)
-            parts = second.reshape(len(second), groups, -1)
-            return np.einsum("fgr,grd->fgd", parts, rows, optimize=True).astype(np.float32).reshape(self.shape)
+            return product(self.factors[0].weight(), self.factors[1].weight(), self.shape)
         if self.codes is None:
             assert self.values is not None
             stored = self.values.astype(np.float16) if self.codec == "fp16" else self.values
@@ -289,6 +290,17 @@ class Realised:
     def _values(self) -> np.ndarray:
         assert self.values is not None
         return self.values.reshape(self.shape).astype(np.float32)
+
+
+def product(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The weight of that shape (out, in, *kernel), float32 and rounded once, that two layers after each other have:
+    `first` (groups · rank, in / groups, *kernel) grouped, then `second` (out, groups · rank, 1, ...).
+    """
+    groups = shape[1] // first.shape[1]
+    rows = first.astype(np.float64).reshape(groups, len(first) // groups, -1)
+    parts = second.astype(np.float64).reshape(len(second), groups, -1)
+    found: np.ndarray = np.einsum("fgr,grd->fgd", parts, rows, optimize=True)
+    return found.astype(np.float32).reshape(shape)
 
 
 def factor_keys(key: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import block_diag, cho_solve, solve_triangular
 
-from autocompress.compressors.base import LayerProblem, Realised, by_structure
+from autocompress.compressors.base import LayerProblem, Realised, by_structure, storable
 from autocompress.compressors.obc import ObcUniform
 from autocompress.costs import factor_shapes
 from autocompress.types import Option
@@ -50,12 +50,11 @@ class LowRank:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        found: dict[Option, Realised | None] = {}
-        for structure, wanted in by_structure(options):
-            if not _takes(problem, structure):
-                found |= dict.fromkeys(wanted)
-                continue
-            pair = _Pair(problem, structure, self.share, self.sweeps)
+        found: dict[Option, Realised | None] = dict.fromkeys(options)
+        takes = [o for o in options if _takes(problem, o)]
+        for structure, wanted in by_structure(takes):
+            most = max(o.rank or 0 for o in takes if (o.groups, o.plain) == (structure.groups, structure.plain))
+            pair = _Pair(problem, structure, most, self.share, self.sweeps)
             for option in wanted:
                 parts = pair.floats(option.half) if option.bits is None else pair.quantised(option.bits)
                 found[option] = None if parts is None else Realised(problem.shape, parts[0].codec, factors=parts)
@@ -86,36 +85,43 @@ def _takes(problem: LayerProblem, option: Option) -> bool:
 
 
 class _Pair:
-    """A and B of one structure of a layer, as floats and as codes; a row of B is a filter of the first layer."""
+    """A and B of one structure of a layer, as floats and as codes; a row of B is a filter of the first layer.
 
-    def __init__(self, problem: LayerProblem, structure: Option, share: float, sweeps: int) -> None:
+    most: the highest rank with the same runs that is wanted beside this one. Where the rows of B of a lower rank are
+    the first ones of a higher rank's, they are made, and quantised, once.
+    """
+
+    def __init__(self, problem: LayerProblem, structure: Option, most: int, share: float, sweeps: int) -> None:
         self.problem, self.structure = problem, structure
         self.groups, self.rank = structure.groups or 1, structure.rank or 0
         self.shapes = factor_shapes(problem.shape, structure)
-        # Where a rank's rows are the first of a higher one's, all are made, and quantised, once.
         self.nested = structure.plain or self.groups == 1
-        key = (self.groups, structure.plain, share)
+        key = (self.groups, structure.plain, share, most)
 
         def split() -> tuple[np.ndarray, np.ndarray]:
             rows, left = bases(problem, self.groups, structure.plain)
             if not self.nested:
                 rows, left = _swept(problem, rows[:, : self.rank], left[:, :, : self.rank], sweeps)
             sizes = np.linalg.norm(left, axis=1)
+            rows, left, sizes = rows[:, :most], left[:, :, :most], sizes[:, :most]
             shared = np.where(sizes > 0.0, sizes, 1.0) ** share
             rows, left = rows * shared[..., None], left / shared[:, None, :]
-            peaks = [float(np.abs(x).max(initial=0.0)) for x in (left, rows)]
+            peaks = [float(np.abs(x).max(initial=0.0)) for x in (left[:, :, 0], rows[:, 0])]
             even = float(np.sqrt(peaks[0] / peaks[1])) if min(peaks) > 0.0 else 1.0
             return rows * even, left / even  # of one magnitude, as half precision has a range
 
         def as_layer() -> LayerProblem:
-            shape = (self.rows.shape[0] * self.rows.shape[1], self.rows.shape[2])
+            # Every row's largest weight is 1: so no row's codes depend, to the last bit, on which others there are.
+            rows = self.rows / np.where(self.peaks > 0.0, self.peaks, 1.0)[..., None]
+            shape = (rows.shape[0] * rows.shape[1], rows.shape[2])
             hessians = np.stack([h for h, _ in _runs(problem, self.groups)])
-            return LayerProblem(problem.name, shape, self.rows, hessians, exact_limit=problem.exact_limit)
+            return LayerProblem(problem.name, shape, rows, hessians, exact_limit=problem.exact_limit)
 
         def once(name: str, find: Callable[[], Any]) -> Any:
             return problem.once((name, *key), find) if self.nested else find()
 
         self.rows, self.left = once("split", split)
+        self.peaks = np.abs(self.rows).max(axis=-1)
         self.layer: LayerProblem = once("layer", as_layer)
 
     def floats(self, half: bool) -> tuple[Realised, Realised] | None:
@@ -142,7 +148,9 @@ class _Pair:
         if whole is None or whole.codes is None:
             return None
         taken = (np.arange(self.groups)[:, None] * self.rows.shape[1] + np.arange(self.rank)).ravel()
-        step = whole.step[taken] if isinstance(whole.step, np.ndarray) else whole.step
+        # A makes up for what rounding does to a step, and for its unit, that of the first rows.
+        sizes = self.peaks.ravel()[taken] / (float(self.peaks[:, 0].max()) or 1.0)
+        step = storable(np.broadcast_to(whole.step, len(whole.codes)).astype(np.float64)[taken] * sizes)
         first = Realised(self.shapes[0], whole.codec, codes=whole.codes[taken].reshape(self.shapes[0]), step=step)
         columns, hessian = self._refitted(first)
         limit = self.problem.exact_limit
