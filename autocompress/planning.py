@@ -30,6 +30,7 @@ __all__ = [
     "energy_losses",
     "fixed_cost",
     "infeasible",
+    "keeps_limits",
     "least_bytes",
     "limit_bytes",
     "limits_of",
@@ -483,9 +484,19 @@ def single_options(profile: Profile, budget: Limits | int, undominated: bool = T
 
 def within_limits(profile: Profile, limits: Limits | int, rows: Mapping[str, Measured]) -> bool:
     """Whether the file of a choice, and what it takes to run, are within the limits."""
+    return keeps_limits(profile, limits)(rows)
+
+
+def keeps_limits(profile: Profile, limits: Limits | int) -> Callable[[Mapping[str, Measured]], bool]:
+    """`within_limits` for many choices: running costs are looked up once."""
     limits = Limits.of(limits)
-    fits = _payload(rows) <= limits.bytes and profile.template.file_bytes(rows) <= limits.bytes
-    return fits and _keeps(profile, limits)({n: row.option for n, row in rows.items()})
+    keeps, length = _keeps(profile, limits), limits.bytes
+
+    def both(rows: Mapping[str, Measured]) -> bool:
+        fits = _payload(rows) <= length and profile.template.file_bytes(rows) <= length
+        return fits and keeps({n: row.option for n, row in rows.items()})
+
+    return both
 
 
 def _keeps(profile: Profile, limits: Limits) -> Callable[[Mapping[str, Option]], bool]:

@@ -63,7 +63,7 @@ class LayerProfile:
     @property
     def reached(self) -> bool:
         """Whether calibration reached the layer; where it did not, its options are those that need no data."""
-        return self.order is not None
+        return self.order is not None or self.energy > 0.0  # options without a structure have no order
 
     def method(self, exact_limit: float) -> str:
         """exact: an order of its own for every row; shared: one for all, as the layer is too wide (`obs.wide`)."""

@@ -16,7 +16,10 @@ from autocompress.profiling import Profile, profile
 
 OPTIONS = ("fp16", "w4", "rd(0.5,0.3)", "rd(0.9,0.3)s60", "rd(1.4,0.7)s85")
 # Widths on top of sparsities beside them, for rules that set them.
-GRID = (*OPTIONS, "w2", "s60w2", "s85w2", "s60w4", "s85w4")
+GRID = (
+    *(*OPTIONS, "w2", "s60w2", "s85w2", "s60w4", "s85w4"),
+    *("rank1w4", "rank2w4", "rank3w4", "k2r1w4", "k2r2w4", "rank1fp16", "rank2fp16"),
+)
 
 
 def seeded(build: Any, seed: int = 0) -> nn.Module:

@@ -16,6 +16,7 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.alds import Alds
 from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
@@ -30,6 +31,7 @@ from autocompress.strategies.lamp import lamp
 from autocompress.strategies.loss import LayerLoss
 from autocompress.strategies.nsga2 import Nsga2
 from autocompress.strategies.opq import opq, opq_energy
+from autocompress.strategies.ranks import lrank, pca, svd, svd_energy
 from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, Solved
 from autocompress.strategies.spdy import Spdy
 from autocompress.strategies.tpe import Tpe
@@ -63,6 +65,13 @@ STRATEGIES: dict[str, Strategy] = {
     "tpe": Tpe(),
     "nsga2": Nsga2(),
     "alds_minimax": AldsMinimax(),
+    "alds": Alds(),
+    "alds_paper": Alds("paper"),
+    "alds_norm": Alds("norm"),
+    "svd": svd,
+    "svd_energy": svd_energy,
+    "pca": pca,
+    "lrank": lrank,
     "itpruner": ItPruner(),
     "itpruner_quadratic": ItPruner(quadratic=True),
     "auto": Auto(),
