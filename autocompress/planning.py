@@ -202,10 +202,19 @@ def size_range(profile: Profile) -> tuple[int, int]:
 
 
 def coarsest(options: Sequence[Option]) -> list[Option]:
-    """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these."""
+    """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these.
+
+    Of low-rank ones, which not every layer has, one of fewer channels is coarser; they leave all others in.
+    """
+
+    def facts(o: Option) -> tuple[float, ...]:
+        bits = 16 if o.half else o.bits or 32
+        return (-bits, -o.rank * (o.groups or 1)) if o.rank else (o.step or 0.0, o.lam or 0.0, -(o.bits or 32))
 
     def coarser(a: Option, b: Option) -> bool:
-        of_a, of_b = ((o.step or 0.0, o.lam or 0.0, -(o.bits or 32)) for o in (a, b))
+        if (a.rank is None) != (b.rank is None):
+            return False
+        of_a, of_b = facts(a), facts(b)
         return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))
 
     given = list(dict.fromkeys(options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from autocompress.errors import AutocompressError, InfeasibleError, MismatchErro
 from autocompress.exporting import ExportError
 from autocompress.factors import Factored, Halves, factorise, split_shapes
 from autocompress.layers import find_layers, stored_tensors
-from autocompress.planning import cost_facts, dense_cost, running_cost
+from autocompress.planning import coarsest, cost_facts, dense_cost, running_cost
 from autocompress.profiling import Profile, load_profile
 from autocompress.saving import halves_of
 from autocompress.storage import Entry, FormatError, read, serialise
@@ -204,6 +205,19 @@ def test_exports_hold_both_layers(mixed: Any, format: str, tmp_path: Path) -> No
         from safetensors.torch import load_file
 
         assert set(load_file(tmp_path / "0.bin")) >= {"a.0.weight", "a.1.weight", "a.1.bias"}
+
+
+def test_a_format_of_whole_layers_refuses(mixed: Any, tmp_path: Path) -> None:
+    small = copy.deepcopy(mixed[4])
+    small.config = SimpleNamespace(to_dict=dict)
+    with pytest.raises(ExportError, match="layer 'a' is two layers"):
+        ac.export(small, None, "compressed-tensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_coarsest_options_of_each_kind_are_looked_at() -> None:
+    options = [Option.parse(n) for n in ("w4", "w2", "rank1w4", "rank2w4", "k2r1w4", "rank1w8", "rank1fp16", "rank2w2")]
+    assert [str(o) for o in coarsest(options)] == ["w2", "rank1w4", "rank2w2"]
 
 
 def test_compress_and_verify(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from autocompress.exporting.base import (
     code_bits,
     requantised,
 )
+from autocompress.factors import Factored
 from autocompress.layers import TABLES
 
 __all__ = ["CompressedTensors", "pack_rows"]
@@ -54,6 +55,11 @@ class CompressedTensors:
             raise ExportError(
                 f"compressed-tensors needs a Hugging Face model, whose .config goes into config.json; "
                 f"{type(model).__name__} has none. ONNX and safetensors take any model"
+            )
+        if split := next((name for name, module in model.named_modules() if isinstance(module, Factored)), None):
+            raise ExportError(
+                f"layer {split!r} is two layers (low rank), and what reads compressed-tensors builds the architecture "
+                "of config.json, which has one; ONNX and safetensors hold both"
             )
 
     def hold(self, weight: Weight, owner: nn.Module) -> Held:
