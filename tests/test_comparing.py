@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import images, small_profile
+from networks import grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
