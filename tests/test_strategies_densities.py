@@ -85,7 +85,7 @@ def fine_profile() -> Profile:
 def test_a_rule_takes_the_nearest_sparsities_and_the_best_value_part(strategy: str) -> None:
     """By a sweep over the rule's parameter, with every value part."""
     profile = fine_profile()
-    plan = ruled(profile, "8.2x", strategy)
+    plan = ruled(profile, "7.6x", strategy)
     profile = within(profile, plan.budget_bytes)
     losses = energy_losses(profile)
     rule = STRATEGIES[strategy]
