@@ -49,8 +49,9 @@ def test_every_strategy_has_its_place(strategies_cifar10: ModuleType) -> None:
 
 
 def test_the_table_of_strategies_goes_on_where_it_was_stopped(
-    strategies_cifar10: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    strategies_cifar10: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("autocompress.profiling.default_workers", lambda: 1)  # processes take longer than three layers
     path, evaluated = tmp_path / "rows.csv", tmp_path / "evaluated"
     body = f"open({str(evaluated)!r}, 'a').write('.'); return 50.0 + model.head.bias[0].item()"
     task = write_task(tmp_path, "tiny.py", evaluate=f"def evaluate(model):\n    {body}\n")
