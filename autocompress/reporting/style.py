@@ -63,6 +63,8 @@ tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
 .pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
 tr > :first-child { position: sticky; left: 0; background: var(--panel); }
 tr.this > :nth-child(n) { background: color-mix(in srgb, var(--b) 12%, var(--panel)); font-weight: 600; }
+td.heat { background: color-mix(in srgb, var(--a) var(--heat), var(--panel)); } td.best { font-weight: 700; }
+td small { display: block; color: var(--soft); font-weight: 400; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td code { white-space: nowrap; }
 code { font: .875em ui-monospace, monospace; overflow-wrap: anywhere; }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import nasty_result, parsed
 
 import autocompress as ac
 from autocompress.reporting import file_parts, layer_rows, render_report
@@ -14,42 +14,9 @@ from autocompress.reporting.svg import nice_steps
 from autocompress.storage import read
 
 
-class Reader(HTMLParser):
-    """Collects tags, texts and attributes, and holds that tags are closed in order."""
-
-    VOID = ("meta", "br", "wbr")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.words: list[str] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [v or "" for k, v in attributes if k in ("href", "src", "action", "data")]
-        self.ids += [v or "" for k, v in attributes if k == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def parsed(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert not reader.open
-    return reader
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ac.Result:
+    return nasty_result(tmp_path_factory.mktemp("page"))
 
 
 def test_the_page_is_whole_and_self_contained(result: ac.Result) -> None:
