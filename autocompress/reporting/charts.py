@@ -217,7 +217,7 @@ def strategies_chart(series: Sequence[Series], words: str, log: bool) -> str:
         plot.line([p[:2] for p in one.points], one.colour, text)
         for size, _, least, most in one.points:
             if most > least and one.colour != "pale":
-                plot.upright(size, least, most, one.colour)
+                plot.upright(size, least, most, f"whisker {one.colour}")
         plot.dots([p[:2] for p in one.points], one.colour)
         if one.colour != "pale":
             size, mean, *_ = one.points[-1]

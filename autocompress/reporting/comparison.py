@@ -70,11 +70,7 @@ def _matrix(means: pd.DataFrame, budgets: list[str]) -> str:
     wins = "; ".join(
         f"{escape(budget)}: <strong>{escape(best[budget])}</strong>" for budget in budgets if budget in best
     )
-    place = {
-        (r["strategy"], r["budget"]): at / max(len(group) - 1, 1)
-        for _, group in means.groupby("budget", sort=False)
-        for at, r in enumerate(group.to_dict("records"))
-    }
+    shades = {at: shade for _, group in means.groupby("budget", sort=False) for at, shade in _shades(group, measure)}
     body = []
     for strategy in _ranking(means):
         cells = []
@@ -85,14 +81,23 @@ def _matrix(means: pd.DataFrame, budgets: list[str]) -> str:
                 continue
             first = _text(r[measure], r[f"{measure}_std"], measure)
             second = f"<small>{_text(r['kl'], math.nan, 'kl')}</small>" if measure == "metric" else ""
-            shade = 1.0 - place[strategy, budget]
+            shade = shades[strategy, budget]
             kind = "n heat best" if r["best"] else "n heat"
             cells.append(f'<td class="{kind}" style="--heat: {26 * shade:.0f}%">{escape(first)}{second}</td>')
         body.append(row(strategy, cells))
     below = "; below it the KL" if measure == "metric" else ""
-    note = f"Means over the seeds of {name}{below}; ± is the seeds' standard deviation. Darker is better."
+    note = f"Means over the seeds of {name}{below}; ± is the seeds' standard deviation. The more colour, the better."
     shown = table(["strategy", *(f"#{budget}" for budget in budgets)], body, "", "Strategies and budgets", note)
     return f"<p>The best at every budget: {wins}.</p>{shown}"
+
+
+def _shades(group: pd.DataFrame, measure: str) -> list[tuple[tuple[str, str], float]]:
+    """How good each strategy of one budget is, from 0, the worst, to 1, the best; KLs by their logarithms."""
+    values = [v if measure == "metric" else -math.log(max(v, 1e-300)) for v in group[measure]]
+    finite = [v for v in values if math.isfinite(v)] or [0.0]
+    low, room = min(finite), max(finite) - min(finite)
+    shades = [(v - low) / room if room > 0.0 and math.isfinite(v) else 0.0 for v in values]
+    return list(zip(zip(group["strategy"], group["budget"], strict=True), shades, strict=True))
 
 
 def _charts(compared: pd.DataFrame, means: pd.DataFrame) -> str:

@@ -85,7 +85,7 @@ details > .scroll, details > ul { margin-top: .5rem; }
   border-radius: .25rem; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--a); }
 .bar.b i { background: var(--b); } .bar.d i { background: var(--d); }
-.spot { display: block; position: relative; height: .8rem; min-width: 8rem; margin-right: .8rem; }
+.spot { display: block; position: relative; height: .8rem; min-width: 6rem; margin-right: .8rem; }
 .spot::before { content: ""; position: absolute; left: 0; right: -.7rem; top: 50%; border-top: 1px solid var(--line); }
 .spot i { position: absolute; top: .05rem; width: .7rem; height: .7rem; border-radius: 50%; background: var(--c); }
 .this .spot i { background: var(--panel); border: .18rem solid var(--b); }
@@ -108,6 +108,7 @@ rect.trellis, rect.rd, rect.pruned, rect.widths, rect.structured, rect.floats { 
 .dots.rd, .dots.widths, .dots.floats { stroke-linecap: square; }
 .line.rd { stroke-dasharray: 5 2; } .line.pruned { stroke-dasharray: 1.5 2.5; }
 .line.structured { stroke-dasharray: 7 3; }
+.line.whisker { stroke-dasharray: none; }
 .line.level { stroke-width: 4; stroke-dasharray: none; } .line.hull { stroke-width: 2; }
 circle.chosen { fill: var(--panel); stroke: var(--own); stroke-width: 3; }
 circle.known, circle.other { fill: var(--own); }
