@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -63,6 +64,11 @@ def test_more_bytes_take_away_error_from_the_layers_that_get_them(line: Tradeoff
 def test_curves_are_undominated_points_of_the_profile() -> None:
     profile = small_profile()[2]
     chosen = plan(profile, "6x", "exact")
+    name, layer = next(iter(profile.layers.items()))
+    row = layer.row(Option.parse("rd(0.5,0.3)"))
+    worse = dataclasses.replace(row, option=Option.parse("rd(0.6,0.3)"), bytes=row.bytes + 1, error=1.5 * row.error)
+    with_worse = dataclasses.replace(layer, rows=(*layer.rows, worse))
+    profile = dataclasses.replace(profile, layers={**profile.layers, name: with_worse})
     curves = layer_curves(chosen, profile)
     assert [curve.name for curve in curves] == list(profile.layers)
     for curve in curves:
