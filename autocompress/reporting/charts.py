@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -14,6 +15,7 @@ from autocompress.reporting.tradeoff import Tradeoff
 from autocompress.types import Option
 
 __all__ = [
+    "Series",
     "allocation_chart",
     "bytes_bar",
     "curve_chart",
@@ -23,6 +25,7 @@ __all__ = [
     "layers_chart",
     "plans_chart",
     "sizes_chart",
+    "strategies_chart",
 ]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 360, 44, 905, 24, 26
@@ -186,6 +189,43 @@ def layers_chart(points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         taken.append(at)
         short = name if len(name) <= 14 else "…" + name[-13:]
         plot.text(x(last[name][0]) + 6, at, short)
+    return plot.svg
+
+
+@dataclass(frozen=True)
+class Series:
+    """A strategy in a chart: its name, its colour, and its points (bytes, mean, least, greatest)."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def strategies_chart(series: Sequence[Series], words: str, log: bool) -> str:
+    """A figure over the bytes for every strategy, with the spread of its seeds; those in colour are named."""
+    wide, high = MIDDLE
+    every = [point for one in series for point in one.points]
+    x = Axis.around([p[0] for p in every], 58, wide - 76, 1.08)
+    low, top = min(p[2] for p in every), max(p[3] for p in every)
+    room = (top - low) * 0.08 or 1.0
+    up = Axis.around([low, top], high - 44, 24, 1.3) if log else Axis(low - room, top + room, high - 44, 24, log=False)
+    plot = Plot(x, up, MIDDLE, f"{words} over the bytes of the file; the tables hold the same numbers")
+    plot.axes(short_bytes, power if log else "{:g}".format, ("bytes of the file", words), (x.ticks(5), None))
+    taken: list[float] = []
+    for one in series:
+        text = f"{one.name}: " + ", ".join(f"{p[0]:,.0f} B {p[1]:.4g}" for p in one.points)
+        plot.line([p[:2] for p in one.points], one.colour, text)
+        for size, _, least, most in one.points:
+            if most > least and one.colour != "pale":
+                plot.upright(size, least, most, f"whisker {one.colour}")
+        plot.dots([p[:2] for p in one.points], one.colour)
+        if one.colour != "pale":
+            size, mean, *_ = one.points[-1]
+            at = up(mean) + 4
+            while any(abs(at - other) < 13 for other in taken):
+                at -= 1
+            taken.append(at)
+            plot.text(x(size) + 6, at, one.name if len(one.name) <= 12 else one.name[:11] + "…")
     return plot.svg
 
 

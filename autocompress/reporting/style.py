@@ -63,6 +63,8 @@ tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
 .pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
 tr > :first-child { position: sticky; left: 0; background: var(--panel); }
 tr.this > :nth-child(n) { background: color-mix(in srgb, var(--b) 12%, var(--panel)); font-weight: 600; }
+td.heat { background: color-mix(in srgb, var(--a) var(--heat), var(--panel)); } td.best { font-weight: 700; }
+td small { display: block; color: var(--soft); font-weight: 400; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td code { white-space: nowrap; }
 code { font: .875em ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -83,7 +85,7 @@ details > .scroll, details > ul { margin-top: .5rem; }
   border-radius: .25rem; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--a); }
 .bar.b i { background: var(--b); } .bar.d i { background: var(--d); }
-.spot { display: block; position: relative; height: .8rem; min-width: 8rem; margin-right: .8rem; }
+.spot { display: block; position: relative; height: .8rem; min-width: 6rem; margin-right: .8rem; }
 .spot::before { content: ""; position: absolute; left: 0; right: -.7rem; top: 50%; border-top: 1px solid var(--line); }
 .spot i { position: absolute; top: .05rem; width: .7rem; height: .7rem; border-radius: 50%; background: var(--c); }
 .this .spot i { background: var(--panel); border: .18rem solid var(--b); }
@@ -106,6 +108,7 @@ rect.trellis, rect.rd, rect.pruned, rect.widths, rect.structured, rect.floats { 
 .dots.rd, .dots.widths, .dots.floats { stroke-linecap: square; }
 .line.rd { stroke-dasharray: 5 2; } .line.pruned { stroke-dasharray: 1.5 2.5; }
 .line.structured { stroke-dasharray: 7 3; }
+.line.whisker { stroke-dasharray: none; }
 .line.level { stroke-width: 4; stroke-dasharray: none; } .line.hull { stroke-width: 2; }
 circle.chosen { fill: var(--panel); stroke: var(--own); stroke-width: 3; }
 circle.known, circle.other { fill: var(--own); }

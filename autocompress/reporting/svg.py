@@ -69,12 +69,17 @@ class Axis:
     def ticks(self, most: int = 7) -> list[float]:
         """Round values on the scale, at most so many: decades where it spans three, else 1, 2, 5 of each as well."""
         if not self.log:
-            return [self.low + step for step in nice_steps(self.high - self.low)]
+            step = nice_steps(self.high - self.low)[1]
+            return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 5), (1, 3), (1,)):
             found = [m * 10.0**d for d in decades for m in parts if self.holds(m * 10.0**d)]
-            if len(found) <= most:
+            if 2 <= len(found) <= most:
                 return found
+            if len(found) < 2:
+                break
+        if len(found) < 2:  # less than a factor of two: round steps do
+            return Axis(self.low, self.high, self.start, self.end, log=False).ticks(most)
         every = math.ceil(len(found) / most)
         return [value for i, value in enumerate(reversed(found)) if i % every == 0][::-1]
 
