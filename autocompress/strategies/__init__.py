@@ -17,8 +17,10 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.ajpq import Ajpq
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
+from autocompress.strategies.galen import Galen
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
 from autocompress.types import Budget, Plan
 
@@ -31,6 +33,8 @@ STRATEGIES: dict[str, Strategy] = {
     "dp": Solved("dp"),
     "exact": Solved("exact"),
     "kl": Sensitivity(),
+    "ajpq": Ajpq(),
+    "galen": Galen(),
     "auto": Auto(),
 }
 
