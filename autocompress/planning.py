@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
-from autocompress.types import RUNNING_COSTS, Budget, Option, Plan, exact
+from autocompress.types import MIXED_WIDTHS, RUNNING_COSTS, Budget, Option, Plan, exact
 from solvers import SOLVERS, Problem, Solution, solve
 
 __all__ = [
@@ -204,7 +205,10 @@ def coarsest(options: Sequence[Option]) -> list[Option]:
     """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these."""
 
     def coarser(a: Option, b: Option) -> bool:
-        of_a, of_b = ((o.step or 0.0, o.lam or 0.0, -(o.bits or 32)) for o in (a, b))
+        of_a, of_b = (
+            (o.step or 0.0, o.lam or 0.0, -(o.bits or 32), *accumulate(o.mix or (0.0,) * len(MIXED_WIDTHS)))
+            for o in (a, b)
+        )
         return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))
 
     given = list(dict.fromkeys(options))

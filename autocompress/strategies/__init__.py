@@ -16,6 +16,7 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.ajpq import Ajpq
 from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
@@ -24,6 +25,7 @@ from autocompress.strategies.densities import magnitude
 from autocompress.strategies.erk import erk
 from autocompress.strategies.evopress import EvoPress
 from autocompress.strategies.fisher import Fisher
+from autocompress.strategies.galen import Galen
 from autocompress.strategies.hawq import Hawq
 from autocompress.strategies.itpruner import ItPruner
 from autocompress.strategies.lamp import lamp
@@ -65,6 +67,8 @@ STRATEGIES: dict[str, Strategy] = {
     "alds_minimax": AldsMinimax(),
     "itpruner": ItPruner(),
     "itpruner_quadratic": ItPruner(quadratic=True),
+    "ajpq": Ajpq(),
+    "galen": Galen(),
     "auto": Auto(),
 }
 
