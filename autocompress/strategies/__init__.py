@@ -20,9 +20,9 @@ from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
 from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
-from autocompress.strategies.densities import magnitude
 from autocompress.strategies.erk import erk
 from autocompress.strategies.lamp import lamp
+from autocompress.strategies.magnitude import magnitude
 from autocompress.strategies.opq import opq, opq_energy
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
 from autocompress.strategies.yang import Yang
