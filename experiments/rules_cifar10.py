@@ -21,6 +21,7 @@ from typing import Any
 from common import RESULTS, ROOT, done_keys, environment, keep_row
 
 import autocompress as ac
+from autocompress.errors import InfeasibleError
 from autocompress.measuring import Context
 from autocompress.planning import budget_bytes, energy_losses, within
 from autocompress.profiling import Profile
@@ -53,9 +54,12 @@ def main() -> None:
                 if (arguments.task, ratio, seed, strategy) in done_keys(path, KEYS):
                     continue
                 key = {"task": arguments.task, "ratio": ratio, "seed": seed, "strategy": strategy}
-                row = {**key, **measured(task, profile, context, f"{ratio}x", strategy)}
+                try:
+                    row = {**key, **measured(task, profile, context, f"{ratio}x", strategy)}
+                except InfeasibleError as error:
+                    row = {**key, "plan": f"nothing below {error.smallest_bytes} bytes", **environment()}
                 keep_row(path, row, KEYS)
-                print(*(f"{n} {row[n]}" for n in (*KEYS, "plan", "bytes", "loss", "kl", "score")), flush=True)
+                print(*(f"{n} {row.get(n)}" for n in (*KEYS, "plan", "bytes", "loss", "kl", "score")), flush=True)
 
 
 def measured(task: Task, profile: Profile, context: Context, budget: str, strategy: str) -> dict[str, Any]:

@@ -161,6 +161,27 @@ def test_running_costs_that_no_choice_of_a_rule_keeps_are_named(strategy: str) -
         ruled(grid_profile()[2], "6x,bops=0.01%", strategy)
 
 
+@pytest.mark.parametrize("strategy", ["magnitude", "lamp", "yang", "opq"])
+def test_a_layer_of_zeros_is_pruned_first(strategy: str) -> None:
+    model, data = convnet(), images()
+    model.get_submodule("conv3").weight.data.zero_()  # type: ignore[operator]
+    profile = profiled(model, data, ["w2", "w4", "s35w2", "s35w4", "s85w2", "s85w4"])
+    plan = ruled(profile, "8.5x", strategy, ac.Context(model, data))
+    assert plan.predicted_bytes <= plan.budget_bytes
+    assert plan.layers["conv3"].sparsity == 85.0
+    assert {option.sparsity for option in plan.layers.values()} != {85.0}
+
+
+@pytest.mark.parametrize("strategy", ["uniform_bits", "uniform_sparsity", "erk", "opq_energy"])
+def test_a_layer_of_zeros_is_no_trouble_to_rules_that_treat_layers_alike(strategy: str) -> None:
+    model, data = convnet(), images()
+    model.get_submodule("conv3").weight.data.zero_()  # type: ignore[operator]
+    profile = profiled(model, data, ["w2", "w4", "s35w2", "s35w4", "s85w2", "s85w4"])
+    plan = ruled(profile, "8.4x", strategy, ac.Context(model, data))
+    assert plan.predicted_bytes <= plan.budget_bytes
+    assert np.isfinite(plan.predicted_loss)
+
+
 class Spare(nn.Module):
     """One layer that nothing calls."""
 

@@ -21,7 +21,6 @@ from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
 from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
-from autocompress.strategies.densities import magnitude
 from autocompress.strategies.erk import erk
 from autocompress.strategies.evopress import EvoPress
 from autocompress.strategies.fisher import Fisher
@@ -30,6 +29,7 @@ from autocompress.strategies.hawq import Hawq
 from autocompress.strategies.itpruner import ItPruner
 from autocompress.strategies.lamp import lamp
 from autocompress.strategies.loss import LayerLoss
+from autocompress.strategies.magnitude import magnitude
 from autocompress.strategies.nsga2 import Nsga2
 from autocompress.strategies.opq import opq, opq_energy
 from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, Solved

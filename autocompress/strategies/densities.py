@@ -1,5 +1,5 @@
-"""Rules that set a density for every layer: magnitude, and what rules share: one way to store values for all layers,
-and in each the sparsity on offer that is nearest to its density.
+"""What rules share that set a density for every layer: one way to store values for all of them, and in each the
+sparsity on offer that is nearest to its density.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from autocompress.errors import MismatchError
 from autocompress.measuring import Context
 from autocompress.planning import energy_losses, limits_of, within_limits
 from autocompress.profiling import Profile
-from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused, weights_of
+from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused
 from autocompress.types import DENSE, Budget, Option, Plan
 
-__all__ = ["DensityRule", "SparseFamily", "above_one_threshold", "integer_families", "magnitude", "sparse_families"]
+__all__ = ["DensityRule", "SparseFamily", "above_one_threshold", "integer_families", "sparse_families"]
 
 Densities = Mapping[str, float]
+STEPS = 24  # of the bisection for t: to a weight, in a network of ten million
 LEAST_DENSITY = 1e-9  # stands for none at all, so that it has a logarithm
 
 
@@ -113,7 +114,7 @@ class DensityRule:
         plans: list[tuple[float, str, Choice]] = []
         for family, least in zip(found, sparsest, strict=True):
             if within_limits(profile, limits, least):
-                rows = largest_that_fits(profile, budget, partial(_at, family, at), self.name)
+                rows = largest_that_fits(profile, budget, partial(_at, family, at), self.name, STEPS)
                 loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
                 plans.append((loss, "fp32" if family.value == DENSE else str(family.value), rows))
         if not plans:
@@ -137,12 +138,3 @@ def above_one_threshold(scores: Mapping[str, np.ndarray]) -> Callable[[float], D
         return {n: 1.0 - float(np.searchsorted(each, threshold)) / each.size for n, each in rising.items()}
 
     return densities
-
-
-def _magnitudes(profile: Profile, context: Context | None) -> Callable[[float], Densities]:
-    return above_one_threshold({n: np.abs(w) for n, w in weights_of(profile, context, "magnitude").items()})
-
-
-# Global magnitude: one threshold for |w| over all layers. Source: Han et al., arXiv 1506.02626, with a global threshold
-# instead of one per layer, as Frankle and Carbin have it for deep networks, arXiv 1803.03635.
-magnitude = DensityRule("magnitude", _magnitudes)
