@@ -4,9 +4,10 @@ but that of statistics.
     AUTOCOMPRESS_DATA=... python experiments/objectives_cifar10.py [--ratios 12 16 24] [--strategies exact kl ...]
 
 Results: experiments/results/objectives_cifar10.csv. `kl` is on the slice of calibration data that the Hessians never
-saw (what searches score on, with statistics corrected on fewer samples), `kl_all` on all of it, `score` the top-1 on 2,000
-training images that no calibration sample contains: no test image is used. `evaluations` and `cpu_seconds` are those of
-this call; what a store holds already costs none. Processor seconds, as several things ran on the machine at a time.
+saw (what searches score on, with statistics corrected on fewer samples), `kl_all` on all of it, `score` the top-1 on
+2,000 training images that no calibration sample contains: no test image is used. `evaluations` and `cpu_seconds` are
+those of this call; what a store holds already costs none. Processor seconds, as several things ran on the machine at a
+time.
 """
 
 from __future__ import annotations
