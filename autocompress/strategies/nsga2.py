@@ -76,7 +76,7 @@ class Nsga2:
                 population=population,
                 solver=solver_for(asked.problem),
             )
-            points = []
+            points: list[list[Any]] = []
             for answer, score, _ in found.front:
                 rows = asked.choice(answer)
                 indices = [rows_of.index(row) for rows_of, row in zip(asked.rows, rows.values(), strict=True)]
