@@ -96,7 +96,9 @@ BopsOption = Annotated[
 LatencyOption = Annotated[
     str | None, typer.Option(metavar="MS", help="At most so many ms per sample in onnxruntime here, or a percentage.")
 ]
-StrategyOption = Annotated[str, typer.Option(help="uniform, greedy, lagrangian, dp, exact, kl or auto.")]
+StrategyOption = Annotated[
+    str, typer.Option(help="auto, exact, uniform, or another name of `strategies.STRATEGIES`; a wrong one lists them.")
+]
 EffortOption = Annotated[str, typer.Option(help="fast (one exact solve, nothing tuned), normal or max.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Picks the calibration sample and what of it is held out.")]
 SequentialOption = Annotated[
@@ -275,7 +277,7 @@ def plan(
 
         found = load_task(task)
         model, data = found.build_model(), found.calibration_batches(seed)
-        context = Context(model, data, loss=found.loss, seed=seed)
+        context = Context(model, data, loss=found.loss, seed=seed, effort=effort)
         if wanted.latency_ms is not None:
             from autocompress.timing import timed
 

@@ -95,6 +95,7 @@ class Context:
         self.seed = seed
         self.effort = effort
         self.training = training
+        self.kept: dict[str, dict[str, Any]] = {}  # what strategies found out about a profile, by a digest of its key
         self._rest: Iterator[Batch] = iter(training or ())
         self._labelled: list[Batch] = []
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
