@@ -62,15 +62,12 @@ def searched(kind: type[Agent], budget: str, seed: int, episodes: int = 120) -> 
     return walk, found, seen
 
 
-@pytest.mark.parametrize("budget", ["4x", "8x"])
-def test_what_is_learnt_beats_what_is_drawn_and_comes_near_the_exact_answer(budget: str) -> None:
-    """The score is a sum over layers, so the exact answer is known."""
-    found = {kind: [searched(kind, budget, seed)[1].score for seed in range(3)] for kind in (Agent, Blind)}
-    profile = rich()
-    exact = allocate(profile, limits_of(Budget.parse(budget), profile), energy_losses(profile)).loss
+def test_what_is_learnt_beats_what_is_drawn() -> None:
+    """The score is a sum over layers, so the exact answer is known, and nothing is below it."""
+    found = {kind: [searched(kind, "4.5x", seed, 100)[1].score for seed in range(3)] for kind in (Agent, Blind)}
+    exact = allocate(rich(), limits_of(Budget.parse("4.5x"), rich()), energy_losses(rich())).loss
     assert exact <= min(min(scores) for scores in found.values()) * (1 + 1e-9)
-    assert np.mean(found[Agent]) < np.mean(found[Blind]), found
-    assert np.mean(found[Agent]) < 3 * exact, (found, exact)
+    assert np.mean(found[Agent]) < np.mean(found[Blind]) / 3, (found, exact)
 
 
 @pytest.mark.parametrize("budget", ["4x", "8x", "5x,bops=9%"])
@@ -145,16 +142,21 @@ def test_scores_are_kept_in_the_store_and_not_measured_again(tmp_path: Any) -> N
     walk = Walk(profile, limits, undominated(profile, limits))
     first = Scores(walk, ac.Context(model, data), "a search")
     kl = first(walk.base)
-    assert first(walk.base) == kl == ac.Context(model, data).score(
-        profile, {n: row.option for n, row in walk.choice(walk.base).items()}
+    assert (
+        first(walk.base)
+        == kl
+        == ac.Context(model, data).score(profile, {n: row.option for n, row in walk.choice(walk.base).items()})
     )
     assert first.measured == 1
     again = Scores(walk, ac.Context(model, data), "a search")
     assert (again(walk.base), again.measured) == (kl, 0)
-    for other in (Scores(walk, ac.Context(model, data), "another"), Scores(walk, ac.Context(model, data, seed=1), "a search")):
+    for other in (
+        Scores(walk, ac.Context(model, data), "another"),
+        Scores(walk, ac.Context(model, data, seed=1), "a search"),
+    ):
         assert other.known == {}
     with profile.store.writing():  # somebody else's turn: the score is there all the same
-        rows = (*walk.base[:-1], walk.options[-1][-1])
+        rows = (*walk.base[:-1], next(i for i in walk.options[-1] if i != walk.base[-1]))
         assert again(rows) > 0.0
     assert rows not in Scores(walk, ac.Context(model, data), "a search").known
 
