@@ -41,7 +41,10 @@ def main() -> None:
         task = load_task(ROOT / "experiments" / "tasks" / f"{arguments.task}.py")
         model, data = task.build_model(), task.calibration_batches(seed)
         store = ROOT / arguments.out / arguments.task / f"seed{seed}" / "-".join(names)
-        profile = ac.profile(model, ac.calibrate(model, data, seed=seed), store=store, options=names)
+        try:
+            profile = ac.load_profile(store)
+        except ac.AutocompressError:  # none yet, or not finished
+            profile = ac.profile(model, ac.calibrate(model, data, seed=seed), store=store, options=names)
         for ratio in arguments.ratios.split(","):
             for strategy in arguments.strategies.split(","):
                 facts = (arguments.task, "-".join(names), ratio, str(seed), strategy, arguments.effort)

@@ -16,11 +16,13 @@ from autocompress.types import MIXED_WIDTHS, Budget, Plan
 __all__ = ["Ajpq"]
 
 WIDTHS = np.array(MIXED_WIDTHS[1:], float)
+SHARPNESS = 6.0  # of the split over widths: one of them gets up to e^6 times as much as another, so nearly all
 
 
 class Ajpq:
     """Hierarchical DDPG for the least KL to the dense model. For each layer the layer controller's action is the share
-    of rows at 0 bits, the channel controller's the split of the others over 2, 4, 6 and 8 bits. Runs the model.
+    of rows at 0 bits, the channel controller's the split of the others over 2, 4, 6 and 8 bits (a softmax). Runs the
+    model.
 
     The paper's state, reward, agents, widths and importance are not public: this is a reconstruction, with the state of
     AMC, the limits of AMC's episodes in bytes of the file, the rows' energy for importance (`MixedRows`), and the
@@ -48,7 +50,7 @@ class Ajpq:
         ]
 
         def distances(layer: int, actions: np.ndarray) -> np.ndarray:
-            split = actions[1:] + 1e-6
+            split = np.exp(SHARPNESS * actions[1:])
             wanted = np.concatenate([actions[:1], np.cumsum(split / split.sum())[:3]])
             return ((points[layer] - wanted) ** 2).sum(axis=1)
 
