@@ -32,6 +32,7 @@ __all__ = [
     "named_options",
     "profile_layer",
     "realise",
+    "realise_each",
 ]
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -136,8 +137,19 @@ def profile_layer(
 
 def realise(problem: LayerProblem, option: Option) -> Realised:
     """The weight of one option, bit for bit what the profile measured. Raises OptionError if there is none."""
+    return realise_each(problem, [option])[option]
+
+
+def realise_each(problem: LayerProblem, options: Iterable[Option]) -> dict[Option, Realised]:
+    """The weights of several options, each as `realise` gives it; what they share is computed once."""
+    by_compressor: dict[str, list[Option]] = {}
+    for option in dict.fromkeys(options):
+        by_compressor.setdefault(compressor_of(option)[0], []).append(option)
+    found: dict[Option, Realised] = {}
     with single_threaded():
-        found = compressor_of(option)[1].realise_all(problem, [option])[0]
-    if found is None:
-        raise OptionError(f"layer {problem.name!r} cannot have option {str(option)!r}")
+        for name, group in by_compressor.items():
+            for option, realised in zip(group, COMPRESSORS[name].realise_all(problem, group), strict=True):
+                if realised is None:
+                    raise OptionError(f"layer {problem.name!r} cannot have option {str(option)!r}")
+                found[option] = realised
     return found

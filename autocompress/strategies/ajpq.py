@@ -16,18 +16,21 @@ from autocompress.types import MIXED_WIDTHS, Budget, Plan
 __all__ = ["Ajpq"]
 
 WIDTHS = np.array(MIXED_WIDTHS[1:], float)
+SHARPNESS = 6.0  # of the split over widths: one of them gets up to e^6 times as much as another, so nearly all
 
 
 class Ajpq:
-    """Hierarchical DDPG for the least KL to the dense model: for each layer the layer controller's action is the share of
-    rows at 0 bits, the channel controller's the split of the others over 2, 4, 6 and 8 bits. Runs the model.
+    """Hierarchical DDPG for the least KL to the dense model. For each layer the layer controller's action is the share
+    of rows at 0 bits, the channel controller's the split of the others over 2, 4, 6 and 8 bits (a softmax). Runs the
+    model.
 
     The paper's state, reward, agents, widths and importance are not public: this is a reconstruction, with the state of
-    AMC, the episodes' limits of AMC in bytes of the file, the rows' energy for importance (`MixedRows`), and the reward
-    -ln KL on the held-out slice, without tuning. What is asked for becomes the nearest of the layer's `mix` options, by
-    the share pruned and the cumulative split, that leaves the layers to come their smallest. A layer without any has its
-    other options instead, and so have all where no choice of `mix` options is within the budget: there the share of
-    zeros stands for pruned rows, and the payload's bits per weight that is not zero for the mean width.
+    AMC, the limits of AMC's episodes in bytes of the file, the rows' energy for importance (`MixedRows`), and the
+    reward -ln KL on the held-out slice, without tuning. What is asked for becomes the nearest of the layer's `mix`
+    options, by the share pruned and the cumulative split, that leaves the layers to come their smallest. A layer
+    without any has its other options instead, and so have all where no choice of `mix` options is within the budget:
+    there the share of zeros stands for pruned rows, and the payload's bits per weight that is not zero for the mean
+    width.
     episodes: None for what the effort grants (`EPISODES`). A search that was killed goes on from the profile's store.
     Source: AJPQ, arXiv 2011.06231 (abstract); AMC, arXiv 1802.03494. Raises MismatchError without a context.
     """
@@ -47,7 +50,7 @@ class Ajpq:
         ]
 
         def distances(layer: int, actions: np.ndarray) -> np.ndarray:
-            split = actions[1:] + 1e-6
+            split = np.exp(SHARPNESS * actions[1:])
             wanted = np.concatenate([actions[:1], np.cumsum(split / split.sum())[:3]])
             return ((points[layer] - wanted) ** 2).sum(axis=1)
 
@@ -58,8 +61,7 @@ class Ajpq:
         scores = Scores(walk, context, f"ajpq {context.seed}")
         episodes = self.episodes or episodes_of(context.effort, len(walk.names))
         found = search(walk, features, agents, distances, scores, episodes, rng)
-        note = f"best of {episodes} episodes and {found.choices} choices: KL {found.score:.6g} when it was scored"
-        return chosen_plan(profile, budget, walk.choice(found.rows), "ajpq").replace(notes=(note,))
+        return chosen_plan(profile, budget, walk.choice(found.rows), "ajpq").replace(notes=(found.note,))
 
 
 def _point(row: Measured, weights: int) -> np.ndarray:

@@ -18,7 +18,8 @@ __all__ = ["Agent", "Settings"]
 class Settings:
     """hidden: units per layer; batch, replay: transitions in a step and in memory; actor_rate, critic_rate: of Adam;
     average: share of the new parameters in those of the targets; bootstrap: how much of a step's target is the critic's
-    own value of the next state, the rest being the episode's reward.
+    own value of the next state, the rest being the episode's reward; pull: price of the square of what goes into the
+    actor's sigmoid, from whose ends no gradient leads back.
     """
 
     hidden: int = 64
@@ -28,6 +29,7 @@ class Settings:
     critic_rate: float = 3e-3
     average: float = 0.02
     bootstrap: float = 0.5
+    pull: float = 0.005
 
 
 class Network:
@@ -56,7 +58,9 @@ class Network:
         return second @ e + f
 
     def backward(self, slope: np.ndarray) -> np.ndarray:
-        """Gradient to the inputs (n, inputs), from that to the outputs; that to the parameters is kept for `descend`."""
+        """Gradient to the inputs (n, inputs), from that to the outputs (n, outputs); `descend` has that to the
+        parameters.
+        """
         assert self._seen is not None
         x, first, second = self._seen
         a, _, c, _, e, _ = self.parts
@@ -148,10 +152,11 @@ class Agent:
             value = self.critic(np.hstack([states[take], actions[take]]))[:, 0]
             self.critic.backward((2.0 / s.batch * (value - target))[:, None])
             self.critic.descend(s.critic_rate)
-            action = _sigmoid(self.actor(states[take]))
+            raw = self.actor(states[take])
+            action = _sigmoid(raw)
             self.critic(np.hstack([states[take], action]))
             uphill = self.critic.backward(np.full((s.batch, 1), -1.0 / s.batch))[:, states.shape[1] :]
-            self.actor.backward(uphill * action * (1.0 - action))
+            self.actor.backward(uphill * action * (1.0 - action) + s.pull / s.batch * raw)
             self.actor.descend(s.actor_rate)
             self.slow_actor.approach(self.actor, s.average)
             self.slow_critic.approach(self.critic, s.average)

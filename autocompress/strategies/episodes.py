@@ -24,7 +24,7 @@ __all__ = ["EPISODES", "Found", "Scores", "Walk", "episodes_of", "geometry", "se
 # Episodes by effort: at most so many, and so many for each layer, as an episode teaches a step per layer.
 EPISODES = {"fast": (60, 3), "normal": (300, 15), "max": (1000, 50)}
 WARM_UP = 0.15  # share of the episodes that are drawn at random, before anything is learnt
-FIRST_NOISE, LAST_NOISE = 0.5, 0.02  # of actions in [0, 1]; falls by the same factor with every episode
+FIRST_NOISE, LAST_NOISE = 0.15, 0.03  # of actions in [0, 1]; falls by the same factor with every episode
 SCORES_VERSION = 1
 log = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ class Walk:
         return next((i for i in order if self.fits((*taken, i, *rest))), self.base[here])
 
     def room(self, taken: Sequence[int]) -> tuple[float, float]:
-        """What is left when these layers are done: the part of the budget's payload bytes, and the bits that each weight
-        to come could have, over 8.
+        """What is left when these layers are done: the part of the budget's payload, and bytes for each weight to
+        come.
         """
         left = self._room - sum(rows[i].bytes for rows, i in zip(self.rows, taken, strict=False))
         weights = max(int(self.sizes[len(taken) :].sum()), 1)
@@ -167,12 +167,18 @@ class Scores:
         self.path = f"extra/episodes-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.measured = 0
         stored = None if profile.store is None else profile.store.read_json(self.path)
+        self._prepared = False
         self.known: dict[Choice, float] = {tuple(rows): float(kl) for rows, kl in stored or ()}
 
     def __call__(self, rows: Choice) -> float:
         if rows not in self.known:
-            layers = {name: row.option for name, row in self.walk.choice(rows).items()}
-            kl = self.context.score(self.walk.profile, layers)
+            walk = self.walk
+            if not self._prepared:
+                pool = zip(walk.names, walk.rows, walk.options, strict=True)
+                self.context.prepare(walk.profile, {n: [found[i].option for i in some] for n, found, some in pool})
+                self._prepared = True
+            layers = {name: row.option for name, row in walk.choice(rows).items()}
+            kl = self.context.score(walk.profile, layers)
             self.known[rows] = math.inf if math.isnan(kl) else kl
             self.measured += 1
             self._keep()
@@ -191,14 +197,21 @@ class Scores:
 
 @dataclass(frozen=True)
 class Found:
-    """The best choice of a search and its score; `trace`: (score of the episode, best so far) by episode; `choices`: how
-    many different ones there were.
+    """The best choice of a search and its score; `trace`: (score of the episode, best so far) by episode; `choices`:
+    how many different ones there were.
     """
 
     rows: Choice
     score: float
     trace: tuple[tuple[float, float], ...] = field(repr=False)
     choices: int
+
+    @property
+    def note(self) -> str:
+        """How the search went, for a plan's notes."""
+        marks = [max(1, round(len(self.trace) * part)) for part in (1 / 6, 1 / 3, 2 / 3, 1)]
+        curve = ", ".join(f"{self.trace[mark - 1][1]:.6g} after {mark}" for mark in dict.fromkeys(marks))
+        return f"{len(self.trace)} episodes, {self.choices} choices; least KL when scored: {curve}"
 
 
 def search(
@@ -217,8 +230,8 @@ def search(
     distances(layer, actions): how far each of the layer's options is from what the agents ask for. The first episode is
     the base. A share of the episodes is then random: each draws one action for all layers and moves it a little at each
     of them, which finds even allocations that independent draws would not. After that actors act with noise that falls,
-    and learn as many steps as there are layers. Reward: -ln(score) - excess · max(0, what was asked for / budget - 1),
-    in bytes of the file.
+    and learn half as many steps as there are layers. Reward: -ln(score) - excess · max(0, asked / budget - 1), in bytes
+    of the file that was asked for.
     """
     layers, warm = len(walk.names), max(1, round(WARM_UP * episodes))
     best, trace, seen = (math.inf, walk.base), [], set()
@@ -253,5 +266,5 @@ def search(
         for agent, own in zip(agents, steps, strict=True):
             agent.remember([s for s, _ in own], [a for _, a in own], reward)
             if episode >= warm:
-                agent.learn(layers)
+                agent.learn(max(1, layers // 2))
     return Found(best[1], best[0], tuple(trace), len(seen))

@@ -59,8 +59,7 @@ class Galen:
         scores = Scores(walk, context, f"galen {context.seed}")
         episodes = self.episodes or episodes_of(context.effort, len(walk.names))
         found = search(walk, features, agents, distances, scores, episodes, rng, self.excess)
-        note = f"best of {episodes} episodes and {found.choices} choices: KL {found.score:.6g} when it was scored"
-        return chosen_plan(profile, budget, walk.choice(found.rows), "galen").replace(notes=(note,))
+        return chosen_plan(profile, budget, walk.choice(found.rows), "galen").replace(notes=(found.note,))
 
     def curves(self, profile: Profile, context: Context) -> np.ndarray:
         """ln KL of every layer alone at each of `LEVELS`, (layers, 10), between the measured points; all in [0, 1]."""

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from networks import convnet, images, profiled, small_profile
 
 import autocompress as ac
+from autocompress import measuring
 from autocompress.errors import InfeasibleError
 from autocompress.planning import Limits, allocate, energy_losses, limits_of, running_cost
 from autocompress.profiling import Profile
@@ -62,15 +64,12 @@ def searched(kind: type[Agent], budget: str, seed: int, episodes: int = 120) -> 
     return walk, found, seen
 
 
-@pytest.mark.parametrize("budget", ["4x", "8x"])
-def test_what_is_learnt_beats_what_is_drawn_and_comes_near_the_exact_answer(budget: str) -> None:
-    """The score is a sum over layers, so the exact answer is known."""
-    found = {kind: [searched(kind, budget, seed)[1].score for seed in range(3)] for kind in (Agent, Blind)}
-    profile = rich()
-    exact = allocate(profile, limits_of(Budget.parse(budget), profile), energy_losses(profile)).loss
+def test_what_is_learnt_beats_what_is_drawn() -> None:
+    """The score is a sum over layers, so the exact answer is known, and nothing is below it."""
+    found = {kind: [searched(kind, "4.5x", seed, 100)[1].score for seed in range(3)] for kind in (Agent, Blind)}
+    exact = allocate(rich(), limits_of(Budget.parse("4.5x"), rich()), energy_losses(rich())).loss
     assert exact <= min(min(scores) for scores in found.values()) * (1 + 1e-9)
-    assert np.mean(found[Agent]) < np.mean(found[Blind]), found
-    assert np.mean(found[Agent]) < 3 * exact, (found, exact)
+    assert np.mean(found[Agent]) < np.mean(found[Blind]) / 3, (found, exact)
 
 
 @pytest.mark.parametrize("budget", ["4x", "8x", "5x,bops=9%"])
@@ -158,14 +157,39 @@ def test_scores_are_kept_in_the_store_and_not_measured_again(tmp_path: Any) -> N
         Scores(walk, ac.Context(model, data, seed=1), "a search"),
     ):
         assert other.known == {}
+    assert profile.store is not None
     with profile.store.writing():  # somebody else's turn: the score is there all the same
-        rows = (*walk.base[:-1], walk.options[-1][-1])
+        rows = (*walk.base[:-1], next(i for i in walk.options[-1] if i != walk.base[-1]))
         assert again(rows) > 0.0
     assert rows not in Scores(walk, ac.Context(model, data), "a search").known
 
 
+def _nothing_to_make(model: Any, profile: Any, layers: Any) -> dict[str, Any]:
+    assert not layers
+    return {}
+
+
+def test_weights_that_are_made_at_once_are_those_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = convnet(), images()
+    profile = profiled(model, data, ["mixed", "rd(0.5,0.3)s60", "fp16"])
+    choices = [{name: layer.rows[i].option for name, layer in profile.layers.items()} for i in (1, 7, 40, -1)]
+    plain = [ac.Context(model, data).build(profile, layers).state_dict() for layers in choices]
+    once, full = ac.Context(model, data), ac.Context(model, data)
+    every = {name: [row.option for row in layer.rows] for name, layer in profile.layers.items()}
+    monkeypatch.setattr(measuring, "CACHE_BYTES", 1000)
+    full.prepare(profile, every)
+    assert not full._weights
+    monkeypatch.undo()
+    once.prepare(profile, every)
+    # Nothing is left to make.
+    monkeypatch.setattr(measuring, "realise_layers", _nothing_to_make)
+    for layers, wanted in zip(choices, plain, strict=True):
+        found = once.build(profile, layers).state_dict()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 def test_efforts_grant_episodes_by_the_layer() -> None:
     assert [episodes_of(effort, 20) for effort in ("fast", "normal", "max")] == [60, 300, 1000]
-    assert list(EPISODES) == list(ac.measuring.EVALUATIONS)
+    assert list(EPISODES) == list(measuring.EVALUATIONS)
     assert episodes_of("normal", 2) == 30
     assert episodes_of("normal", 200) == 300
