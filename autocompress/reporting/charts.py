@@ -59,8 +59,9 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
         text = f"{row.name}: {row.option}, {row.bits_per_weight:.2f} bits per weight, {row.bytes:,} bytes"
         text += "" if row.error is None else f", relative error {row.error:.2g}"
         high = foot - up(row.bits_per_weight)
+        colour = f"{_family(row)} gap" if wide > 4 else _family(row)  # a gap would hide a thin column
         plot.parts.append(
-            f'<a href="#{anchor(row.name, "row-")}" tabindex="-1"><rect class="{_family(row)} gap" x="{x:.2f}" '
+            f'<a href="#{anchor(row.name, "row-")}" tabindex="-1"><rect class="{colour}" x="{x:.2f}" '
             f'y="{foot - high:.2f}" width="{max(wide, 0.5):.2f}" height="{high:.2f}">'
             f"<title>{escape(text)}</title></rect></a>"
         )
@@ -69,8 +70,8 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
         if row.error:
             strip.line([(before, row.error), (before + row.weights, row.error)], f"level {_family(row)}", text)
         room = int((wide - 8) / 7)  # characters of 12 px text
-        if room >= 3:
-            name = row.name if len(row.name) <= room else "…" + row.name[-(room - 1) :]
+        if room >= 5:
+            name = row.name if len(row.name) <= room else "…" + row.name[-(room - 1) :].lstrip(".")
             plot.text(x + wide / 2, HEIGHT - 8, name, "middle")
         before += row.weights
     y = up(min(mean, top))
@@ -187,7 +188,7 @@ def layers_chart(points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         while any(abs(at - other) < 13 for other in taken):
             at += 1
         taken.append(at)
-        short = name if len(name) <= 14 else "…" + name[-13:]
+        short = name if len(name) <= 14 else "…" + name[-13:].lstrip(".")
         plot.text(x(last[name][0]) + 6, at, short)
     return plot.svg
 

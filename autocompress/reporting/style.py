@@ -62,6 +62,10 @@ tfoot td, tfoot th { font-weight: 600; }
 tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
 .pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
 tr > :first-child { position: sticky; left: 0; background: var(--panel); }
+.tall { max-height: 44rem; overflow-y: auto; }
+.tall thead > tr > * { position: sticky; top: 0; background: var(--panel); z-index: 2; }
+.tall thead > tr > :first-child { z-index: 3; }
+.tall tfoot > tr > * { position: sticky; bottom: 0; background: var(--panel); z-index: 1; }
 tr.this > :nth-child(n) { background: color-mix(in srgb, var(--b) 12%, var(--panel)); font-weight: 600; }
 td.heat { background: color-mix(in srgb, var(--a) var(--heat), var(--panel)); } td.best { font-weight: 700; }
 td small { display: block; color: var(--soft); font-weight: 400; }
@@ -136,7 +140,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; max-width: 5
   th, td { padding: .35rem .5rem; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 @media print {
-  body { background: none; } .scroll { overflow: visible; } nav, .skip { display: none; }
+  body { background: none; } .scroll { overflow: visible; max-height: none; } nav, .skip { display: none; }
   section, figure, .panels li, tr { break-inside: avoid; } section { break-inside: auto; }
   details::details-content { content-visibility: visible; display: block; } summary { display: none; } }
 """
