@@ -60,7 +60,8 @@ thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 9rem; }
 tfoot td, tfoot th { font-weight: 600; }
 tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
-.pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
+.pair tbody th { min-width: 0; } .pair .bar { min-width: 3rem; }
+.pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
 tr > :first-child { position: sticky; left: 0; background: var(--panel); }
 .tall { max-height: 44rem; overflow-y: auto; }
 .tall thead > tr > * { position: sticky; top: 0; background: var(--panel); z-index: 2; }
@@ -97,7 +98,7 @@ figure { margin: .75rem 0; }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .4rem; }
 .pair figure svg { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
 svg { display: block; width: 100%; height: auto; }
-svg.strip { height: 2rem; border-radius: .25rem; }
+svg.strip { height: 2rem; shape-rendering: crispEdges; border-radius: .25rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg text.strong { fill: var(--ink); font-weight: 600; }
 .frame { stroke: var(--line); fill: none; } .gap { stroke: var(--panel); stroke-width: 1; }

@@ -31,6 +31,8 @@ def test_the_optimum_lies_on_the_gap_bar_of_every_budget(line: Tradeoff, part: f
     assert found is not None
     assert found.bytes <= budget
     assert found.bound * (1 - 1e-9) <= best.loss <= found.loss * (1 + 1e-9)
+    assert line.below(sum(row.bytes for row in best.rows.values())) <= best.loss * (1 + 1e-9)
+    assert line.below(0) == pytest.approx(line.points[0].bound), "below the smallest payload there is nothing"
 
 
 def test_points_of_the_line_are_optimal_for_their_bytes(line: Tradeoff) -> None:
