@@ -191,7 +191,7 @@ def plans_chart(plans: Sequence[tuple[str, float, float]], chosen: tuple[float, 
 def layers_chart(points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Measured KL over relative error of layers compressed alone, a line for each layer; the steepest are named."""
     wide, high = MIDDLE
-    x = Axis.around([e for ps in points.values() for e, _ in ps], 58, wide - 90, 1.2)
+    x = Axis.around([e for ps in points.values() for e, _ in ps], 58, wide - 102, 1.2)
     y = Axis.around([k for ps in points.values() for _, k in ps], high - 44, 24, 1.5)
     plot = Plot(x, y, MIDDLE, "Measured KL over relative error of layers that were compressed alone")
     plot.axes(power, power, ("relative error of the layer", "rise of the KL, measured"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -24,6 +25,7 @@ __all__ = [
     "table",
 ]
 
+NAME_DOTS = re.compile(r"(?<!\d)\.|\.(?!\d)")  # where a long name may break: not within a number
 LONG = 24  # rows above which a table has a height of its own
 
 
@@ -113,7 +115,7 @@ def scrolling(content: str, label: str, kind: str = "scroll") -> str:
 
 def row(name: str, cells: Sequence[str], link: str = "", name_id: str = "", marked: bool = False) -> str:
     """A row by its heading and the HTML of its cells. link: the id that its name leads to; name_id: its own."""
-    words = escape(name).replace(".", ".<wbr>")
+    words = NAME_DOTS.sub(".<wbr>", escape(name))
     text = f'<a href="#{link}">{words}</a>' if link else words
     kind = (' class="this"' if marked else "") + (f' id="{name_id}"' if name_id else "")
     return f'<tr{kind}><th scope="row">{text}</th>{"".join(cells)}</tr>'

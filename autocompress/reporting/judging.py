@@ -139,7 +139,7 @@ def measured_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
     if len(alone := {name: points for name, points in alone.items() if points}) > 1:
         caption = (
             "<strong>Layers alone.</strong> Each line is a layer that was compressed by itself, more and more: one "
-            "that lies higher harms the network more for the same relative error. The three steepest are dark."
+            "that lies higher harms the network more for the same relative error. The three steepest are in colour."
         )
         pictures += figure(layers_chart(alone), caption)
     return text + (f'<div class="pair">{pictures}</div>' if pictures else "")
