@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the request, the task, the data or a file is wrong; 3 the 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -553,15 +554,18 @@ def _show_plan(chosen: Plan, made: Profile) -> None:
     console.print(facts_table(plan_facts(chosen, made)))
 
 
-def _show_comparison(table: Any, out: Path, as_json: bool) -> None:
-    import json
+def _known(value: Any) -> Any:
+    """A cell of a table in JSON: null for what is not known, and for a number that is not finite."""
+    return value if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)) else None
 
+
+def _show_comparison(table: Any, out: Path, as_json: bool) -> None:
     from autocompress.comparing import summary
     from autocompress.reporting.tables import comparison_table, facts_table, no_plans
 
     if as_json:
-        rows = json.loads(table.drop(columns="layers").to_json(orient="records", double_precision=15))
-        _print_json({"rows": rows, "out": str(out)})
+        rows = table.drop(columns="layers").to_dict("records")
+        _print_json({"rows": [{k: _known(v) for k, v in row.items()} for row in rows], "out": str(out)})
     else:
         console = _console()
         console.print(comparison_table(summary(table)))

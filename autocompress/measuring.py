@@ -4,7 +4,6 @@ rule.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -105,6 +104,10 @@ class Context:
         self._weights: dict[tuple[str, str, str], np.ndarray] = {}
         self._checked: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be measured again."""
+        return {**self.__dict__, "_outputs": {}, "_moments": {}, "_weights": {}}
+
     @property
     def held_samples(self) -> int:
         return sum(batch_samples(b) for b in self.held)
@@ -117,8 +120,8 @@ class Context:
         """This context with another seed for what searches draw, and evaluations counted from 0; the same split of the
         data, and what was measured is shared.
         """
-        other = copy.copy(self)
-        other.seed, other.evaluations = seed, 0
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, seed=seed, evaluations=0)
         return other
 
     @functools.cached_property

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import sys
 import tempfile
 import time
 import warnings
@@ -57,11 +58,12 @@ def compare(
     workers: int = 1,
     progress: Progress | None = None,
     task: Task | None = None,
+    on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> pd.DataFrame:
     """One row per (strategy, budget, seed): what its plan promises, what it measures, what it took.
 
     Columns: strategy, budget, seed, budget_bytes; bytes (of the file, exact); paper_bytes (as papers count: codes of
-    the weights that are not zero, ceil(sum of nonzero * width / 8), without positions, scales, norms and biases);
+    the weights that are not zero, sum of nonzero * width / 8, without positions, scales, norms and biases);
     predicted_loss, bound and gap (of the strategy's own objective: not comparable between strategies); kl (measured, to
     the dense model, on the calibration slice that the Hessians never saw); metric (what evaluate says of the
     model); seconds (of planning alone; later rows find weights made by earlier ones); evaluations (model runs that the
@@ -76,11 +78,13 @@ def compare(
     given. context: without one nothing is measured. evaluate (higher is better) only reports. seeds: each seeds the
     searches; the split of the calibration data stays that of the context. store: a folder where finished rows are kept
     and found again if they depend on the same profile, data, strategy, budget, seed, effort, versions and name of
-    evaluate; your own callables have no version and are run again, unless they have an attribute `version`.
+    evaluate. A strategy's version is its attribute `version`, else the digest of the file that it stands in; your own
+    callables are run again, unless they have that attribute.
     workers: processes. Every row runs on one thread, so that the table, but for `seconds`, does not depend on how many
     there are; what cannot be pickled runs in this process, with a CompareWarning. task: where context and evaluate come
     from (`task_context`, `task.evaluate`), which lets workers load it anew instead of unpickling them.
-    progress: called with ("compare", rows done, rows in all).
+    progress: called with ("compare", rows done, rows in all). on_row: called with every row, {column: value}, as soon
+    as it is known; those of the store first.
 
     Raises StrategyError for an unknown name, BudgetError for a budget that is not one, MismatchError for a context of
     another model or data, StoreError for a store that cannot be used, and whatever evaluate raises.
@@ -98,8 +102,12 @@ def compare(
         bench = _Bench(profile, context, evaluate, chosen, place, None if task is None else task.source)
         book = Book(place, store is not None, asked, {at: bench.key(*at) for at in asked})
         tell("compare", len(book.rows), len(asked))
+        hand = on_row or (lambda row: None)
+        for row in list(book.rows.values()):
+            hand(row.record())
         for row in _made(bench, book.missing(), workers):
             book.add(row)
+            hand(row.record())
             tell("compare", len(book.rows), len(asked))
         return book.table()
 
@@ -165,7 +173,12 @@ class _Bench:
             return None
         evaluate = self.evaluate
         depends = {
-            "versions": [COMPARE_VERSION, __version__, torch.__version__, getattr(strategy, "version", 1)],
+            "versions": [
+                COMPARE_VERSION,
+                __version__,
+                torch.__version__,
+                getattr(strategy, "version", _source(strategy)),
+            ],
             "profile": self.profile.fingerprint,
             "vectors": self.profile.template.bits,
             "latency": None if self.profile.latency is None else repr(self.profile.latency),
@@ -212,7 +225,7 @@ class _Bench:
         plan = plan.replace(seed=seed)
         values |= {
             "bytes": plan.predicted_bytes,
-            "paper_bytes": math.ceil(sum(row.nonzero * row.width for row in rows.values()) / 8),
+            "paper_bytes": -(-sum(row.nonzero * (row.option.bits or row.width) for row in rows.values()) // 8),
             "predicted_loss": plan.predicted_loss,
             "bound": plan.bound,
             "gap": plan.gap,
@@ -234,6 +247,12 @@ class _Bench:
             kl = context.divergence_of(small) if context.held else math.nan
             self.measured[at] = kl, None if self.evaluate is None else float(self.evaluate(small))
         return self.measured[at]
+
+
+def _source(strategy: Strategy) -> str:
+    """SHA-256 of the file that a strategy stands in: its version, where it states none."""
+    path = getattr(sys.modules.get(strategy.__module__), "__file__", None)
+    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _checked(profile: Profile, plan: Plan, limit: int) -> dict[str, Measured]:
@@ -258,7 +277,7 @@ class _Extra(Store):
 
     def __init__(self, path: Path, context: Context | None) -> None:
         self.path, self.context, self.runs = path, context, 0
-        self._missed: dict[str, int] = {}
+        self._before: dict[str, int] = {}
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -275,16 +294,16 @@ class _Extra(Store):
         return 0 if self.context is None else self.context.evaluations
 
     def read_json(self, name: str) -> Any | None:
-        found, runs = super().read_json(name), super().read_json(_runs_name(name))
-        if found is None or runs is None:
-            self._missed[name] = self._ran()
-            return None
-        self.runs += runs
+        runs = super().read_json(_runs_name(name))
+        found = None if runs is None else super().read_json(name)
+        known = 0 if found is None else int(runs or 0)
+        self._before[name] = self._ran() - known
+        self.runs += known
         return found
 
     def write_json(self, name: str, value: Any) -> None:
+        super().write_json(_runs_name(name), self._ran() - self._before.get(name, 0))
         super().write_json(name, value)
-        super().write_json(_runs_name(name), self._ran() - self._missed.get(name, 0))
 
 
 def _runs_name(name: str) -> str:
