@@ -7,7 +7,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +36,22 @@ from autocompress.layers import model_digest
 from autocompress.profiling import Profile
 from autocompress.types import Option
 
-__all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits"]
+__all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
 CACHE_BYTES = 1 << 30
-SENSITIVITY_VERSION = 2
+SENSITIVITY_VERSION = 3
 # Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, and a bound
 # on the memory.
 PASS_SAMPLES = 64
 LEVELS = (0.01, 0.05, 0.2)
+SAMPLE = 256  # samples of `fit` that layers are measured on alone, and that a search may look at as often as it likes
 # Statistics are corrected on so many samples where a search scores a choice: a third of the time of `measure`, and the
 # same order but for near-ties.
 SCORE_SAMPLES = 128
+# A confident model's KL is decided by a handful of samples. Where plans are compared for a choice its outputs are
+# therefore softened, until the mean of their largest probability is at most this.
+SOFT = 0.95
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 # What an effort grants a search: how often it may run the model.
 EVALUATIONS = {"fast": 40, "normal": 120, "max": 1000}
 
@@ -89,6 +95,8 @@ class Context:
         self.seed = seed
         self.effort = effort
         self.training = training
+        self._rest: Iterator[Batch] = iter(training or ())
+        self._labelled: list[Batch] = []
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
         self.evaluations = 0
         self.log: list[Trial] = []
@@ -97,6 +105,7 @@ class Context:
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
             for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
         }
+        self._pieces["sample"] = chunk_batch(join_batches(self.fit, SAMPLE), PASS_SAMPLES)
         self._corrections = {n: join_batches(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
         self._digest = model_digest(model)
         self._outputs: dict[str, list[torch.Tensor]] = {}
@@ -113,7 +122,7 @@ class Context:
         return sum(batch_samples(b) for b in self.held)
 
     def pieces(self, part: str = "held") -> list[Batch]:
-        """The held-out slice, `fit` or `all`, in forward passes of at most `PASS_SAMPLES` samples."""
+        """The held-out slice, `fit`, `all` or `sample` (of `fit`), in passes of at most `PASS_SAMPLES` samples."""
         return self._pieces[part]
 
     def seeded(self, seed: int) -> Context:
@@ -151,6 +160,22 @@ class Context:
         """How often a search may run the model, by the effort."""
         return EVALUATIONS[self.effort]
 
+    def labelled(self, samples: int) -> list[Batch]:
+        """The first labelled batches that hold so many samples together; none where there is no loss of them."""
+        while self.loss is not None and sum(map(batch_samples, self._labelled)) < samples:
+            if (batch := next(self._rest, None)) is None:
+                break
+            self._labelled.append(batch)
+        counts = np.cumsum([0, *map(batch_samples, self._labelled)])
+        return [b for b, before in zip(self._labelled, counts[:-1], strict=True) if before < samples]
+
+    def loss_key(self, labelled: list[Batch]) -> list[str]:
+        """What tells one loss of the task from another in the keys of what is kept: its value on the dense model."""
+        if not labelled or self.loss is None:
+            return []
+        with torch.no_grad(), evaluating(self.model):
+            return [float(self.loss(self.model, labelled[0])).hex()]
+
     def build(self, profile: Profile, layers: Mapping[str, Option], correction: int = CORRECTION_SAMPLES) -> nn.Module:
         """The compressed model of a plan: exactly the weights that `apply` with these batches would give."""
         self.check(profile)
@@ -179,66 +204,99 @@ class Context:
             self.log.append(Trial(label, dict(layers), kl))
         return kl
 
-    def score(self, profile: Profile, layers: Mapping[str, Option]) -> float:
-        """What a search goes by: `measure`, with statistics corrected on fewer samples."""
-        return self.divergence_of(self.build(profile, layers, SCORE_SAMPLES))
+    def score(self, profile: Profile, layers: Mapping[str, Option], part: str = "held") -> float:
+        """What a search goes by: the `merit` of a plan on a part of the data, with statistics corrected on fewer
+        samples.
+        """
+        return merit(*self.judge(self.build(profile, layers, SCORE_SAMPLES), part))
 
     def divergence_of(self, model: nn.Module, part: str = "held") -> float:
-        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, `fit` or
-        `all`.
+        """Mean divergence per sample of a model's outputs from the dense model's on a part of the data (see
+        `pieces`).
         """
+        pieces, reference = self._pieces[part], self._reference(part)
+        self.evaluations += 1
+        return _mean_divergence(reference, self._forward(model, pieces), pieces)
+
+    def judge(self, model: nn.Module, part: str = "held") -> tuple[float, float]:
+        """`divergence_of`, and the same of outputs divided by `temperature`, from one pass."""
+        pieces, reference = self._pieces[part], self._reference(part)
+        self.evaluations += 1
+        outputs = self._forward(model, pieces)
+        plain, soft = (_mean_divergence(reference, outputs, pieces, t) for t in (1.0, self.temperature))
+        return plain, soft
+
+    @functools.cached_property
+    def temperature(self) -> float:
+        """What outputs are divided by where plans are compared: the least of `TEMPERATURES` at which the dense model's
+        largest probability is at most `SOFT` on average.
+        """
+        for temperature in TEMPERATURES[:-1]:
+            tops = [
+                float((output.double() / temperature).softmax(axis).amax(axis).mean())
+                for output in self._reference("held")
+                if (axis := class_axis(output)) is not None
+            ]
+            if sum(tops) <= SOFT * len(tops):
+                return temperature
+        return TEMPERATURES[-1]
+
+    def _reference(self, part: str) -> list[torch.Tensor]:
         pieces = self._pieces[part]
         if not pieces:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
         if part not in self._outputs:
             self._outputs[part] = self._forward(self.model, pieces)
-        self.evaluations += 1
-        return _mean_divergence(self._outputs[part], self._forward(model, pieces), pieces)
+        return self._outputs[part]
 
     def _forward(self, model: nn.Module, pieces: list[Batch]) -> list[torch.Tensor]:
         with torch.no_grad(), evaluating(model):
             return [logits(feed(model, piece)) for piece in pieces]
 
     def sensitivities(
-        self, profile: Profile, levels: tuple[float, ...] = LEVELS
+        self, profile: Profile, levels: tuple[float, ...] = LEVELS, soft: bool = False
     ) -> dict[str, list[tuple[float, float]]]:
         """(error, measured rise of the divergence) of each layer compressed alone, at options near these relative
-        errors.
+        errors; soft: of outputs divided by `temperature`.
 
-        Measured on at most 256 samples of the part that the Hessians saw; kept in the profile's store, where there is
-        one.
+        Measured on at most `SAMPLE` samples of the part that the Hessians saw; kept in the profile's store, where there
+        is one.
         """
         self.check(profile)
-        batch = join_batches(self.fit, 256)
-        key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels])
+        batch = join_batches(self.fit, SAMPLE)
+        key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        found: dict[str, list[list[float]]] | None = None
         if profile.store is not None:
-            known = profile.store.read_json(name)
-            if known is not None:
-                self.alone = {layer: [(e, k) for e, k in points] for layer, points in known.items()}
-                return self.alone
-        pieces = chunk_batch(batch, PASS_SAMPLES)
-        reference = self._forward(self.model, pieces)
+            found = profile.store.read_json(name)
+        if found is None:
+            found = self._sensitivities(profile, levels)
+            if profile.store is not None:
+                with profile.store.writing():
+                    profile.store.write_json(name, found)
+        self.alone = {layer: [(error, plain) for error, plain, _ in points] for layer, points in found.items()}
+        if not soft:
+            return self.alone
+        return {layer: [(error, softened) for error, _, softened in points] for layer, points in found.items()}
+
+    def _sensitivities(self, profile: Profile, levels: tuple[float, ...]) -> dict[str, list[list[float]]]:
+        """[error, rise, rise of softened outputs] of each layer alone, at each of its levels."""
         chosen = {n: [o for o, _ in _near(layer, levels)] for n, layer in profile.layers.items()}
-        found: dict[str, list[tuple[float, float]]] = {n: [] for n in profile.layers}
+        found: dict[str, list[list[float]]] = {n: [] for n in profile.layers}
         for level in range(len(levels)):
             alone = {n: options[level] for n, options in chosen.items() if level < len(options)}
             for layer_name, realised in realise_layers(self.model, profile, alone).items():
                 small = with_weights(self.model, profile, {layer_name: realised.weight()}, None)
-                rise = _mean_divergence(reference, self._forward(small, pieces), pieces)
                 error = profile.layers[layer_name].row(alone[layer_name]).error
-                found[layer_name].append((error, max(rise, 0.0)))
-                self.evaluations += 1
-        if profile.store is not None:
-            with profile.store.writing():
-                profile.store.write_json(name, found)
-        self.alone = found
+                found[layer_name].append([error, *(max(rise, 0.0) for rise in self.judge(small, "sample"))])
         return found
 
 
-def _mean_divergence(reference: list[torch.Tensor], outputs: list[torch.Tensor], pieces: list[Batch]) -> float:
+def _mean_divergence(
+    reference: list[torch.Tensor], outputs: list[torch.Tensor], pieces: list[Batch], temperature: float = 1.0
+) -> float:
     sizes = [batch_samples(piece) for piece in pieces]
-    terms = [divergence(a, b) * n for a, b, n in zip(reference, outputs, sizes, strict=True)]
+    terms = [divergence(a, b, temperature) * n for a, b, n in zip(reference, outputs, sizes, strict=True)]
     return sum(terms) / sum(sizes)
 
 
@@ -255,6 +313,15 @@ def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:
             )
             chosen[row.option] = row.error
     return list(chosen.items())
+
+
+def merit(plain: float, soft: float) -> float:
+    """√(KL · softened KL) of a plan, the less the better: what plans are compared by where one is chosen.
+
+    The KL of a confident model is decided by a handful of samples; that of its softened outputs by all of them, but it
+    cares for the order of the wrong classes as much as for the right one.
+    """
+    return math.sqrt(max(plain, 0.0) * max(soft, 0.0))
 
 
 def logits(output: Any) -> torch.Tensor:
@@ -281,12 +348,12 @@ def class_axis(output: torch.Tensor) -> int | None:
     return None if output.ndim < 2 or output.shape[axis] == 1 else axis
 
 
-def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
+def divergence(reference: torch.Tensor, output: torch.Tensor, temperature: float = 1.0) -> float:
     """How far outputs are from the dense model's, per sample: mean KL(dense ‖ compressed) of the softmax over classes.
 
     Classes are the last dimension of (N, C) and (N, T, C), dimension 1 of images (N, C, H, W). With a single class,
-    where a softmax says nothing, it is the mean squared difference over the mean square of the dense output. Infinite
-    where the output is not finite.
+    where a softmax says nothing, it is the mean squared difference over the mean square of the dense output. Outputs
+    are divided by the temperature before the softmax. Infinite where the output is not finite.
     """
     if not bool(torch.isfinite(output).all()):
         return float("inf")
@@ -294,5 +361,5 @@ def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
     if axis is None:
         scale = float(reference.double().square().mean()) or 1.0
         return float((reference.double() - output.double()).square().mean()) / scale
-    log_p, log_q = F.log_softmax(reference.double(), axis), F.log_softmax(output.double(), axis)
+    log_p, log_q = (F.log_softmax(t.double() / temperature, axis) for t in (reference, output))
     return float((log_p.exp() * (log_p - log_q)).sum(axis).mean())

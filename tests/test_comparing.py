@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import images, small_profile
+from networks import grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
@@ -110,7 +110,7 @@ def test_a_strategy_that_fails_is_a_row_and_the_table_goes_on() -> None:
 
     table = compared([100, "5x"], ["uniform", too_large, too_small, "exact"])
     assert list(table["strategy"]) == ["uniform", "too_large", "too_small", "exact"] * 2
-    assert table["error"][0].startswith("InfeasibleError: no single option for all layers fits in 100 bytes")
+    assert table["error"][0].startswith("InfeasibleError: no single option for all layers (uniform) fits in 100 bytes")
     assert table["error"][3].startswith("InfeasibleError: no allocation fits in 100 bytes: the smallest file has ")
     assert "the plan makes a file of " in table["error"][5]
     assert "; the budget is 711" in table["error"][5]
@@ -295,7 +295,7 @@ def any_named(name: str) -> Any:
 
 
 def test_without_a_context_there_are_the_curves() -> None:
-    table = ac.compare(small_profile()[2], ["5x"])
+    table = ac.compare(grid_profile()[2], ["5x"])
     assert set(table["strategy"]) == {n for n, s in STRATEGIES.items() if getattr(s, "needs", "") == "curves"}
     assert table[["kl", "metric"]].isna().all(axis=None)
     assert (table["evaluations"] == 0).all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from autocompress.compressors import Measured
@@ -17,12 +16,30 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.ajpq import Ajpq
+from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
-from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
-from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
+from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
+from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
+from autocompress.strategies.densities import magnitude
+from autocompress.strategies.erk import erk
+from autocompress.strategies.evopress import EvoPress
+from autocompress.strategies.fisher import Fisher
+from autocompress.strategies.galen import Galen
+from autocompress.strategies.hawq import Hawq
+from autocompress.strategies.itpruner import ItPruner
+from autocompress.strategies.lamp import lamp
+from autocompress.strategies.loss import LayerLoss
+from autocompress.strategies.nsga2 import Nsga2
+from autocompress.strategies.opq import opq, opq_energy
+from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, Solved
+from autocompress.strategies.spdy import Spdy
+from autocompress.strategies.tpe import Tpe
+from autocompress.strategies.yang import Yang
+from autocompress.strategies.yang import paper_bytes as paper_counted
 from autocompress.types import Budget, Option, Plan
 
-__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "plan"]
+__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "paper_counted", "plan"]
 
 STRATEGIES: dict[str, Strategy] = {
     "uniform": SingleOption(),
@@ -30,7 +47,28 @@ STRATEGIES: dict[str, Strategy] = {
     "lagrangian": Solved("lagrangian"),
     "dp": Solved("dp"),
     "exact": Solved("exact"),
+    "uniform_bits": uniform_bits,
+    "uniform_sparsity": uniform_sparsity,
+    "magnitude": magnitude,
+    "erk": erk,
+    "lamp": lamp,
+    "yang": Yang(),
+    "opq": opq,
+    "opq_energy": opq_energy,
+    "raw": RawError(),
     "kl": Sensitivity(),
+    "loss": LayerLoss(),
+    "fisher": Fisher(),
+    "hawq": Hawq(),
+    "spdy": Spdy(),
+    "evopress": EvoPress(),
+    "tpe": Tpe(),
+    "nsga2": Nsga2(),
+    "alds_minimax": AldsMinimax(),
+    "itpruner": ItPruner(),
+    "itpruner_quadratic": ItPruner(quadratic=True),
+    "ajpq": Ajpq(),
+    "galen": Galen(),
     "auto": Auto(),
 }
 
@@ -110,7 +148,7 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     option = _shared_option(profile, rivals[best])
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
-    narrowed = _no_worse_than(profile, single)
+    narrowed = no_worse_than(profile, single)
     better = allocate(narrowed, limits, energy_losses(narrowed))
     better_kl = context.measure(profile, better.options, f"single {option}, topped up")
     if better_kl <= measured[best]:
@@ -125,12 +163,3 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
 def _shared_option(profile: Profile, layers: Mapping[str, Option]) -> Option:
     """What a single-option plan gives every layer that has it: those that calibration reached."""
     return next((o for n, o in layers.items() if profile.layers[n].reached), next(iter(layers.values())))
-
-
-def _no_worse_than(profile: Profile, rows: Mapping[str, Measured]) -> Profile:
-    """The profile with only those options of each layer whose error is at most that of its row."""
-    layers = {
-        name: dataclasses.replace(layer, rows=tuple(r for r in layer.rows if r.error <= rows[name].error))
-        for name, layer in profile.layers.items()
-    }
-    return dataclasses.replace(profile, layers=layers)

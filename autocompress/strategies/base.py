@@ -4,6 +4,7 @@ given.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from autocompress.compressors import Measured
-from autocompress.errors import MismatchError
+from autocompress.errors import InfeasibleError, MismatchError
 from autocompress.measuring import Context
 from autocompress.planning import (
     Allocation,
@@ -22,6 +23,8 @@ from autocompress.planning import (
     limits_of,
     make_plan,
     problem_of,
+    running_cost,
+    within,
     within_limits,
 )
 from autocompress.profiling import Profile
@@ -36,8 +39,11 @@ __all__ = [
     "chosen_plan",
     "largest_that_fits",
     "needs_of",
+    "no_worse_than",
+    "refused",
     "searchable",
     "solved_plan",
+    "weights_of",
     "with_context",
 ]
 
@@ -58,6 +64,18 @@ def with_context(context: Context | None, strategy: str, why: str) -> Context:
     if context is None:
         raise MismatchError(f"strategy {strategy!r} {why}: give a context (on the command line: --task)")
     return context
+
+
+def weights_of(profile: Profile, context: Context | None, strategy: str) -> dict[str, np.ndarray]:
+    """The dense weights, float64 (groups, rows, columns), of every layer that calibration reached: the others have no
+    options that a rule could choose from. Raises MismatchError without a context.
+    """
+    model = with_context(context, strategy, "looks at the weights").model
+    return {
+        name: layer.layer.matrix(model.get_parameter(layer.layer.key))
+        for name, layer in profile.layers.items()
+        if layer.reached
+    }
 
 
 def solved_plan(
@@ -97,6 +115,26 @@ def chosen_plan(
     return make_plan(profile, budget, Allocation(dict(rows), loss, bound, gap, size, room), name)
 
 
+def refused(profile: Profile, budget: Budget, smallest: Sequence[Choice], what: str) -> InfeasibleError:
+    """The refusal of a budget that none of these choices, the smallest that a rule can make, is within; it names the
+    running costs where the bytes would do.
+    """
+    limits = limits_of(budget, profile)
+    fitting = [rows for rows in smallest if within_limits(profile, limits.bytes, rows)]
+    if fitting:
+        choices = [{n: row.option for n, row in rows.items()} for rows in fitting]
+        least = {n: min(running_cost(profile, n, c) for c in choices) for n in limits.running}
+        return InfeasibleError(
+            f"{what} is within {limits}: the least that one of them within the bytes takes is "
+            f"{Limits(limits.bytes, least)}",
+            limits.bytes,
+        )
+    least_bytes = limits.bytes
+    while (size := min(map(within(profile, least_bytes).template.file_bytes, smallest))) > least_bytes:
+        least_bytes = size  # a larger budget may store norms in more bits
+    return infeasible(profile, limits.bytes, least_bytes, what)
+
+
 def largest_that_fits(
     profile: Profile, budget: Budget, propose: Callable[[float], Choice], name: str, steps: int = 40
 ) -> Choice:
@@ -109,7 +147,7 @@ def largest_that_fits(
     limits = limits_of(budget, profile)
     best = propose(0.0)
     if not within_limits(profile, limits, best):
-        raise infeasible(profile, limits.bytes, profile.template.file_bytes(best), f"strategy {name!r}: no choice")
+        raise refused(profile, budget, [best], f"no choice of strategy {name!r}")
     if within_limits(profile, limits, top := propose(1.0)):
         return top
     low, high = 0.0, 1.0
@@ -123,23 +161,33 @@ def largest_that_fits(
     return best
 
 
+def no_worse_than(profile: Profile, rows: Mapping[str, Measured]) -> Profile:
+    """The profile with only those options of each layer whose error is at most that of its row."""
+    layers = {
+        name: dataclasses.replace(layer, rows=tuple(r for r in layer.rows if r.error <= rows[name].error))
+        for name, layer in profile.layers.items()
+    }
+    return dataclasses.replace(profile, layers=layers)
+
+
 @dataclass(frozen=True)
 class Searchable:
-    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, and the limits that
-    a choice is held to.
+    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, the limits that a
+    choice is held to, and the exact answer (G,), which keeps them.
     """
 
     profile: Profile
     limits: Limits
     problem: Problem
     rows: Sequence[Sequence[Measured]]
+    first: np.ndarray
 
     def choice(self, answer: np.ndarray) -> dict[str, Measured]:
         """The row of each layer that an answer (G,) of the problem stands for."""
         return {n: r[int(i)] for n, r, i in zip(self.profile.layers, self.rows, answer, strict=True)}
 
-    def score(self, context: Context) -> Callable[[np.ndarray], float]:
-        """KL to the dense model on the held-out slice, as `Context.score` has it; inf where the file is too long.
+    def score(self, context: Context, part: str = "held") -> Callable[[np.ndarray], float]:
+        """`Context.score` of the choice on a part of the data; inf where the file is too long.
 
         Payloads that fit beside one header need not fit beside another, hence the check.
         """
@@ -148,7 +196,7 @@ class Searchable:
             rows = self.choice(answer)
             if not within_limits(self.profile, self.limits, rows):
                 return float("inf")
-            return context.score(self.profile, {n: row.option for n, row in rows.items()})
+            return context.score(self.profile, {n: row.option for n, row in rows.items()}, part)
 
         return score
 
@@ -161,4 +209,5 @@ def searchable(profile: Profile, budget: Budget, losses: Mapping[str, np.ndarray
     losses = energy_losses(profile) if losses is None else losses
     found = allocate(profile, limits, losses)
     problem = problem_of(profile, limits, losses, found.payload_bytes)
-    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()])
+    first = np.array([profile.layers[n].rows.index(row) for n, row in found.rows.items()], np.int64)
+    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()], first)
