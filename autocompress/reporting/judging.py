@@ -22,7 +22,7 @@ from autocompress.types import RUNNING_COSTS, Plan
 __all__ = ["compared_section", "frontier_section", "measured_section"]
 
 # What `auto` notes of each plan that it measured; the table of plans holds the same.
-TRIAL = re.compile(r".+: KL \S+ on all calibration data, \S+ on the held-out slice")
+TRIAL = re.compile(r".+: KL \S+ on all calibration data, \S+ on the held-out slice(, merit \S+)?")
 PLANS = 12  # rows of the table of plans that are open from the start
 
 

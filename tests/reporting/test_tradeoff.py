@@ -91,6 +91,7 @@ def test_families_of_options() -> None:
     named |= {"structured": "2:4w8", "floats": "fp16"}
     assert {family_of(Option.parse(text)): text for text in named.values()} == named
     assert set(named) == set(FAMILIES)
+    assert family_of(Option.parse("mix25/0/25/50/0")) == "widths"
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1e9), (3.0, 200.0), (0.9, 1.1), (15_000, 21_000), (1e-9, 1e-8)])
