@@ -211,7 +211,9 @@ def _plans_table(plan: Plan, metrics: Mapping[str, Any], loss: float, plans: Seq
         "#times this",
         "logarithmic",
     ]
-    note = "Every plan that was measured, best first. Error: the sum of the layers' relative errors."
+    note = "Every plan that was measured, by its KL on held-out data. Error: the sum of the layers' relative errors."
+    if any(p["kl_all"] is not None for p in plans):
+        note += " Plans whose KL on all calibration data is given were chosen between by that: more samples, less luck."
     shown = table(head, found[: PLANS + 1], label="Measured plans", note=note)
     if len(found) > PLANS + 1:
         rest = table(head, found[PLANS + 1 :], label="More measured plans")
