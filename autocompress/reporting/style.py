@@ -60,8 +60,13 @@ thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 9rem; }
 tfoot td, tfoot th { font-weight: 600; }
 tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
-.pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
+.pair tbody th { min-width: 0; } .pair .bar { min-width: 3rem; }
+.pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
 tr > :first-child { position: sticky; left: 0; background: var(--panel); }
+.tall { max-height: 44rem; overflow-y: auto; }
+.tall thead > tr > * { position: sticky; top: 0; background: var(--panel); z-index: 2; }
+.tall thead > tr > :first-child { z-index: 3; }
+.tall tfoot > tr > * { position: sticky; bottom: 0; background: var(--panel); z-index: 1; }
 tr.this > :nth-child(n) { background: color-mix(in srgb, var(--b) 12%, var(--panel)); font-weight: 600; }
 td.heat { background: color-mix(in srgb, var(--a) var(--heat), var(--panel)); } td.best { font-weight: 700; }
 td small { display: block; color: var(--soft); font-weight: 400; }
@@ -93,7 +98,7 @@ figure { margin: .75rem 0; }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .4rem; }
 .pair figure svg { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
 svg { display: block; width: 100%; height: auto; }
-svg.strip { height: 2rem; border-radius: .25rem; }
+svg.strip { height: 2rem; shape-rendering: crispEdges; border-radius: .25rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg text.strong { fill: var(--ink); font-weight: 600; }
 .frame { stroke: var(--line); fill: none; } .gap { stroke: var(--panel); stroke-width: 1; }
@@ -136,7 +141,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; max-width: 5
   th, td { padding: .35rem .5rem; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 @media print {
-  body { background: none; } .scroll { overflow: visible; } nav, .skip { display: none; }
+  body { background: none; } .scroll { overflow: visible; max-height: none; } nav, .skip { display: none; }
   section, figure, .panels li, tr { break-inside: avoid; } section { break-inside: auto; }
   details::details-content { content-visibility: visible; display: block; } summary { display: none; } }
 """

@@ -99,13 +99,15 @@ class Plot:
         ticks: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None),
     ) -> Plot:
         """Grid lines with their values, and what the axes are."""
-        x, y, (_, high) = self.x, self.y, self.size
+        x, y, high = self.x, self.y, self.size[1]
         for value in y.ticks() if ticks[1] is None else ticks[1]:
             self.parts.append(f'<path class="frame" d="M{x.start} {y(value):.1f}H{x.end}"/>')
             self.text(x.start - 6, y(value) + 4, of_y(value), "end")
         for value in x.ticks() if ticks[0] is None else ticks[0]:
             self.parts.append(f'<path class="frame" d="M{x(value):.1f} {y.start}V{y.end}"/>')
-            self.text(x(value), y.start + 17, of_x(value), "middle")
+            # Half a label has 20 units: at the right edge it ends there.
+            edge = x(value) > self.size[0] - 22
+            self.text(self.size[0] - 3 if edge else x(value), y.start + 17, of_x(value), "end" if edge else "middle")
         if labels[0]:
             self.text((x.start + x.end) / 2, high - 4, labels[0], "middle")
         if labels[1]:

@@ -69,8 +69,12 @@ class Tradeoff:
             return None
         fixed = self._fixed(k)
         room = size - fixed  # what the header of this file leaves
-        bound = float(np.interp(room, self._cost, self._line.bound))
-        return TradeoffPoint(int(self._cost[k]) + fixed, float(self._line.loss[k]), min(bound, self._line.loss[k]))
+        loss = float(self._line.loss[k])
+        return TradeoffPoint(int(self._cost[k]) + fixed, loss, min(self.below(room), loss))
+
+    def below(self, payload: int) -> float:
+        """What the sum of relative errors of no choice with at most so many bytes of payload is below."""
+        return float(np.interp(payload, self._cost, self._line.bound))
 
     def budgets(self) -> list[tuple[int, TradeoffPoint]]:
         """(ratio, point) at round ratios of the dense file's length, as far as files go."""

@@ -31,6 +31,8 @@ def test_the_optimum_lies_on_the_gap_bar_of_every_budget(line: Tradeoff, part: f
     assert found is not None
     assert found.bytes <= budget
     assert found.bound * (1 - 1e-9) <= best.loss <= found.loss * (1 + 1e-9)
+    assert line.below(sum(row.bytes for row in best.rows.values())) <= best.loss * (1 + 1e-9)
+    assert line.below(0) == pytest.approx(line.points[0].bound), "below the smallest payload there is nothing"
 
 
 def test_points_of_the_line_are_optimal_for_their_bytes(line: Tradeoff) -> None:
@@ -89,6 +91,7 @@ def test_families_of_options() -> None:
     named |= {"structured": "2:4w8", "floats": "fp16"}
     assert {family_of(Option.parse(text)): text for text in named.values()} == named
     assert set(named) == set(FAMILIES)
+    assert family_of(Option.parse("mix25/0/25/50/0")) == "widths"
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1e9), (3.0, 200.0), (0.9, 1.1), (15_000, 21_000), (1e-9, 1e-8)])
