@@ -21,7 +21,7 @@ from autocompress.planning import (
     infeasible,
     limits_of,
     make_plan,
-    problem_of,
+    problem,
     within_limits,
 )
 from autocompress.profiling import Profile
@@ -157,8 +157,5 @@ def searchable(profile: Profile, budget: Budget, losses: Mapping[str, np.ndarray
     """The allocation on these losses (default: the relative error) within the budget, for a search that starts from its
     exact answer. Raises InfeasibleError as `allocate` does.
     """
-    limits = limits_of(budget, profile)
-    losses = energy_losses(profile) if losses is None else losses
-    found = allocate(profile, limits, losses)
-    problem = problem_of(profile, limits, losses, found.payload_bytes)
-    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()])
+    rows = [layer.rows for layer in profile.layers.values()]
+    return Searchable(profile, limits_of(budget, profile), problem(profile, budget, losses), rows)
