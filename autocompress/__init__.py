@@ -28,15 +28,18 @@ _HOME = {
     "apply": "applying",
     "apply_sequentially": "sequential",
     "calibrate": "calibration",
+    "compare": "comparing",
     "compress": "pipeline",
     "export": "exporting",
     "load": "saving",
+    "load_comparison": "comparing",
     "load_profile": "profiling",
     "load_task": "tasks",
     "plan": "strategies",
     "problem": "planning",
     "profile": "profiling",
     "save": "saving",
+    "spending": "comparing",
     "tune": "tuning",
     "unpack": "saving",
     "verify": "verifying",
@@ -56,15 +59,18 @@ __all__ = [
     "apply",
     "apply_sequentially",
     "calibrate",
+    "compare",
     "compress",
     "export",
     "load",
+    "load_comparison",
     "load_profile",
     "load_task",
     "plan",
     "problem",
     "profile",
     "save",
+    "spending",
     "tune",
     "unpack",
     "verify",
@@ -73,6 +79,7 @@ __all__ = [
 if TYPE_CHECKING:
     from autocompress.applying import apply
     from autocompress.calibration import Statistics, calibrate
+    from autocompress.comparing import compare, load_comparison, spending
     from autocompress.errors import AutocompressError
     from autocompress.exporting import export
     from autocompress.measuring import Context

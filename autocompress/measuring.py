@@ -4,6 +4,8 @@ rule.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -94,6 +96,20 @@ class Context:
     def pieces(self, part: str = "held") -> list[Batch]:
         """The held-out slice, `fit` or `all`, in forward passes of at most `PASS_SAMPLES` samples."""
         return self._pieces[part]
+
+    def seeded(self, seed: int) -> Context:
+        """This context with another seed for what searches draw, and evaluations counted from 0; the same split of the
+        data, and what was measured is shared.
+        """
+        other = copy.copy(self)
+        other.seed, other.evaluations = seed, 0
+        return other
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the batches and of how they are split."""
+        digests = [[batch_digest(batch) for batch in part] for part in (self.fit, self.held)]
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def check(self, profile: Profile) -> None:
         """Raise MismatchError unless the profile is of this model and its Hessians never saw the held-out slice."""
