@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg.blas import ssyrk
 from torch import nn
-from torch.nn import functional as F
 
 from autocompress.batches import (
     Batch,
@@ -33,17 +28,15 @@ from autocompress.batches import (
 )
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.files import atomic_path
+from autocompress.grams import input_products
 from autocompress.inputs import attention_inputs, cell_inputs, lookups, recurrent_inputs, slow_attention
 from autocompress.layers import TABLES, TRANSPOSED, Layer, find_layers, model_digest
-from autocompress.threads import default_workers, single_threaded
+from autocompress.threads import single_threaded
 
 __all__ = ["LayerStatistics", "Statistics", "calibrate"]
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
-IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32), unless that is
-POSITIONS = 4096  # fewer positions than these or d: summing d x d products in float64 would take longer than they do
-PANEL = 256  # rows of a panel where symmetric matrices are worked on in panels
 
 
 @dataclass(frozen=True)
@@ -312,7 +305,7 @@ class Collector:
         cached = self.products.get(key)
         if cached is not None and cached[0]() is x:
             return cached[1]
-        gram = _gram(module, x.detach(), output)
+        gram = input_products(module, x.detach(), output)
         if not bool(torch.isfinite(gram.diagonal(dim1=1, dim2=2)).all()):
             raise CalibrationError(
                 f"layer {layer.name!r} receives values that are NaN, infinite or beyond 1e18; "
@@ -341,140 +334,3 @@ def _channels_last(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
     dims = len(module.kernel_size)  # type: ignore[arg-type]
     batched = output if output.ndim == dims + 2 else output[None]
     return batched.movedim(1, -1).reshape(-1, batched.shape[1])
-
-
-def _gram(module: nn.Module | None, x: torch.Tensor, output: Any = None) -> torch.Tensor:
-    """X Xᵀ of one input, float64 (groups, d, d): float32 products of `_in_flight` positions, or of one sample, each."""
-    if module is None or isinstance(module, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1]).float()
-        d = rows.shape[1]
-        gram = torch.zeros(1, d, d, dtype=torch.float64, device=x.device)
-        for product in _products(rows.split(_in_flight(d, d)), lambda chunk: [chunk.t()]):
-            gram += product
-        return _mirror(gram)
-    m: Any = module
-    dims = len(m.kernel_size)
-    x = x.float() if x.ndim == dims + 2 else x.float()[None]
-    transposed = isinstance(module, TRANSPOSED)
-    if transposed:
-        x, m = _stuffed(m, x, output.shape[-dims:])
-    else:
-        x = _pad(m, x)
-    groups, d = m.groups, x.shape[1] // m.groups * int(np.prod(m.kernel_size))
-    spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
-    gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
-    per_chunk = max(1, _in_flight(d, d * groups) // max(1, int(np.prod(spatial))))
-    for product in _products(x.split(per_chunk), lambda chunk: _windows(m, chunk, spatial)):
-        gram += product
-    gram = _mirror(gram)
-    if transposed:  # the kernel is applied the other way round
-        taps = [-1, *m.kernel_size]
-        axes = [*range(2, dims + 2), *range(dims + 3, 2 * dims + 3)]
-        gram = gram.reshape(groups, d // int(np.prod(m.kernel_size)), *taps[1:], *taps).flip(axes)
-        gram = gram.reshape(groups, d, d)
-    return gram
-
-
-def _stuffed(m: Any, x: torch.Tensor, spatial: Sequence[int]) -> tuple[torch.Tensor, Any]:
-    """The input and the geometry of the plain convolution, its kernel reversed, that a transposed one is.
-
-    Between inputs stand stride - 1 zeros; before them dilation (kernel - 1) - padding, after them what the output's
-    size asks for. Exact whatever overlaps, but for stride s most of what is multiplied is zeros.
-    """
-    dims = len(m.kernel_size)
-    size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], m.stride, strict=True)]
-    wide = x.new_zeros(*x.shape[:2], *size)
-    wide[(slice(None), slice(None), *(slice(None, None, s) for s in m.stride))] = x
-    sides: list[int] = []
-    for i in reversed(range(dims)):  # F.pad wants the last dimension first, and cuts off what is negative
-        reach = m.dilation[i] * (m.kernel_size[i] - 1)
-        before = reach - m.padding[i]
-        sides += [before, spatial[i] + reach - before - size[i]]
-    plain = SimpleNamespace(kernel_size=m.kernel_size, stride=(1,) * dims, dilation=m.dilation, groups=m.groups)
-    return F.pad(wide, sides), plain
-
-
-def _in_flight(d: int, entries: int) -> int:
-    """Positions unfolded at a time by each core, for groups of d columns and so many entries per position."""
-    return max(1, IN_FLIGHT // entries, min(POSITIONS, d))
-
-
-def _windows(m: Any, x: torch.Tensor, spatial: list[int]) -> torch.Tensor:
-    """Unfolded input (groups, in/groups · kernel, samples · positions), columns in the order of the weight: in, then
-    kernel.
-    """
-    dims = len(m.kernel_size)
-    x = x.contiguous()
-    n, c = x.shape[:2]
-    s = x.stride()
-    size = (c, *m.kernel_size, n, *spatial)
-    stride = (
-        s[1],
-        *(s[2 + i] * m.dilation[i] for i in range(dims)),
-        s[0],
-        *(s[2 + i] * m.stride[i] for i in range(dims)),
-    )
-    return x.as_strided(size, stride).reshape(m.groups, c // m.groups * int(np.prod(m.kernel_size)), -1)
-
-
-def _pad(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """The input padded as the module pads it before its convolution."""
-    if m.padding == "valid":
-        return x
-    sides: list[int] = []
-    for i in reversed(range(len(m.kernel_size))):  # F.pad wants the last dimension first
-        if m.padding == "same":
-            total = m.dilation[i] * (m.kernel_size[i] - 1)
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [m.padding[i], m.padding[i]]
-    if not any(sides):
-        return x
-    return F.pad(x, sides) if m.padding_mode == "zeros" else F.pad(x, sides, mode=m.padding_mode)
-
-
-def _products(
-    chunks: Sequence[torch.Tensor], unfold: Callable[[torch.Tensor], Iterable[torch.Tensor]]
-) -> Iterator[torch.Tensor]:
-    """Per chunk, in order, X Xᵀ on and above the diagonal for each group, X (d, positions) = unfold(chunk)[group].
-
-    On the CPU one thread per core works on a chunk of its own, with BLAS on one thread; the sums keep their order.
-    """
-
-    def product(chunk: torch.Tensor) -> torch.Tensor:
-        products = [_upper_product(X) for X in unfold(chunk)]
-        return torch.stack(products) if len(products) > 1 else products[0][None]
-
-    if chunks[0].device.type != "cpu" or len(chunks) == 1:
-        yield from map(product, chunks)
-        return
-    workers = default_workers()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(chunks), workers):
-            yield from pool.map(product, chunks[start : start + workers])
-
-
-def _upper_product(X: torch.Tensor) -> torch.Tensor:
-    """X Xᵀ on and above the diagonal, float32 (d, d): half the multiplications of the full product."""
-    if X.device.type == "cpu":
-        # BLAS wants columns, so it gets the transpose, which is a view whichever way X lies in memory.
-        array = X.numpy()
-        by_columns = array.flags.f_contiguous
-        return torch.from_numpy(ssyrk(1.0, array) if by_columns else ssyrk(1.0, array.T, trans=1))
-    d = X.shape[0]
-    product = X.new_zeros(d, d)
-    panels = max(1, -(-d // PANEL))
-    edges = [d * i // panels for i in range(panels + 1)]
-    for a, b in itertools.pairwise(edges):
-        product[a:b, a:] = X[a:b] @ X[a:].t()
-    return product
-
-
-def _mirror(gram: torch.Tensor) -> torch.Tensor:
-    """Symmetric (groups, d, d) from sums of upper halves, in place: the lower half is written panel by panel."""
-    for start in range(0, gram.shape[1], PANEL):
-        stop = start + PANEL
-        square = gram[:, start:stop, start:stop]
-        square.copy_(square.triu() + square.triu(1).transpose(1, 2))
-        gram[:, stop:, start:stop] = gram[:, start:stop, stop:].transpose(1, 2)
-    return gram

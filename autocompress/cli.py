@@ -296,6 +296,44 @@ def plan(
 
 
 @command(cls=_Command)
+def compare(
+    task: TaskArgument,
+    budgets: Annotated[str, typer.Option(help="Budgets, joined by commas: 8x,12x,64kB.")],
+    out: Annotated[Path, typer.Option(help="Where compare.csv and plans.jsonl go; rows that are there are kept.")],
+    strategies: Annotated[str | None, typer.Option(help="Strategies, joined by commas (default: all).")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each has a profile of its own.")] = "0",
+    effort: Annotated[str, typer.Option(help="How often searches may run the model: fast, normal or max.")] = "normal",
+    options: OptionsOption = None,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryOption = False,
+) -> None:
+    """Compare strategies at budgets: predicted and measured loss, metric, seconds; every plan is kept."""
+    from autocompress import pipeline
+    from autocompress.strategies import STRATEGIES
+    from autocompress.tasks import load_task
+
+    names = list(STRATEGIES) if strategies is None else [name.strip() for name in strategies.split(",")]
+    wanted = [pipeline.check_request(text, name, effort) for text in _each_budget(budgets) for name in names[:1]]
+    for name in names:
+        pipeline.check_request(wanted[0], name, effort)
+    draws = [_seed(text) for text in seeds.split(",")]
+    offered = _offered(options)
+    found = load_task(task)
+    model, data = found.build_model(), found.calibration_batches(draws[0])
+    facts = [pipeline.forecast(model, data, budget, out, None) for budget in wanted]
+    if dry_run:
+        limits = {str(budget): fact.get("budget_bytes") for budget, fact in zip(wanted, facts, strict=True)}
+        rows = {"budgets": limits, "strategies": names, "seeds": draws, "rows": len(wanted) * len(names) * len(draws)}
+        kept = {key: value for key, value in facts[0].items() if key not in ("budget_bytes", "profile")}
+        _show_facts(kept | _counted(offered) | rows, as_json)
+        return
+    with _progress() as progress:
+        table = pipeline.compare_seeds(found, wanted, names, draws, effort, out, offered, workers, progress)
+    _show_comparison(table, out, as_json)
+
+
+@command(cls=_Command)
 def verify(folder: FolderArgument, task: TaskOption = None, as_json: JsonOption = False) -> None:
     """Check a result: budget, checksums, options, figures. With --task: that it loads and scores the same."""
     from autocompress.reporting.tables import facts_table
@@ -458,6 +496,23 @@ def _limits(budget: str, macs: str | None, bops: str | None, latency_ms: str | N
     return ",".join([budget, *(f"{name}={value or 0}" for name, value in running.items() if value is not None)])
 
 
+def _each_budget(text: str) -> list[str]:
+    """Budgets joined by commas, of which each may limit running costs too: `8x,bops=5%,12x` are two."""
+    found: list[str] = []
+    for part in text.split(","):
+        if "=" in part and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdecimal():
+        fail(f"--seeds has {text!r}; needed whole numbers from 0, joined by commas", 2)
+    return int(text)
+
+
 def _console() -> Any:
     from rich.console import Console
 
@@ -493,6 +548,26 @@ def _show_plan(chosen: Plan, made: Profile) -> None:
     console = _console()
     console.print(plan_table(layer_rows(chosen, made), chosen.fixed_bytes))
     console.print(facts_table(plan_facts(chosen, made)))
+
+
+def _show_comparison(table: Any, out: Path, as_json: bool) -> None:
+    import json
+
+    from autocompress.comparing import summary
+    from autocompress.reporting.tables import comparison_table, facts_table, no_plans
+
+    if as_json:
+        rows = json.loads(table.drop(columns="layers").to_json(orient="records", double_precision=15))
+        _print_json({"rows": rows, "out": str(out)})
+    else:
+        console = _console()
+        console.print(comparison_table(summary(table)))
+        for line in no_plans(table):
+            console.print(line, highlight=False, markup=False, style="dim")
+        console.print(facts_table({"written": f"{out}/: compare.csv, plans.jsonl"}))
+    if (table["error"] != "").all():
+        code = 3 if table["error"].str.startswith("InfeasibleError").all() else 2
+        fail(f"no strategy has a plan at any of these budgets; the first says: {table['error'].iloc[0]}", code)
 
 
 def _show_result(result: Any, as_json: bool, where: str = "", table: bool = False) -> None:

@@ -46,6 +46,10 @@ LEVELS = (0.01, 0.05, 0.2)
 # Statistics are corrected on so many samples where a search scores a choice: a third of the time of `measure`, and the
 # same order but for near-ties.
 SCORE_SAMPLES = 128
+# A confident model's KL is decided by a handful of samples. Where plans are compared for a choice its outputs are
+# therefore softened, until the mean of their largest probability is at most this.
+SOFT = 0.95
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 # What an effort grants a search: how often it may run the model.
 EVALUATIONS = {"fast": 40, "normal": 120, "max": 1000}
 
@@ -158,20 +162,40 @@ class Context:
         return self.divergence_of(self.build(profile, layers))
 
     def score(self, profile: Profile, layers: Mapping[str, Option]) -> float:
-        """What a search goes by: `measure`, with statistics corrected on fewer samples."""
-        return self.divergence_of(self.build(profile, layers, SCORE_SAMPLES))
+        """What a search goes by: `measure` at `temperature`, with statistics corrected on fewer samples."""
+        return self.divergence_of(self.build(profile, layers, SCORE_SAMPLES), temperature=self.temperature)
 
-    def divergence_of(self, model: nn.Module, part: str = "held") -> float:
+    def divergence_of(self, model: nn.Module, part: str = "held", temperature: float = 1.0) -> float:
         """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, `fit` or
-        `all`.
+        `all`, both divided by the temperature.
         """
+        pieces = self._pieces[part]
+        reference = self._reference(part)
+        self.evaluations += 1
+        return _mean_divergence(reference, self._forward(model, pieces), pieces, temperature)
+
+    @functools.cached_property
+    def temperature(self) -> float:
+        """What outputs are divided by where plans are compared: the least of `TEMPERATURES` at which the dense model's
+        largest probability is at most `SOFT` on average.
+        """
+        for temperature in TEMPERATURES[:-1]:
+            tops = [
+                float((output.double() / temperature).softmax(axis).amax(axis).mean())
+                for output in self._reference("held")
+                if (axis := class_axis(output)) is not None
+            ]
+            if sum(tops) <= SOFT * len(tops):
+                return temperature
+        return TEMPERATURES[-1]
+
+    def _reference(self, part: str) -> list[torch.Tensor]:
         pieces = self._pieces[part]
         if not pieces:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
         if part not in self._outputs:
             self._outputs[part] = self._forward(self.model, pieces)
-        self.evaluations += 1
-        return _mean_divergence(self._outputs[part], self._forward(model, pieces), pieces)
+        return self._outputs[part]
 
     def _forward(self, model: nn.Module, pieces: list[Batch]) -> list[torch.Tensor]:
         with torch.no_grad(), evaluating(model):
@@ -212,9 +236,11 @@ class Context:
         return found
 
 
-def _mean_divergence(reference: list[torch.Tensor], outputs: list[torch.Tensor], pieces: list[Batch]) -> float:
+def _mean_divergence(
+    reference: list[torch.Tensor], outputs: list[torch.Tensor], pieces: list[Batch], temperature: float = 1.0
+) -> float:
     sizes = [batch_samples(piece) for piece in pieces]
-    terms = [divergence(a, b) * n for a, b, n in zip(reference, outputs, sizes, strict=True)]
+    terms = [divergence(a, b, temperature) * n for a, b, n in zip(reference, outputs, sizes, strict=True)]
     return sum(terms) / sum(sizes)
 
 
@@ -257,12 +283,12 @@ def class_axis(output: torch.Tensor) -> int | None:
     return None if output.ndim < 2 or output.shape[axis] == 1 else axis
 
 
-def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
+def divergence(reference: torch.Tensor, output: torch.Tensor, temperature: float = 1.0) -> float:
     """How far outputs are from the dense model's, per sample: mean KL(dense ‖ compressed) of the softmax over classes.
 
     Classes are the last dimension of (N, C) and (N, T, C), dimension 1 of images (N, C, H, W). With a single class,
-    where a softmax says nothing, it is the mean squared difference over the mean square of the dense output. Infinite
-    where the output is not finite.
+    where a softmax says nothing, it is the mean squared difference over the mean square of the dense output. Outputs
+    are divided by the temperature before the softmax. Infinite where the output is not finite.
     """
     if not bool(torch.isfinite(output).all()):
         return float("inf")
@@ -270,5 +296,5 @@ def divergence(reference: torch.Tensor, output: torch.Tensor) -> float:
     if axis is None:
         scale = float(reference.double().square().mean()) or 1.0
         return float((reference.double() - output.double()).square().mean()) / scale
-    log_p, log_q = F.log_softmax(reference.double(), axis), F.log_softmax(output.double(), axis)
+    log_p, log_q = (F.log_softmax(t.double() / temperature, axis) for t in (reference, output))
     return float((log_p.exp() * (log_p - log_q)).sum(axis).mean())

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
 from autocompress.applying import apply, carrying, encoded_of
 from autocompress.batches import Batch, batch_samples, feed, materialise
 from autocompress.calibration import Statistics, calibrate
+from autocompress.comparing import compare, task_context, write_comparison
 from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
@@ -31,6 +34,8 @@ from autocompress.records import make_template
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
+from autocompress.tasks import Task
+from autocompress.threads import default_workers
 from autocompress.timing import measured_ms, require_runtime, timed
 from autocompress.tuning import tune
 from autocompress.types import RUNNING_COSTS, Budget, Option, Plan
@@ -40,6 +45,7 @@ __all__ = [
     "RESULTS",
     "Result",
     "check_request",
+    "compare_seeds",
     "compress",
     "forecast",
     "profiled",
@@ -250,6 +256,60 @@ def profiled(
     """Calibrate and profile. Raises the errors of both."""
     say = _Clock(progress)
     return _profiled(model, _calibrated(model, data, seed, None, options, workers, say), store, options, workers, say)
+
+
+def compare_seeds(
+    task: Task,
+    budgets: Sequence[Budget | str | int],
+    strategies: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    effort: str = "normal",
+    out: str | Path = "runs/compare",
+    options: list[Option | str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """`compare` on a profile of its own for every seed, which draws the calibration sample and its split too.
+
+    Writes out/compare.csv and out/plans.jsonl (`comparing.load_comparison` reads them) after every seed; out/seedN
+    holds what a seed's rows come from: profile, rows, what strategies measured. What is there is taken up again. Raises
+    the errors of the stages.
+    """
+    many = default_workers() if workers is None else workers
+    latency = any(Budget.of(budget).latency_ms is not None for budget in budgets)
+    tables, plans = [], []
+    with _result_folder(Path(out)):
+        for seed in dict.fromkeys(seeds):
+            say = _Clock(None if progress is None else functools.partial(_named_stage, progress, f"seed {seed}: "))
+            folder = Path(out) / f"seed{seed}"
+            model, data = task.build_model(), task.calibration_batches(seed)
+            stats = _calibrated(model, data, seed, None, options, workers, say)
+            found = _profiled(model, stats, folder / "profile", options, workers, say)
+            if latency:
+                with say.stage("time layers"):
+                    found = timed(found, model, data[0] if task.example_input is None else task.example_input())
+            tables.append(
+                compare(
+                    found,
+                    budgets,
+                    strategies,
+                    task_context(task, seed, effort),
+                    task.evaluate,
+                    (seed,),
+                    folder,
+                    many,
+                    say.progress,
+                    task,
+                )
+            )
+            plans += (folder / "plans.jsonl").read_text().splitlines()
+            table = pd.concat(tables, ignore_index=True)
+            write_comparison(Path(out), table, plans)
+    return table
+
+
+def _named_stage(progress: Progress, prefix: str, stage: str, done: int, total: int) -> None:
+    progress(prefix + stage, done, total)
 
 
 def forecast(

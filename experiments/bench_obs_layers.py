@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from autocompress import calibrate, obs
-from autocompress.calibration import _gram, _in_flight
+from autocompress.grams import input_products, positions_in_flight
 from autocompress.layers import find_layers
 from autocompress.tasks import load_task
 from autocompress.threads import single_threaded
@@ -209,10 +209,10 @@ def hessians() -> None:
         conv = nn.Conv2d(channels, 8, kernel, stride=stride, padding=kernel // 2)
         x = torch.randn(images, channels, size * stride, size * stride)
         with single_threaded(), torch.no_grad():
-            _gram(conv, x)
+            input_products(conv, x)
             before = matmul_gflops()
-            taken = statistics.median(seconds(partial(_gram, conv, x), 7))
-            cpu = min(cpu_seconds(partial(_gram, conv, x), 5))
+            taken = statistics.median(seconds(partial(input_products, conv, x), 7))
+            cpu = min(cpu_seconds(partial(input_products, conv, x), 5))
         with torch.no_grad():
             matmul = max(before, matmul_gflops())
         d, positions = channels * kernel**2, images * size**2
@@ -221,7 +221,7 @@ def hessians() -> None:
             "layer": f"{channels} channels, {kernel}x{kernel}, stride {stride}, {size}x{size}, {images} images",
             "d": d,
             "positions": positions,
-            "positions_in_flight_per_core": max(1, _in_flight(d, d) // size**2) * size**2,
+            "positions_in_flight_per_core": max(1, positions_in_flight(d, d) // size**2) * size**2,
             "seconds": f"{taken:.4g}",
             "gflops": f"{rate:.4g}",
             "matmul_gflops": f"{matmul:.4g}",

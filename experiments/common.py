@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib.metadata
 import os
 import subprocess
@@ -44,7 +45,17 @@ def done_keys(path: Path, keys: Sequence[str]) -> set[tuple[str, ...]]:
 
 
 def keep_row(path: Path, row: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Add or replace one row (by its keys) and keep the file sorted by them."""
+    """Add or replace one row (by its keys) and keep the file sorted by them. Processes may do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the file itself is replaced, and a lock with it
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        _keep_row(path, row, keys)
+    finally:
+        os.close(folder)
+
+
+def _keep_row(path: Path, row: Mapping[str, Any], keys: Sequence[str]) -> None:
     rows: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:

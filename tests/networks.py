@@ -15,6 +15,8 @@ from autocompress.calibration import calibrate
 from autocompress.profiling import Profile, profile
 
 OPTIONS = ("fp16", "w4", "rd(0.5,0.3)", "rd(0.9,0.3)s60", "rd(1.4,0.7)s85")
+# Widths on top of sparsities beside them, for rules that set them.
+GRID = (*OPTIONS, "w2", "s60w2", "s85w2", "s60w4", "s85w4")
 
 
 def seeded(build: Any, seed: int = 0) -> nn.Module:
@@ -117,6 +119,13 @@ def small_profile() -> tuple[nn.Module, list[torch.Tensor], Profile]:
     """The network above, its data and its profile. Shared: tests leave all three alone."""
     model, data = convnet(), images()
     return model, data, profiled(model, data)
+
+
+@functools.cache
+def grid_profile() -> tuple[nn.Module, list[torch.Tensor], Profile]:
+    """The same with options for every strategy."""
+    model, data = convnet(), images()
+    return model, data, profiled(model, data, GRID)
 
 
 def compressed(model: nn.Module, data: list[Any], budget: str | int, options: Sequence[str] = OPTIONS) -> Any:

@@ -23,6 +23,7 @@ ORDER = [
     "batches",
     "layers",
     "inputs",
+    "grams",
     "calibration",
     "storage",
     "costs",

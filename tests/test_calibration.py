@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import autocompress as ac
+from autocompress import grams
 from autocompress.calibration import Statistics, calibrate
 from autocompress.errors import CalibrationError, MismatchError
 
@@ -148,11 +149,39 @@ def test_the_matrix_multiplies_the_patches() -> None:
 
 
 def test_more_samples_than_one_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autocompress import calibration
 
-    monkeypatch.setattr(calibration, "IN_FLIGHT", 100)
-    monkeypatch.setattr(calibration, "PANEL", 5)
+    monkeypatch.setattr(grams, "IN_FLIGHT", 100)
+    monkeypatch.setattr(grams, "POSITIONS", 1)
+    monkeypatch.setattr(grams, "PANEL", 5)
     check(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(100, 3)), _batches(3, 5, 5))
+
+
+@pytest.mark.parametrize("kernel", [3, (3, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("size", [(7, 6), (2, 3), (3, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("chunks", ["one chunk", "a chunk per sample"])
+def test_convolutions_by_correlation(
+    kernel: Any, size: tuple[int, int], chunks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grams, "LEAST_CHANNELS", 3)
+    if chunks != "one chunk":
+        monkeypatch.setattr(grams, "IN_FLIGHT", 1)
+        monkeypatch.setattr(grams, "POSITIONS", 1)
+    layer = nn.Conv2d(3, 2, kernel, padding="same")
+    assert grams._correlates(layer, torch.zeros(1, 3, *size))
+    check(layer, _batches(3, *size))
+    padding: Any = tuple(k // 2 for k in layer.kernel_size)
+    check(nn.Conv2d(3, 2, kernel, padding=padding), _batches(3, *size))
+
+
+@pytest.mark.parametrize("options", PADDINGS)
+@pytest.mark.parametrize("groups", [1, 4], ids=["one group", "depthwise"])
+def test_what_correlation_cannot_do_is_unfolded(
+    groups: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grams, "LEAST_CHANNELS", 4)
+    layer = nn.Conv2d(4, 4, **{"kernel_size": 3, "groups": groups, **options})
+    assert grams._correlates(layer, torch.zeros(1, 4, 7, 6)) == (options == {"padding": "same"} and groups == 1)
+    check(layer, _batches(4, 7, 6))
 
 
 class Twice(nn.Module):

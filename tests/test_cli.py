@@ -7,10 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,7 +36,19 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
     assert "compress" in call("--help").out
     assert call("--version").out.strip() == ac.__version__
-    for verb in ("demo", "compress", "profile", "plan", "verify", "unpack", "inspect", "report", "costs", "doctor"):
+    for verb in (
+        "demo",
+        "compress",
+        "profile",
+        "plan",
+        "compare",
+        "verify",
+        "unpack",
+        "inspect",
+        "report",
+        "costs",
+        "doctor",
+    ):
         assert "Usage" in call(verb, "--help").out
 
 
@@ -363,3 +377,77 @@ def test_the_demo(tmp_path: Path) -> None:
     assert metrics["metric"] > metrics["baseline_metric"] - 1.0
     assert metrics["gap"] < 1e-3
     assert call("verify", tmp_path / "demo", "--task", "digits").code == 0
+
+
+COMPARED = [(b, s) for b in ("6x", "1.2x,bops=90%") for s in ("uniform", "exact", "kl")]
+
+
+def test_compare_prints_its_table_and_keeps_every_plan(done: Path, tmp_path: Path) -> None:
+    task, out, other = done / "task.py", tmp_path / "out", tmp_path / "other"
+    arguments = ("compare", task, "--budgets", "6x,1.2x,bops=90%", "--strategies", "uniform,exact,kl", "--out")
+    outcome = call(*arguments, out, "--seeds", "0,1", "--workers", 1)
+    assert outcome.code == 0, outcome.err
+    assert sorted(p.name for p in out.iterdir()) == ["compare.csv", "plans.jsonl", "seed0", "seed1"]
+    assert "seed 1: compare" in outcome.err
+    table = ac.load_comparison(out)
+    rows = list(zip(table["seed"], table["budget"], table["strategy"], strict=True))
+    assert rows == [(seed, *at) for seed in (0, 1) for at in COMPARED]
+    assert (table["error"] == "").all()
+    assert table[["kl", "metric"]].notna().all(axis=None)
+    for words in ("means of 2 seeds", "6x", "1.2x,bops=90%", "as papers count", "±", "uniform", "kl"):
+        assert words in outcome.out
+    assert outcome.out.count(" *") == 2  # the best of each budget
+    # A row is the plan that the profile of its seed gives.
+    assert call("plan", out / "seed1", "--budget", "6x", "--out", tmp_path / "plan.json").code == 0
+    plan = ac.Plan.from_json((tmp_path / "plan.json").read_text())
+    (row,) = table.query("seed == 1 and budget == '6x' and strategy == 'exact'").to_dict("records")
+    assert {n: o for n, (o, _) in json.loads(row["layers"]).items()} == {n: str(o) for n, o in plan.layers.items()}
+    # Again: the same rows, none of them computed anew.
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("rows/*.json")}
+    assert len(before) == 12
+    again = call(*arguments, out, "--seeds", "0,1", "--workers", 1, "--json")
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("rows/*.json")} == before
+    assert [(r["seed"], r["budget"], r["strategy"]) for r in json.loads(again.out)["rows"]] == rows
+    # Workers load the task, whose model no pickle could find, and the rows are the same.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call(*arguments, other, "--workers", 2).code == 0
+    pd.testing.assert_frame_equal(
+        ac.load_comparison(other).drop(columns="seconds"),
+        table[table["seed"] == 0].drop(columns="seconds"),
+        check_exact=True,
+    )
+
+
+def test_what_compare_refuses(done: Path, tmp_path: Path) -> None:
+    task, out = done / "task.py", tmp_path / "out"
+
+    def refused(code: int, budgets: str, *more: object) -> str:
+        return call("compare", task, "--budgets", budgets, "--out", out, *more).refused(code)
+
+    assert "'8y' is not a budget" in refused(2, "4x,8y")
+    assert "there is no strategy 'best'; there are uniform," in refused(2, "4x", "--strategies", "uniform,best")
+    assert "effort is 'slow'" in refused(2, "4x", "--effort", "slow")
+    assert "--seeds has '-1'; needed whole numbers" in refused(2, "4x", "--seeds", "0,-1")
+    assert "'int9' is not an option" in refused(2, "4x", "--options", "int9")
+    assert "what no choice changes has" in refused(3, "4x,9")
+    dry = json.loads(call("compare", task, "--budgets", "4x,700", "--out", out, "--dry-run", "--json").out)
+    assert dry["budgets"]["700"] == 700
+    assert dry["rows"] == 2 * len(dry["strategies"]) >= 14
+    assert not out.exists()
+    # Nothing is as small as that; the table says so, line by line, and so does the exit code.
+    outcome = call("compare", task, "--budgets", "160", "--strategies", "uniform,exact", "--out", out, "--workers", 1)
+    assert "no strategy has a plan at any of these budgets" in outcome.refused(3)
+    assert "no plan: exact at 160: InfeasibleError: no allocation fits in 160 bytes" in outcome.out
+    # With one that has a plan, the others are lines.
+    outcome = call("compare", task, "--budgets", "160,6x", "--strategies", "exact", "--out", out, "--workers", 1)
+    assert outcome.code == 0
+    assert "no plan: exact at 160: InfeasibleError" in outcome.out
+
+
+def test_compare_says_what_evaluate_raises(tmp_path: Path) -> None:
+    task = write_task(tmp_path, evaluate="def evaluate(model):\n    raise ValueError('no images')\n")
+    arguments = ("compare", task, "--budgets", "4x", "--strategies", "uniform,exact", "--out", tmp_path / "out")
+    for workers in (1, 2):
+        outcome = call(*arguments, "--workers", workers)
+        assert "task task: evaluate() failed: ValueError: no images" in outcome.refused(2)

@@ -15,15 +15,19 @@ from autocompress.planning import cost_facts
 from autocompress.reporting.rows import FilePart, LayerRow, amount, cost_rows, ratio_text
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from autocompress.profiling import Profile
     from autocompress.types import Plan
 
 __all__ = [
+    "comparison_table",
     "fact_text",
     "facts_table",
     "file_table",
     "gap_text",
     "measured_text",
+    "no_plans",
     "plan_facts",
     "plan_table",
     "result_facts",
@@ -71,6 +75,50 @@ def file_table(parts: Sequence[FilePart]) -> Table:
         )
     table.add_row("the whole file", "", "", "", f"{total:,}", "100 %", "", style="bold")
     return table
+
+
+def comparison_table(rows: pd.DataFrame) -> Table:
+    """What `comparing.summary` gives, budget by budget, the best strategy of each in bold and with a star."""
+    seeds = int(rows["seeds"].max()) if len(rows) else 0
+    title = f"means of {seeds} seeds, ± their standard deviation" if seeds > 1 else None
+    names = ("budget", "strategy", "bytes", "as papers count", "gap", "KL", "metric", "model runs", "seconds")
+    table = _table(*names, left=2, title=title)
+    last = None
+    for row in rows.to_dict("records"):
+        if last not in (None, row["budget"]):
+            table.add_section()
+        spread = seeds > 1
+        table.add_row(
+            row["budget"] if row["budget"] != last else "",
+            escape(row["strategy"]) + (" *" if row["best"] else ""),
+            f"{row['bytes']:,.0f}",
+            f"{row['paper_bytes']:,.0f}",
+            f"{100 * row['gap']:.2f} %" if math.isfinite(row["gap"]) else "no bound",
+            _mean(row["kl"], row["kl_std"] if spread else None, ".5f"),
+            _mean(row["metric"], row["metric_std"] if spread else None, ".2f"),
+            f"{row['evaluations']:,.0f}",
+            f"{row['seconds']:.1f}",
+            style="bold" if row["best"] else "",
+        )
+        last = row["budget"]
+    return table
+
+
+def _mean(value: float, std: float | None, form: str) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:{form}}" + ("" if std is None or math.isnan(std) else f" ± {std:{form}}")
+
+
+def no_plans(table: pd.DataFrame) -> list[str]:
+    """A line for each (strategy, error) of a comparison's rows without a plan, with the budgets that have it."""
+    failed = table[table["error"] != ""]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in failed.to_dict("records"):
+        budgets = groups.setdefault((row["strategy"], row["error"]), [])
+        if row["budget"] not in budgets:
+            budgets.append(row["budget"])
+    return [f"no plan: {name} at {', '.join(budgets)}: {error}" for (name, error), budgets in groups.items()]
 
 
 def times_table(dense_ms: float, cells: Sequence[Cell], macs: Mapping[str, int], facts: Mapping[str, str]) -> Table:

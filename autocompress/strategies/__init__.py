@@ -19,10 +19,17 @@ from autocompress.planning import (
 from autocompress.profiling import Profile
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
+from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
+from autocompress.strategies.densities import magnitude
+from autocompress.strategies.erk import erk
+from autocompress.strategies.lamp import lamp
+from autocompress.strategies.opq import opq, opq_energy
 from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
+from autocompress.strategies.yang import Yang
+from autocompress.strategies.yang import paper_bytes as paper_counted
 from autocompress.types import Budget, Plan
 
-__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "plan"]
+__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "paper_counted", "plan"]
 
 STRATEGIES: dict[str, Strategy] = {
     "uniform": SingleOption(),
@@ -30,6 +37,14 @@ STRATEGIES: dict[str, Strategy] = {
     "lagrangian": Solved("lagrangian"),
     "dp": Solved("dp"),
     "exact": Solved("exact"),
+    "uniform_bits": uniform_bits,
+    "uniform_sparsity": uniform_sparsity,
+    "magnitude": magnitude,
+    "erk": erk,
+    "lamp": lamp,
+    "yang": Yang(),
+    "opq": opq,
+    "opq_energy": opq_energy,
     "kl": Sensitivity(),
     "auto": Auto(),
 }

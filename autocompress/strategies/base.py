@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from autocompress.compressors import Measured
-from autocompress.errors import MismatchError
+from autocompress.errors import InfeasibleError, MismatchError
 from autocompress.measuring import Context
 from autocompress.planning import (
     Allocation,
@@ -22,6 +22,8 @@ from autocompress.planning import (
     limits_of,
     make_plan,
     problem,
+    running_cost,
+    within,
     within_limits,
 )
 from autocompress.profiling import Profile
@@ -36,8 +38,10 @@ __all__ = [
     "chosen_plan",
     "largest_that_fits",
     "needs_of",
+    "refused",
     "searchable",
     "solved_plan",
+    "weights_of",
     "with_context",
 ]
 
@@ -58,6 +62,18 @@ def with_context(context: Context | None, strategy: str, why: str) -> Context:
     if context is None:
         raise MismatchError(f"strategy {strategy!r} {why}: give a context (on the command line: --task)")
     return context
+
+
+def weights_of(profile: Profile, context: Context | None, strategy: str) -> dict[str, np.ndarray]:
+    """The dense weights, float64 (groups, rows, columns), of every layer that calibration reached: the others have no
+    options that a rule could choose from. Raises MismatchError without a context.
+    """
+    model = with_context(context, strategy, "looks at the weights").model
+    return {
+        name: layer.layer.matrix(model.get_parameter(layer.layer.key))
+        for name, layer in profile.layers.items()
+        if layer.reached
+    }
 
 
 def solved_plan(
@@ -97,6 +113,26 @@ def chosen_plan(
     return make_plan(profile, budget, Allocation(dict(rows), loss, bound, gap, size, room), name)
 
 
+def refused(profile: Profile, budget: Budget, smallest: Sequence[Choice], what: str) -> InfeasibleError:
+    """The refusal of a budget that none of these choices, the smallest that a rule can make, is within; it names the
+    running costs where the bytes would do.
+    """
+    limits = limits_of(budget, profile)
+    fitting = [rows for rows in smallest if within_limits(profile, limits.bytes, rows)]
+    if fitting:
+        choices = [{n: row.option for n, row in rows.items()} for rows in fitting]
+        least = {n: min(running_cost(profile, n, c) for c in choices) for n in limits.running}
+        return InfeasibleError(
+            f"{what} is within {limits}: the least that one of them within the bytes takes is "
+            f"{Limits(limits.bytes, least)}",
+            limits.bytes,
+        )
+    least_bytes = limits.bytes
+    while (size := min(map(within(profile, least_bytes).template.file_bytes, smallest))) > least_bytes:
+        least_bytes = size  # a larger budget may store norms in more bits
+    return infeasible(profile, limits.bytes, least_bytes, what)
+
+
 def largest_that_fits(
     profile: Profile, budget: Budget, propose: Callable[[float], Choice], name: str, steps: int = 40
 ) -> Choice:
@@ -109,7 +145,7 @@ def largest_that_fits(
     limits = limits_of(budget, profile)
     best = propose(0.0)
     if not within_limits(profile, limits, best):
-        raise infeasible(profile, limits.bytes, profile.template.file_bytes(best), f"strategy {name!r}: no choice")
+        raise refused(profile, budget, [best], f"no choice of strategy {name!r}")
     if within_limits(profile, limits, top := propose(1.0)):
         return top
     low, high = 0.0, 1.0

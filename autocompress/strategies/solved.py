@@ -4,21 +4,14 @@ KL suggests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from autocompress.errors import InfeasibleError
 from autocompress.measuring import LEVELS, Context
-from autocompress.planning import (
-    Limits,
-    energy_losses,
-    infeasible,
-    limits_of,
-    running_cost,
-    single_options,
-    within,
-)
+from autocompress.planning import energy_losses, limits_of, single_options
 from autocompress.profiling import Profile
-from autocompress.strategies.base import chosen_plan, solved_plan, with_context
+from autocompress.strategies.base import chosen_plan, refused, solved_plan, with_context
 from autocompress.types import Budget, Plan
 
 __all__ = ["Sensitivity", "SingleOption", "Solved"]
@@ -41,32 +34,25 @@ class Solved:
 
 class SingleOption:
     """The same option for every layer: of those that fit, the least sum of error / layer energy. The baseline of
-    everything.
+    everything. `offered` leaves of a profile what may be chosen from.
     """
 
     needs = "curves"
 
+    def __init__(self, name: str = "uniform", offered: Callable[[Profile], Profile] = lambda profile: profile) -> None:
+        self.name = name
+        self.offered = offered
+
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        limits = limits_of(budget, profile)
-        plans = single_options(profile, limits)
-        if not plans and (fitting := single_options(profile, limits.bytes, undominated=False)):
-            choices = [{n: row.option for n, row in rows.items()} for rows in fitting]
-            least = {n: min(running_cost(profile, n, c) for c in choices) for n in limits.running}
-            raise InfeasibleError(
-                f"no single option for all layers is within {limits}: the least that one of them within the bytes "
-                f"takes is {Limits(limits.bytes, least)}",
-                limits.bytes,
-            )
+        limits, offered = limits_of(budget, profile), self.offered(profile)
+        plans = single_options(offered, limits)
         if not plans:
             # Where calibration reached no layer there is nothing to choose, and one allocation: everything dense.
-            every = single_options(profile, 1 << 62, undominated=False) or [
+            every = single_options(offered, 1 << 62, undominated=False) or [
                 {name: layer.rows[0] for name, layer in profile.layers.items()}
             ]
-            smallest = limits.bytes
-            while (size := min(map(within(profile, smallest).template.file_bytes, every))) > smallest:
-                smallest = size  # a larger budget may store norms in more bits
-            raise infeasible(profile, limits.bytes, smallest, "no single option for all layers")
-        return chosen_plan(profile, budget, plans[0], "uniform")
+            raise refused(profile, budget, every, f"no single option for all layers ({self.name})")
+        return chosen_plan(profile, budget, plans[0], self.name)
 
 
 class Sensitivity:

@@ -1,11 +1,4 @@
-"""Comparison: strategies x budgets x seeds on one profile, row by row, as a table.
-
-Store:  rows/<key>.json      one file per finished row, named by the digest of all that the row depends on
-        extra/<name>.json    what strategies measured on the model; extra/<name>.runs.json how often that ran it
-        compare.csv          the table of the last call, up to date after every row
-        plans.jsonl          its plans, a line per row: {strategy, budget, seed, layers: {layer: [option, bytes]}, plan}
-Every file is renamed into its place, and a row's name says what is in it, so several processes may fill one store.
-"""
+"""Rows of a comparison: plan, measure, evaluate; in this process or in workers."""
 
 from __future__ import annotations
 
@@ -14,14 +7,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import math
 import os
 import pickle
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +23,10 @@ import torch
 from torch import nn
 
 from autocompress import __version__
+from autocompress.comparing.table import COLUMNS, Book, Row
 from autocompress.compressors import Measured
 from autocompress.engines import WorkerError, run_tasks
 from autocompress.errors import AutocompressError, MismatchError, StoreError
-from autocompress.files import atomic_path
 from autocompress.measuring import Context
 from autocompress.planning import budget_bytes, within
 from autocompress.profiling import Profile, Store
@@ -44,28 +36,9 @@ from autocompress.strategies.auto import Auto
 from autocompress.tasks import Task, load_task
 from autocompress.types import Budget, Plan
 
-__all__ = ["COLUMNS", "CompareWarning", "compare", "load_comparison", "spending", "task_context"]
+__all__ = ["CompareWarning", "compare", "task_context"]
 
 COMPARE_VERSION = 1
-COLUMNS = (
-    "strategy",
-    "budget",
-    "seed",
-    "budget_bytes",
-    "bytes",
-    "paper_bytes",
-    "predicted_loss",
-    "bound",
-    "gap",
-    "kl",
-    "metric",
-    "seconds",
-    "evaluations",
-    "plan",
-    "error",
-)
-KEYS = ("strategy", "budget", "seed")
-log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 
@@ -84,11 +57,12 @@ def compare(
     workers: int = 1,
     progress: Progress | None = None,
     task: Task | None = None,
+    on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> pd.DataFrame:
     """One row per (strategy, budget, seed): what its plan promises, what it measures, what it took.
 
     Columns: strategy, budget, seed, budget_bytes; bytes (of the file, exact); paper_bytes (as papers count: codes of
-    the weights that are not zero, ceil(sum of nonzero * width / 8), without positions, scales, norms and biases);
+    the weights that are not zero, sum of nonzero * width / 8, without positions, scales, norms and biases);
     predicted_loss, bound and gap (of the strategy's own objective: not comparable between strategies); kl (measured, to
     the dense model, on the calibration slice that the Hessians never saw); metric (what evaluate says of the
     model); seconds (of planning alone; later rows find weights made by earlier ones); evaluations (model runs that the
@@ -107,7 +81,8 @@ def compare(
     workers: processes. Every row runs on one thread, so that the table, but for `seconds`, does not depend on how many
     there are; what cannot be pickled runs in this process, with a CompareWarning. task: where context and evaluate come
     from (`task_context`, `task.evaluate`), which lets workers load it anew instead of unpickling them.
-    progress: called with ("compare", rows done, rows in all).
+    progress: called with ("compare", rows done, rows in all). on_row: called with every row, {column: value}, as soon
+    as it is known; those of the store first.
 
     Raises StrategyError for an unknown name, BudgetError for a budget that is not one, MismatchError for a context of
     another model or data, StoreError for a store that cannot be used, and whatever evaluate raises.
@@ -123,65 +98,16 @@ def compare(
     tell = progress or (lambda stage, done, total: None)
     with _folder(store) as place:
         bench = _Bench(profile, context, evaluate, chosen, place, None if task is None else task.source)
-        book = _Book(place, store is not None, asked, {at: bench.key(*at) for at in asked})
+        book = Book(place, store is not None, asked, {at: bench.key(*at) for at in asked})
         tell("compare", len(book.rows), len(asked))
+        hand = on_row or (lambda row: None)
+        for row in list(book.rows.values()):
+            hand(row.record())
         for row in _made(bench, book.missing(), workers):
             book.add(row)
+            hand(row.record())
             tell("compare", len(book.rows), len(asked))
         return book.table()
-
-
-def spending(table: pd.DataFrame) -> pd.DataFrame:
-    """Who spends the bytes where: one row per (strategy, budget, seed, layer): option, bytes, share (of the file).
-
-    table: what `compare` or `load_comparison` gave, or rows of it; rows without a plan are left out.
-    """
-    records = [
-        {
-            **{key: row[key] for key in KEYS},
-            "layer": layer,
-            "option": option,
-            "bytes": size,
-            "share": size / row["bytes"],
-        }
-        for row in table.to_dict("records")
-        if row["layers"]
-        for layer, (option, size) in json.loads(row["layers"]).items()
-    ]
-    return pd.DataFrame.from_records(records, columns=[*KEYS, "layer", "option", "bytes", "share"])
-
-
-def load_comparison(folder: str | Path) -> pd.DataFrame:
-    """The table that `compare` left in its store, or `autocompress compare` in its folder, `layers` included.
-
-    Raises StoreError where there is none.
-    """
-    path = Path(folder)
-    try:
-        lines = [json.loads(line) for line in (path / "plans.jsonl").read_text().splitlines()]
-        table = pd.read_csv(path / "compare.csv", dtype={"strategy": str, "budget": str, "plan": str, "error": str})
-    except FileNotFoundError as error:
-        raise StoreError(f"there is no comparison in {path}; run `autocompress compare TASK --out {path}`") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"the comparison in {path} cannot be read: {error}; remove it to make it again") from error
-    layers = {tuple(line[key] for key in KEYS): json.dumps(line["layers"]) for line in lines}
-    table[["plan", "error"]] = table[["plan", "error"]].fillna("")
-    return _typed(table.assign(layers=[layers.get((r.strategy, r.budget, r.seed), "") for r in table.itertuples()]))
-
-
-def write_comparison(folder: Path, table: pd.DataFrame, plans: Iterable[str]) -> None:
-    """compare.csv and plans.jsonl of a table. plans: the lines of the latter."""
-    with atomic_path(folder / "compare.csv") as scratch:
-        table.drop(columns="layers").to_csv(scratch, index=False, lineterminator="\n")
-    with atomic_path(folder / "plans.jsonl") as scratch:
-        scratch.write_text("".join(f"{line}\n" for line in plans))
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the same types whatever is missing in it."""
-    whole = dict.fromkeys(("bytes", "paper_bytes", "evaluations"), "Int64")
-    real = dict.fromkeys(("predicted_loss", "bound", "gap", "kl", "metric", "seconds"), "float64")
-    return table.astype({"seed": "int64", "budget_bytes": "int64", **whole, **real})
 
 
 class _Training:
@@ -225,44 +151,6 @@ def _name_of(strategy: str | Strategy) -> str:
     return strategy if isinstance(strategy, str) else getattr(strategy, "__name__", type(strategy).__name__)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of the table with its plan, as JSON; `failure`: what is no row, but for whoever asked to raise."""
-
-    values: Mapping[str, Any]
-    layers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    plan: str = ""
-    failure: AutocompressError | None = None
-
-    @property
-    def at(self) -> tuple[str, str, int]:
-        return self.values["strategy"], self.values["budget"], self.values["seed"]
-
-    def record(self) -> dict[str, Any]:
-        return {**self.values, "layers": json.dumps(self.layers) if self.layers else ""}
-
-    @functools.cached_property
-    def line(self) -> str:
-        """The row's line of plans.jsonl."""
-        return json.dumps(
-            {**dict(zip(KEYS, self.at, strict=True)), "layers": self.layers, "plan": json.loads(self.plan)}
-        )
-
-    def to_json(self) -> str:
-        values = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in self.values.items()}
-        return json.dumps({"row": values, "layers": self.layers, "plan": self.plan}, indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> _Row:
-        """Inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
-        body = json.loads(text)
-        values = dict(body["row"])
-        for name in ("predicted_loss", "bound", "gap", "kl", "metric", "seconds"):
-            values[name] = None if values[name] is None else float(values[name])
-        layers = {name: (str(option), int(size)) for name, (option, size) in body["layers"].items()}
-        return cls({name: values[name] for name in COLUMNS}, layers, body["plan"])
-
-
 @dataclass
 class _Bench:
     """What rows are computed from. `measured`: (kl, metric) of plans that were measured, as strategies often agree."""
@@ -297,7 +185,7 @@ class _Bench:
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
-    def row(self, name: str, budget: str, seed: int) -> _Row:
+    def row(self, name: str, budget: str, seed: int) -> Row:
         """Plan, measure, evaluate, on one thread."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -306,7 +194,7 @@ class _Bench:
         finally:
             torch.set_num_threads(threads)
 
-    def _row(self, name: str, text: str, seed: int) -> _Row:
+    def _row(self, name: str, text: str, seed: int) -> Row:
         strategy, budget = self.strategies[name], Budget.parse(text)
         context = None if self.context is None else self.context.seeded(seed)
         extra = _Extra(self.place, context)
@@ -326,11 +214,11 @@ class _Bench:
             raise
         except AutocompressError as error:
             values["seconds"] = time.perf_counter() - began
-            return _Row({**values, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+            return Row({**values, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
         plan = plan.replace(seed=seed)
         values |= {
             "bytes": plan.predicted_bytes,
-            "paper_bytes": math.ceil(sum(row.nonzero * row.width for row in rows.values()) / 8),
+            "paper_bytes": -(-sum(row.nonzero * (row.option.bits or row.width) for row in rows.values()) // 8),
             "predicted_loss": plan.predicted_loss,
             "bound": plan.bound,
             "gap": plan.gap,
@@ -342,8 +230,8 @@ class _Bench:
             try:
                 values["kl"], values["metric"] = self._measured(profile, plan, context)
             except AutocompressError as error:
-                return _Row(values, failure=error)
-        return _Row(values, {n: (str(row.option), row.bytes) for n, row in rows.items()}, plan.to_json())
+                return Row(values, failure=error)
+        return Row(values, {n: (str(row.option), row.bytes) for n, row in rows.items()}, plan.to_json())
 
     def _measured(self, profile: Profile, plan: Plan, context: Context) -> tuple[float, float | None]:
         at = (plan.vector_bits, *map(str, plan.layers.values()))
@@ -376,7 +264,7 @@ class _Extra(Store):
 
     def __init__(self, path: Path, context: Context | None) -> None:
         self.path, self.context, self.runs = path, context, 0
-        self._missed: dict[str, int] = {}
+        self._before: dict[str, int] = {}
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -393,66 +281,20 @@ class _Extra(Store):
         return 0 if self.context is None else self.context.evaluations
 
     def read_json(self, name: str) -> Any | None:
-        found, runs = super().read_json(name), super().read_json(_runs_name(name))
-        if found is None or runs is None:
-            self._missed[name] = self._ran()
-            return None
-        self.runs += runs
+        runs = super().read_json(_runs_name(name))
+        found = None if runs is None else super().read_json(name)
+        known = 0 if found is None else int(runs or 0)
+        self._before[name] = self._ran() - known
+        self.runs += known
         return found
 
     def write_json(self, name: str, value: Any) -> None:
+        super().write_json(_runs_name(name), self._ran() - self._before.get(name, 0))
         super().write_json(name, value)
-        super().write_json(_runs_name(name), self._ran() - self._missed.get(name, 0))
 
 
 def _runs_name(name: str) -> str:
     return f"{name.removesuffix('.json')}.runs.json"
-
-
-@dataclass
-class _Book:
-    """The rows of a call, in the order of the table, and the store that they are kept in."""
-
-    place: Path
-    keep: bool
-    asked: Sequence[tuple[str, str, int]]
-    keys: Mapping[tuple[str, str, int], str | None]
-    rows: dict[tuple[str, str, int], _Row] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for at, key in self.keys.items():
-            path = self._path(key)
-            if key is None or not path.is_file():
-                continue
-            try:
-                self.rows[at] = _Row.from_json(path.read_text())
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise StoreError(f"{path} cannot be read: {error}; remove it to make it again") from error
-        log.info("%d of %d rows are in the store already", len(self.rows), len(self.asked))
-        self._write()
-
-    def _path(self, key: str | None) -> Path:
-        return self.place / "rows" / f"{key}.json"
-
-    def missing(self) -> list[tuple[str, str, int]]:
-        return [at for at in self.asked if at not in self.rows]
-
-    def add(self, row: _Row) -> None:
-        key = self.keys[row.at]
-        if self.keep and key is not None:
-            with atomic_path(self._path(key)) as scratch:
-                scratch.write_text(row.to_json())
-        self.rows[row.at] = row
-        self._write()
-
-    def _write(self) -> None:
-        if self.keep:
-            rows = [self.rows[at] for at in self.asked if at in self.rows]
-            write_comparison(self.place, self.table(), [row.line for row in rows if row.plan])
-
-    def table(self) -> pd.DataFrame:
-        known = [self.rows[at].record() for at in self.asked if at in self.rows]
-        return _typed(pd.DataFrame.from_records(known, columns=[*COLUMNS, "layers"]))
 
 
 @contextlib.contextmanager
@@ -470,7 +312,7 @@ def _folder(store: str | Path | None) -> Iterator[Path]:
     yield path
 
 
-def _made(bench: _Bench, todo: list[tuple[str, str, int]], workers: int) -> Iterator[_Row]:
+def _made(bench: _Bench, todo: list[tuple[str, str, int]], workers: int) -> Iterator[Row]:
     """The rows, as they come. Raises what is no row."""
     made = _made_by_workers(bench, todo, workers) if workers > 1 and len(todo) > 1 else None
     for found in made or (bench.row(*at) for at in todo):
@@ -484,7 +326,7 @@ def _made(bench: _Bench, todo: list[tuple[str, str, int]], workers: int) -> Iter
         yield found
 
 
-def _made_by_workers(bench: _Bench, todo: list[tuple[str, str, int]], workers: int) -> Iterator[_Row | str]:
+def _made_by_workers(bench: _Bench, todo: list[tuple[str, str, int]], workers: int) -> Iterator[Row | str]:
     """The rows, as they come; or, before any of them, why a worker cannot compute them."""
     try:
         data = _pickled(bench)
@@ -527,9 +369,9 @@ def _unpickled(path: str) -> _Bench | str:
     return bench
 
 
-def _row_in_worker(path: str, name: str, budget: str, seed: int) -> _Row | str:
+def _row_in_worker(path: str, name: str, budget: str, seed: int) -> Row | str:
     try:
         bench = _unpickled(path)
         return bench if isinstance(bench, str) else bench.row(name, budget, seed)
     except AutocompressError as error:
-        return _Row({}, failure=error)
+        return Row({}, failure=error)
