@@ -2,10 +2,10 @@
 
     AUTOCOMPRESS_TASK=../experiments/tasks/resnet20_cifar10.py python experiments/execute_notebooks.py [NAME ...]
 
-Runs `notebooks/*.ipynb`, or those whose names start with NAME, in their own folder, so that a path of a task is seen from there.
-What changes from one run to the next without meaning anything is left out (times, versions of Python), and plots are stored
-with a palette, which makes them a third as long. A cell that fails, or that writes to stderr, ends the run, and that notebook
-stays as it was. Needs the extra `notebooks`.
+Runs `notebooks/*.ipynb`, or those whose names start with NAME, in their own folder: a path of a task is as seen from
+there. What changes from one run to the next without meaning anything is left out (times, versions of Python), and plots
+are stored with a palette, which makes them a third as long. A cell that fails, or that writes to stderr, ends the run,
+and that notebook stays as it was. Needs the extra `notebooks`.
 """
 
 from __future__ import annotations
