@@ -370,9 +370,7 @@ def _allocate(
     return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
 
 
-def problem(
-    profile: Profile, budget: Budget | str | int, losses: Mapping[str, np.ndarray] | None = None
-) -> Problem:
+def problem(profile: Profile, budget: Budget | str | int, losses: Mapping[str, np.ndarray] | None = None) -> Problem:
     """The allocation within a budget as `solvers` takes it, to be solved or studied without making a plan.
 
     One group per layer, in the order of the profile, and in it one option per row: its loss, (options,) per layer, by
