@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = ROOT / "notebooks"
-COLOURS = 128  # of a palette
+COLOURS = 256  # of a palette, the most that a PNG has
 CELL_SECONDS = 3600
 
 
