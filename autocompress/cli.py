@@ -299,7 +299,7 @@ def plan(
 def compare(
     task: TaskArgument,
     budgets: Annotated[str, typer.Option(help="Budgets, joined by commas: 8x,12x,64kB.")],
-    out: Annotated[Path, typer.Option(help="Where compare.csv and plans.jsonl go; rows that are there are kept.")],
+    out: Annotated[Path, typer.Option(help="Where compare.csv, plans.jsonl, compare.html go; rows there are kept.")],
     strategies: Annotated[str | None, typer.Option(help="Strategies, joined by commas (default: all).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each has a profile of its own.")] = "0",
     effort: Annotated[str, typer.Option(help="How often searches may run the model: fast, normal or max.")] = "normal",
@@ -310,6 +310,8 @@ def compare(
 ) -> None:
     """Compare strategies at budgets: predicted and measured loss, metric, seconds; every plan is kept."""
     from autocompress import pipeline
+    from autocompress.reporting import render_comparison
+    from autocompress.saving import write_text
     from autocompress.strategies import STRATEGIES
     from autocompress.tasks import load_task
 
@@ -330,6 +332,7 @@ def compare(
         return
     with _progress() as progress:
         table = pipeline.compare_seeds(found, wanted, names, draws, effort, out, offered, workers, progress)
+    write_text(out / "compare.html", render_comparison(table, task))
     _show_comparison(table, out, as_json)
 
 
@@ -564,7 +567,7 @@ def _show_comparison(table: Any, out: Path, as_json: bool) -> None:
         console.print(comparison_table(summary(table)))
         for line in no_plans(table):
             console.print(line, highlight=False, markup=False, style="dim")
-        console.print(facts_table({"written": f"{out}/: compare.csv, plans.jsonl"}))
+        console.print(facts_table({"written": f"{out}/: compare.csv, plans.jsonl, compare.html"}))
     if (table["error"] != "").all():
         code = 3 if table["error"].str.startswith("InfeasibleError").all() else 2
         fail(f"no strategy has a plan at any of these budgets; the first says: {table['error'].iloc[0]}", code)

@@ -6,8 +6,8 @@ All three are of one forward pass of one sample and over the layers that calibra
 MACs    multiplications that a dense runtime carries out: weights times the positions that each is used at. Zeros count,
         since no runtime that we export to skips them, so only an option that changes a layer's shape changes its MACs.
 BOPs    b_w · b_a · MACs · density: what bit-serial or zero-skipping hardware would do. b_w is the least width that
-        holds every code of the layer (16 or 32 for floats), b_a = 32 as activations are floats, density the part of
-        the weights that is not zero.
+        holds every code of the layer (16 or 32 for floats; that of each row, where rows have widths of their own),
+        b_a = 32 as activations are floats, density the part of the weights that is not zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from autocompress.types import Option
 
-__all__ = ["ACTIVATION_BITS", "Cell", "Latency", "bops", "code_bits", "macs"]
+__all__ = ["ACTIVATION_BITS", "Cell", "Latency", "bops", "code_bits", "macs", "row_bits"]
 
 ACTIVATION_BITS = 32
 FLOAT_BITS = 32
@@ -33,6 +33,16 @@ def code_bits(codes: np.ndarray) -> int:
     """
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
     return max((-low - 1).bit_length() if low < 0 else 0, high.bit_length()) + 1
+
+
+def row_bits(codes: np.ndarray) -> int:
+    """Bits of all codes that are not zero, each as wide as its row: the sum over rows of b_w times its nonzeros.
+
+    >>> row_bits(np.array([[0, 0], [-2, 1], [7, 0]]))
+    8
+    """
+    rows = codes.reshape(len(codes), -1)
+    return sum(code_bits(row) * int(np.count_nonzero(row)) for row in rows)
 
 
 def macs(weights: int, positions: int, samples: int) -> int:

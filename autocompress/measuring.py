@@ -8,7 +8,9 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,14 +37,15 @@ from autocompress.layers import model_digest
 from autocompress.profiling import Profile
 from autocompress.types import Option
 
-__all__ = ["EVALUATIONS", "LEVELS", "Context", "class_axis", "divergence", "logits"]
+__all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
 CACHE_BYTES = 1 << 30
-SENSITIVITY_VERSION = 2
+SENSITIVITY_VERSION = 3
 # Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, and a bound
 # on the memory.
 PASS_SAMPLES = 64
 LEVELS = (0.01, 0.05, 0.2)
+SAMPLE = 256  # samples of `fit` that layers are measured on alone, and that a search may look at as often as it likes
 # Statistics are corrected on so many samples where a search scores a choice: a third of the time of `measure`, and the
 # same order but for near-ties.
 SCORE_SAMPLES = 128
@@ -54,13 +57,26 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 EVALUATIONS = {"fast": 40, "normal": 120, "max": 1000}
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was measured: what it was tried as, its options, its KL on the held-out slice and, where known, on
+    all of the data.
+    """
+
+    label: str
+    layers: Mapping[str, Option]
+    kl: float
+    kl_all: float | None = None
+
+
 class Context:
     """A model and calibration batches, split as `calibrate` splits them: `fit` for corrections, `held` to measure plans
     on.
 
     The Hessians never saw `held`. `loss(model, batch)` is the task's own and `training` its labelled batches, for
     methods that need gradients of it; they do without where there is none. effort grants searches their evaluations
-    (`granted`); the seed draws the split and whatever a search draws. Measured weights are kept in memory (up to 1
+    (`granted`); the seed draws the split and whatever a search draws. `log` and `alone` keep what was measured for the
+    report: plans, and layers by themselves. Measured weights are kept in memory (up to 1
     GiB), since plans share most of their layers. Raises CalibrationError for an effort that is none.
     """
 
@@ -80,12 +96,17 @@ class Context:
         self.seed = seed
         self.effort = effort
         self.training = training
+        self._rest: Iterator[Batch] = iter(training or ())
+        self._labelled: list[Batch] = []
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
         self.evaluations = 0
+        self.log: list[Trial] = []
+        self.alone: dict[str, list[tuple[float, float]]] = {}
         self._pieces = {
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
             for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
         }
+        self._pieces["sample"] = chunk_batch(join_batches(self.fit, SAMPLE), PASS_SAMPLES)
         self._corrections = {n: join_batches(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
         self._digest = model_digest(model)
         self._outputs: dict[str, list[torch.Tensor]] = {}
@@ -98,7 +119,7 @@ class Context:
         return sum(batch_samples(b) for b in self.held)
 
     def pieces(self, part: str = "held") -> list[Batch]:
-        """The held-out slice, `fit` or `all`, in forward passes of at most `PASS_SAMPLES` samples."""
+        """The held-out slice, `fit`, `all` or `sample` (of `fit`), in passes of at most `PASS_SAMPLES` samples."""
         return self._pieces[part]
 
     def seeded(self, seed: int) -> Context:
@@ -136,6 +157,22 @@ class Context:
         """How often a search may run the model, by the effort."""
         return EVALUATIONS[self.effort]
 
+    def labelled(self, samples: int) -> list[Batch]:
+        """The first labelled batches that hold so many samples together; none where there is no loss of them."""
+        while self.loss is not None and sum(map(batch_samples, self._labelled)) < samples:
+            if (batch := next(self._rest, None)) is None:
+                break
+            self._labelled.append(batch)
+        counts = np.cumsum([0, *map(batch_samples, self._labelled)])
+        return [b for b, before in zip(self._labelled, counts[:-1], strict=True) if before < samples]
+
+    def loss_key(self, labelled: list[Batch]) -> list[str]:
+        """What tells one loss of the task from another in the keys of what is kept: its value on the dense model."""
+        if not labelled or self.loss is None:
+            return []
+        with torch.no_grad(), evaluating(self.model):
+            return [float(self.loss(self.model, labelled[0])).hex()]
+
     def build(self, profile: Profile, layers: Mapping[str, Option], correction: int = CORRECTION_SAMPLES) -> nn.Module:
         """The compressed model of a plan: exactly the weights that `apply` with these batches would give."""
         self.check(profile)
@@ -157,22 +194,34 @@ class Context:
                 self._moments[key] = dense_moments(self.model, owners, data)
         return with_weights(self.model, profile, weights, data, self._moments[key])
 
-    def measure(self, profile: Profile, layers: Mapping[str, Option]) -> float:
-        """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice."""
-        return self.divergence_of(self.build(profile, layers))
+    def measure(self, profile: Profile, layers: Mapping[str, Option], label: str = "") -> float:
+        """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice; one with a label stands in `log`."""
+        kl = self.divergence_of(self.build(profile, layers))
+        if label:
+            self.log.append(Trial(label, dict(layers), kl))
+        return kl
 
-    def score(self, profile: Profile, layers: Mapping[str, Option]) -> float:
-        """What a search goes by: `measure` at `temperature`, with statistics corrected on fewer samples."""
-        return self.divergence_of(self.build(profile, layers, SCORE_SAMPLES), temperature=self.temperature)
-
-    def divergence_of(self, model: nn.Module, part: str = "held", temperature: float = 1.0) -> float:
-        """Mean divergence per sample of a model's outputs from the dense model's on the held-out slice, `fit` or
-        `all`, both divided by the temperature.
+    def score(self, profile: Profile, layers: Mapping[str, Option], part: str = "held") -> float:
+        """What a search goes by: the `merit` of a plan on a part of the data, with statistics corrected on fewer
+        samples.
         """
-        pieces = self._pieces[part]
-        reference = self._reference(part)
+        return merit(*self.judge(self.build(profile, layers, SCORE_SAMPLES), part))
+
+    def divergence_of(self, model: nn.Module, part: str = "held") -> float:
+        """Mean divergence per sample of a model's outputs from the dense model's on a part of the data (see
+        `pieces`).
+        """
+        pieces, reference = self._pieces[part], self._reference(part)
         self.evaluations += 1
-        return _mean_divergence(reference, self._forward(model, pieces), pieces, temperature)
+        return _mean_divergence(reference, self._forward(model, pieces), pieces)
+
+    def judge(self, model: nn.Module, part: str = "held") -> tuple[float, float]:
+        """`divergence_of`, and the same of outputs divided by `temperature`, from one pass."""
+        pieces, reference = self._pieces[part], self._reference(part)
+        self.evaluations += 1
+        outputs = self._forward(model, pieces)
+        plain, soft = (_mean_divergence(reference, outputs, pieces, t) for t in (1.0, self.temperature))
+        return plain, soft
 
     @functools.cached_property
     def temperature(self) -> float:
@@ -202,37 +251,41 @@ class Context:
             return [logits(feed(model, piece)) for piece in pieces]
 
     def sensitivities(
-        self, profile: Profile, levels: tuple[float, ...] = LEVELS
+        self, profile: Profile, levels: tuple[float, ...] = LEVELS, soft: bool = False
     ) -> dict[str, list[tuple[float, float]]]:
         """(error, measured rise of the divergence) of each layer compressed alone, at options near these relative
-        errors.
+        errors; soft: of outputs divided by `temperature`.
 
-        Measured on at most 256 samples of the part that the Hessians saw; kept in the profile's store, where there is
-        one.
+        Measured on at most `SAMPLE` samples of the part that the Hessians saw; kept in the profile's store, where there
+        is one.
         """
         self.check(profile)
-        batch = join_batches(self.fit, 256)
-        key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels])
+        batch = join_batches(self.fit, SAMPLE)
+        key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        found: dict[str, list[list[float]]] | None = None
         if profile.store is not None:
-            known = profile.store.read_json(name)
-            if known is not None:
-                return {layer: [(e, k) for e, k in points] for layer, points in known.items()}
-        pieces = chunk_batch(batch, PASS_SAMPLES)
-        reference = self._forward(self.model, pieces)
+            found = profile.store.read_json(name)
+        if found is None:
+            found = self._sensitivities(profile, levels)
+            if profile.store is not None:
+                with profile.store.writing():
+                    profile.store.write_json(name, found)
+        self.alone = {layer: [(error, plain) for error, plain, _ in points] for layer, points in found.items()}
+        if not soft:
+            return self.alone
+        return {layer: [(error, softened) for error, _, softened in points] for layer, points in found.items()}
+
+    def _sensitivities(self, profile: Profile, levels: tuple[float, ...]) -> dict[str, list[list[float]]]:
+        """[error, rise, rise of softened outputs] of each layer alone, at each of its levels."""
         chosen = {n: [o for o, _ in _near(layer, levels)] for n, layer in profile.layers.items()}
-        found: dict[str, list[tuple[float, float]]] = {n: [] for n in profile.layers}
+        found: dict[str, list[list[float]]] = {n: [] for n in profile.layers}
         for level in range(len(levels)):
             alone = {n: options[level] for n, options in chosen.items() if level < len(options)}
             for layer_name, realised in realise_layers(self.model, profile, alone).items():
                 small = with_weights(self.model, profile, {layer_name: realised.weight()}, None)
-                rise = _mean_divergence(reference, self._forward(small, pieces), pieces)
                 error = profile.layers[layer_name].row(alone[layer_name]).error
-                found[layer_name].append((error, max(rise, 0.0)))
-                self.evaluations += 1
-        if profile.store is not None:
-            with profile.store.writing():
-                profile.store.write_json(name, found)
+                found[layer_name].append([error, *(max(rise, 0.0) for rise in self.judge(small, "sample"))])
         return found
 
 
@@ -257,6 +310,15 @@ def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:
             )
             chosen[row.option] = row.error
     return list(chosen.items())
+
+
+def merit(plain: float, soft: float) -> float:
+    """√(KL · softened KL) of a plan, the less the better: what plans are compared by where one is chosen.
+
+    The KL of a confident model is decided by a handful of samples; that of its softened outputs by all of them, but it
+    cares for the order of the wrong classes as much as for the right one.
+    """
+    return math.sqrt(max(plain, 0.0) * max(soft, 0.0))
 
 
 def logits(output: Any) -> torch.Tensor:

@@ -154,6 +154,11 @@ def compress(
                 "costs": costs,
                 "layer_macs": {name: found.macs(name) for name in found.layers},
                 "measured": {name: _json_number(value) for name, value in chosen.measured.items()},
+                "measured_plans": _measured_plans(context, found, chosen.budget_bytes),
+                "measured_layers": {
+                    name: [point for point in points if math.isfinite(point[1])]
+                    for name, points in context.alone.items()
+                },
                 "seed": seed,
                 "asked": {
                     "task": task,
@@ -161,6 +166,7 @@ def compress(
                     "strategy": strategy if isinstance(strategy, str) else type(strategy).__name__,
                     "effort": effort,
                     "sequential": sequential,
+                    "options": None if options is None else [str(option) for option in options],
                 },
                 "seconds": time.perf_counter() - began,
                 "stage_seconds": say.seconds,
@@ -218,6 +224,28 @@ def _finished(
     if "kl_all" in measured:
         measured["kl_all"] = context.divergence_of(small, "all")
     return carrying(small, encoded_of(small).entries, plan.replace(measured=measured))
+
+
+def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict[str, Any]]:
+    """Every plan that was measured: its label, its file's length, the sum of its relative errors, and its KL on the
+    held-out slice and, where it is known, on all of the data. Of equal plans the first stays.
+    """
+    profile = within(profile, limit)
+    losses = energy_losses(profile)
+    found: dict[str, dict[str, Any]] = {}
+    for trial in context.log:
+        rows = {name: profile.layers[name].row(option) for name, option in trial.layers.items()}
+        found.setdefault(
+            json.dumps({name: str(option) for name, option in trial.layers.items()}),
+            {
+                "name": trial.label,
+                "bytes": profile.template.file_bytes(rows),
+                "relative_error": float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items())),
+                "kl": _json_number(trial.kl),
+                "kl_all": None if trial.kl_all is None else _json_number(trial.kl_all),
+            },
+        )
+    return list(found.values())
 
 
 def _other_limits(budget: Budget) -> list[str]:

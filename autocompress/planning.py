@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
-from autocompress.types import RUNNING_COSTS, Budget, Option, Plan, exact
+from autocompress.types import MIXED_WIDTHS, RUNNING_COSTS, Budget, Option, Plan, exact
 from solvers import SOLVERS, Problem, Solution, solve
 
 __all__ = [
@@ -205,7 +206,10 @@ def coarsest(options: Sequence[Option]) -> list[Option]:
     """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these."""
 
     def coarser(a: Option, b: Option) -> bool:
-        of_a, of_b = ((o.step or 0.0, o.lam or 0.0, -(o.bits or 32)) for o in (a, b))
+        of_a, of_b = (
+            (o.step or 0.0, o.lam or 0.0, -(o.bits or 32), *accumulate(o.mix or (0.0,) * len(MIXED_WIDTHS)))
+            for o in (a, b)
+        )
         return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))
 
     given = list(dict.fromkeys(options))
@@ -309,9 +313,10 @@ def allocate(
     budget: Limits | int,
     losses: Mapping[str, np.ndarray],
     solver: str = "exact",
+    objective: str = "sum",
 ) -> Allocation:
-    """Choose one row per layer with the least sum of losses such that the whole file is at most `budget` bytes, and
-    running costs are within their limits.
+    """Choose one row per layer with the least sum of losses (objective "max": the least largest loss) such that the
+    whole file is at most `budget` bytes, and running costs are within their limits.
 
     The header's length depends a little on the choice, in a way that no solver knows. So payloads get what the leanest
     header leaves, and then less, until the file fits: more budget never makes an exact answer worse. The bound is one
@@ -320,14 +325,18 @@ def allocate(
     Raises InfeasibleError, with the smallest budget that is not, where even the smallest options do not fit.
     """
     limits = Limits.of(budget)
-    found = _allocate(profile, limits, losses, solver)
+    found = _allocate(profile, limits, losses, solver, objective)
     if found is None:
         raise _infeasible_together(profile, limits)
     return found
 
 
 def _allocate(
-    profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray], solver: str = "exact"
+    profile: Profile,
+    limits: Limits,
+    losses: Mapping[str, np.ndarray],
+    solver: str = "exact",
+    objective: str = "sum",
 ) -> Allocation | None:
     """The same; None where limits that can be met one by one cannot be met at once, or running costs not at all."""
     names = list(profile.layers)
@@ -342,7 +351,7 @@ def _allocate(
     running = limits.running
 
     def answer(payload: int) -> tuple[Solution, dict[str, Measured] | None]:
-        problem = problem_of(profile, limits, losses, payload)
+        problem = replace(problem_of(profile, limits, losses, payload), objective=objective)
         solution = solve(problem, "milp" if running and SOLVERS[solver].why_not(problem) else solver)
         if not solution.found:
             return solution, None
@@ -357,7 +366,7 @@ def _allocate(
         if chosen is None:
             if running:
                 return None
-            loss = _total(losses, profile, smallest)
+            loss = _total(losses, profile, smallest, objective)
             room = limits.bytes - _header(profile, smallest)
             return Allocation(smallest, loss, -math.inf, math.inf, smallest_file, room)
         size = profile.template.file_bytes(chosen)
@@ -458,8 +467,9 @@ def _gap(loss: float, bound: float) -> float:
     return (loss - bound) / abs(bound) if math.isfinite(bound) and bound else math.inf
 
 
-def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[str, Measured]) -> float:
-    return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in chosen.items()))
+def _total(losses: Mapping[str, np.ndarray], profile: Profile, chosen: Mapping[str, Measured], objective: str) -> float:
+    each = [losses[n][profile.layers[n].rows.index(row)] for n, row in chosen.items()]
+    return float(max(each) if objective == "max" else sum(each))
 
 
 def single_options(profile: Profile, budget: Limits | int, undominated: bool = True) -> list[dict[str, Measured]]:

@@ -100,7 +100,11 @@ class Profile:
                     [
                         name,
                         layer.energy.hex(),
-                        [[str(r.option), r.error.hex(), r.bytes, r.width, r.nonzero] for r in layer.rows],
+                        [
+                            [str(r.option), r.error.hex(), r.bytes, r.width, r.nonzero]
+                            + ([] if r.row_bits is None else [r.row_bits])
+                            for r in layer.rows
+                        ],
                     ]
                 ).encode()
             )
@@ -124,7 +128,8 @@ class Profile:
         for name, made in ((n, made) for n, made in plan.realised.items() if n in layers):
             option = plan.layers[name]
             size, width, nonzero = (int(made[key]) for key in ("bytes", "width", "nonzero"))
-            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero)
+            bits = int(made["row_bits"]) if "row_bits" in made else None
+            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero, bits)
             rows = (*(r for r in layers[name].rows if r.option != option), row)
             layers[name] = dataclasses.replace(layers[name], rows=rows)
         found = dataclasses.replace(self, layers=layers)
@@ -168,7 +173,7 @@ class Profile:
 
     def bops(self, name: str, row: Measured) -> int:
         """BOPs of a layer for one sample with one of its options."""
-        return costs.bops(self.macs(name), row.width, row.nonzero, self.layers[name].layer.size)
+        return costs.bops(self.macs(name), 1, row.bits, self.layers[name].layer.size)
 
     def check_model(self, model: nn.Module) -> None:
         """Raise MismatchError unless the model's weights are the ones that were profiled."""
@@ -261,6 +266,7 @@ def _save_layer(
         "seconds": np.array([r.seconds for r in rows]),
         "widths": np.array([r.width for r in rows], np.int64),
         "nonzero": np.array([r.nonzero for r in rows], np.int64),
+        "row_bits": np.array([-1 if r.row_bits is None else r.row_bits for r in rows], np.int64),
         "energy": np.array(energy),
     }
     if order is not None and losses is not None:
@@ -274,10 +280,14 @@ def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarr
     try:
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
-            numbers = (data[key].tolist() for key in ("errors", "bytes", "seconds", "widths", "nonzero"))
+            numbers = ("errors", "bytes", "seconds", "widths", "nonzero", "row_bits")
             rows = [
-                Measured(Option.parse(option), error, size, codec, step, seconds, width, nonzero)
-                for (option, codec, step), error, size, seconds, width, nonzero in zip(names, *numbers, strict=True)
+                Measured(
+                    Option.parse(option), error, size, codec, step, seconds, width, nonzero, own if own >= 0 else None
+                )
+                for (option, codec, step), error, size, seconds, width, nonzero, own in zip(
+                    names, *(data[key].tolist() for key in numbers), strict=True
+                )
             ]
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
             return rows, order, losses, float(data["energy"])

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocompress.costs import FLOAT_BITS, bops, code_bits
+from autocompress.costs import FLOAT_BITS, bops, code_bits, row_bits
 from autocompress.errors import AutocompressError, MismatchError
 from autocompress.storage import Archive, Entry, FormatError, read
-from autocompress.types import RUNNING_COSTS, Plan
+from autocompress.types import RUNNING_COSTS, Option, Plan
 
 if TYPE_CHECKING:
     from autocompress.tasks import Task
@@ -208,6 +208,9 @@ def _cost_checks(archive: Archive, plan: Plan, metrics: dict[str, Any]) -> list[
 
 def _bops(entry: Entry, layer_macs: int) -> int:
     """BOPs of a layer, from what the file holds of it."""
+    option = entry.params.get("option")
+    if option is not None and Option.parse(str(option)).mix is not None:
+        return bops(layer_macs, 1, row_bits(entry.codes()), entry.numel)
     nonzero = int(np.count_nonzero(entry.dequantise()))
     width = (16 if entry.codec == "fp16" else FLOAT_BITS) if entry.step == "none" else code_bits(entry.codes())
     return bops(layer_macs, width, nonzero, entry.numel)

@@ -137,6 +137,34 @@ def spdy(
     return scored.found(problem, "spdy")
 
 
+def nearby(
+    problem: Problem,
+    score: Score,
+    *,
+    evaluations: int = 100,
+    seed: int = 0,
+    spread: float = 0.25,
+    solver: str | Solver = "exact",
+) -> Found:
+    """Search near the solved problem: log-normal coefficients per group, the problem solved exactly for each.
+
+    A trial multiplies the coefficients of the best one so far by e^(spread · z), z standard normal, and takes its place
+    if its solution scores less. Unlike the moves of `evolve`, that keeps every choice an optimum of losses like the
+    given ones, so there is little room to fit the noise of the score.
+    """
+    rng = np.random.default_rng(seed)
+    scored = _Scored(score, evaluations)
+    least, best, draws = scored(start(problem, solver)), np.ones(problem.groups), 0
+    # Coefficients that lead to a choice known already cost no evaluation, so draws are limited as well.
+    while not scored.full and draws < 2 * evaluations:
+        draws += 1
+        trial = best * np.exp(spread * rng.standard_normal(problem.groups))
+        value = scored(reweighted(problem, trial, solver))
+        if value < least:
+            least, best = value, trial
+    return scored.found(problem, "nearby")
+
+
 def evolve(
     problem: Problem,
     score: Score,

@@ -87,7 +87,11 @@ def nsga2(
         budget[0] = least + np.floor(part * (finite - least)) if problem.integer else least + part * (finite - least)
         if not problem.integer and part == 1.0:
             budget[0] = finite
-        return reweighted(problem.with_budget(budget), _coefficients(trial, problem.groups), solver)
+        coefficients = _coefficients(trial, problem.groups)
+        try:
+            return reweighted(problem.with_budget(budget), coefficients, solver)
+        except ProblemError:  # with so little of the first resource, the others' limits cannot be kept
+            return reweighted(problem, coefficients, solver)
 
     def value(choice: IntArray) -> tuple[float, ...]:
         return _number(score(choice)), float(problem.total_cost(choice)[0])

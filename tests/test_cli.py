@@ -387,7 +387,7 @@ def test_compare_prints_its_table_and_keeps_every_plan(done: Path, tmp_path: Pat
     arguments = ("compare", task, "--budgets", "6x,1.2x,bops=90%", "--strategies", "uniform,exact,kl", "--out")
     outcome = call(*arguments, out, "--seeds", "0,1", "--workers", 1)
     assert outcome.code == 0, outcome.err
-    assert sorted(p.name for p in out.iterdir()) == ["compare.csv", "plans.jsonl", "seed0", "seed1"]
+    assert sorted(p.name for p in out.iterdir()) == ["compare.csv", "compare.html", "plans.jsonl", "seed0", "seed1"]
     assert "seed 1: compare" in outcome.err
     table = ac.load_comparison(out)
     rows = list(zip(table["seed"], table["budget"], table["strategy"], strict=True))

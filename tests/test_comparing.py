@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import images, small_profile
+from networks import grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
@@ -273,7 +273,7 @@ def any_named(name: str) -> Any:
 
 
 def test_without_a_context_there_are_the_curves() -> None:
-    table = ac.compare(small_profile()[2], ["5x"])
+    table = ac.compare(grid_profile()[2], ["5x"])
     assert set(table["strategy"]) == {n for n, s in STRATEGIES.items() if getattr(s, "needs", "") == "curves"}
     assert table[["kl", "metric"]].isna().all(axis=None)
     assert (table["evaluations"] == 0).all()

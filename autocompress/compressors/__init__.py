@@ -9,6 +9,7 @@ import numpy as np
 
 from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
 from autocompress.compressors.fp8 import Fp8
+from autocompress.compressors.mixed import MixedRows, mixed_grid
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.pruned import Pruned
@@ -40,6 +41,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "fp8": Fp8(),
     "rd": RateDistortion(),
     "tcq": TrellisCoded(),
+    "mixed": MixedRows(),
 }
 
 
@@ -50,7 +52,7 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4))"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0)"
     )
 
 
@@ -82,6 +84,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "nm": lambda: _named(*(f"{p}{v}" for p in ("1:4", "2:4", "4:8") for v in ("", "fp16", "w8", "w4"))),
     "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "channels": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
+    "mixed": mixed_grid,
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
     "all": lambda: list(dict.fromkeys(o for name, make in FAMILIES.items() if name != "all" for o in make())),
 }

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from autocompress import obs
-from autocompress.costs import FLOAT_BITS, code_bits
+from autocompress.costs import FLOAT_BITS, code_bits, row_bits
 from autocompress.storage import Entry, codec_named, float_entry, weight_entry, weight_size
 from autocompress.types import Option
 
@@ -201,6 +201,7 @@ class Realised:
     step: np.ndarray | float = 1.0
     values: np.ndarray | None = None
     group: int | None = None
+    mixed: bool = False
 
     @property
     def step_kind(self) -> str:
@@ -214,6 +215,11 @@ class Realised:
         if self.codes is None:
             return 16 if self.codec == "fp16" else FLOAT_BITS
         return 8 if self.codec == "fp8" else code_bits(self.codes)
+
+    @property
+    def row_bits(self) -> int | None:
+        """Bits of all weights that are not zero, where rows have widths of their own (`costs.row_bits`)."""
+        return row_bits(self.codes.reshape(self.shape)) if self.mixed and self.codes is not None else None
 
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape."""
@@ -253,7 +259,7 @@ class Measured:
 
     `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
     `width`: the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see
-    `costs.bops`).
+    `costs.bops`); `row_bits`: the bits of all of those, where rows have widths of their own.
     """
 
     option: Option
@@ -264,6 +270,12 @@ class Measured:
     seconds: float = field(compare=False)
     width: int
     nonzero: int
+    row_bits: int | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of all weights that are not zero, each as wide as it is multiplied."""
+        return self.width * self.nonzero if self.row_bits is None else self.row_bits
 
 
 class Compressor(Protocol):
@@ -303,7 +315,8 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         error = 0.0 if problem.hessian is None else problem.error(weight)
         size, nonzero = realised.bytes(), int(np.count_nonzero(weight))
         seconds = each + time.perf_counter() - start
-        rows.append(Measured(option, error, size, realised.codec, realised.step_kind, seconds, realised.width, nonzero))
+        how = realised.codec, realised.step_kind
+        rows.append(Measured(option, error, size, *how, seconds, realised.width, nonzero, realised.row_bits))
     return rows
 
 

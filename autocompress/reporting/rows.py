@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,19 @@ from autocompress.profiling import Profile
 from autocompress.storage import Archive, step_bytes
 from autocompress.types import Plan
 
-__all__ = ["FilePart", "LayerRow", "amount", "cost_rows", "file_parts", "layer_rows", "ratio_text"]
+__all__ = [
+    "FilePart",
+    "LayerRow",
+    "amount",
+    "byte_groups",
+    "cost_rows",
+    "file_parts",
+    "layer_rows",
+    "percent",
+    "ratio_text",
+]
+
+SECTION_CHECKSUMS = "section checksums"
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,24 @@ def file_parts(archive: Archive) -> list[FilePart]:
     return parts
 
 
+def byte_groups(parts: Sequence[FilePart]) -> dict[str, list[FilePart]]:
+    """The parts by what they are for; every part is in one group, so the groups' bytes sum to the file's length too."""
+    layers = {part.name for part in parts if part.kind == "layer"}
+    found: dict[str, list[FilePart]] = {
+        name: [] for name in ("weights", "biases", "norms, other tensors", "header", "checksums")
+    }
+    for part in parts:
+        if part.kind == "layer":
+            group = "weights"
+        elif part.kind == "file":
+            group = "checksums" if part.name == SECTION_CHECKSUMS else "header"
+        else:
+            owner, _, field = part.name.rpartition(".")
+            group = "biases" if field == "bias" and f"{owner}.weight" in layers else "norms, other tensors"
+        found[group].append(part)
+    return {name: group for name, group in found.items() if group}
+
+
 def cost_rows(costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
     """What a forward pass of one sample takes, a line for each cost of `planning.cost_facts`; of MACs and BOPs only
     those that were limited or that differ from the dense model's.
@@ -133,3 +163,12 @@ def amount(count: int) -> str:
 def ratio_text(ratio: float) -> str:
     """A ratio that is never rounded up: 10.0x."""
     return f"{math.floor(ratio * 10) / 10:.1f}x"
+
+
+def percent(gap: float) -> str:
+    """A proven gap, two digits, or all that are before the point.
+
+    >>> percent(1e-12), percent(0.0234), percent(3.32)
+    ('0 %', '2.3 %', '332 %')
+    """
+    return "0 %" if gap <= 1e-9 else f"{100 * gap:.2g} %" if gap < 0.995 else f"{100 * gap:,.0f} %"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from autocompress.compressors import Measured
@@ -17,17 +16,28 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.ajpq import Ajpq
+from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
-from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of
+from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
 from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
 from autocompress.strategies.densities import magnitude
 from autocompress.strategies.erk import erk
+from autocompress.strategies.evopress import EvoPress
+from autocompress.strategies.fisher import Fisher
+from autocompress.strategies.galen import Galen
+from autocompress.strategies.hawq import Hawq
+from autocompress.strategies.itpruner import ItPruner
 from autocompress.strategies.lamp import lamp
+from autocompress.strategies.loss import LayerLoss
+from autocompress.strategies.nsga2 import Nsga2
 from autocompress.strategies.opq import opq, opq_energy
-from autocompress.strategies.solved import Sensitivity, SingleOption, Solved
+from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, Solved
+from autocompress.strategies.spdy import Spdy
+from autocompress.strategies.tpe import Tpe
 from autocompress.strategies.yang import Yang
 from autocompress.strategies.yang import paper_bytes as paper_counted
-from autocompress.types import Budget, Plan
+from autocompress.types import Budget, Option, Plan
 
 __all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "paper_counted", "plan"]
 
@@ -45,7 +55,20 @@ STRATEGIES: dict[str, Strategy] = {
     "yang": Yang(),
     "opq": opq,
     "opq_energy": opq_energy,
+    "raw": RawError(),
     "kl": Sensitivity(),
+    "loss": LayerLoss(),
+    "fisher": Fisher(),
+    "hawq": Hawq(),
+    "spdy": Spdy(),
+    "evopress": EvoPress(),
+    "tpe": Tpe(),
+    "nsga2": Nsga2(),
+    "alds_minimax": AldsMinimax(),
+    "itpruner": ItPruner(),
+    "itpruner_quadratic": ItPruner(quadratic=True),
+    "ajpq": Ajpq(),
+    "galen": Galen(),
     "auto": Auto(),
 }
 
@@ -97,7 +120,7 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     that are among the `LEAST_RIVALS` smallest.
     What a single option leaves of the budget is spent where no layer gets worse, if that measures no worse either.
     """
-    kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers)
+    kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers, found.strategy)
     losses = energy_losses(profile)
 
     def loss(rows: Mapping[str, Measured]) -> float:
@@ -112,7 +135,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
         if rows not in best_of_all and (i < LEAST_RIVALS or loss(rows) <= near)
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
-    measured = [context.measure(profile, layers) for layers in rivals]
+    labels = [f"single {_shared_option(profile, layers)}" for layers in rivals]
+    measured = [context.measure(profile, *pair) for pair in zip(rivals, labels, strict=True)]
     best = min(range(len(rivals)), key=lambda i: (measured[i], i), default=None)
     figures = {"kl": kl, "samples": float(context.held_samples), "single_options": float(len(rivals))}
     if best is None:
@@ -121,13 +145,12 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     if measured[best] >= kl:
         return found.replace(measured={**found.measured, **figures})
     single = {n: profile.layers[n].row(o) for n, o in rivals[best].items()}
-    options = rivals[best]
-    option = next((o for n, o in options.items() if profile.layers[n].reached), next(iter(options.values())))
+    option = _shared_option(profile, rivals[best])
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
-    narrowed = _no_worse_than(profile, single)
+    narrowed = no_worse_than(profile, single)
     better = allocate(narrowed, limits, energy_losses(narrowed))
-    better_kl = context.measure(profile, better.options)
+    better_kl = context.measure(profile, better.options, f"single {option}, topped up")
     if better_kl <= measured[best]:
         rows, name, final = dict(better.rows), "uniform, topped up", better_kl
         note += f", topped up ({better_kl:.6g})"
@@ -137,10 +160,6 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     return plan.replace(seed=found.seed, measured={**figures, "kl": final}, notes=(*found.notes, note))
 
 
-def _no_worse_than(profile: Profile, rows: Mapping[str, Measured]) -> Profile:
-    """The profile with only those options of each layer whose error is at most that of its row."""
-    layers = {
-        name: dataclasses.replace(layer, rows=tuple(r for r in layer.rows if r.error <= rows[name].error))
-        for name, layer in profile.layers.items()
-    }
-    return dataclasses.replace(profile, layers=layers)
+def _shared_option(profile: Profile, layers: Mapping[str, Option]) -> Option:
+    """What a single-option plan gives every layer that has it: those that calibration reached."""
+    return next((o for n, o in layers.items() if profile.layers[n].reached), next(iter(layers.values())))

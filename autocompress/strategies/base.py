@@ -4,6 +4,7 @@ given.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from autocompress.planning import (
     infeasible,
     limits_of,
     make_plan,
-    problem,
+    problem_of,
     running_cost,
     within,
     within_limits,
@@ -38,6 +39,7 @@ __all__ = [
     "chosen_plan",
     "largest_that_fits",
     "needs_of",
+    "no_worse_than",
     "refused",
     "searchable",
     "solved_plan",
@@ -159,23 +161,33 @@ def largest_that_fits(
     return best
 
 
+def no_worse_than(profile: Profile, rows: Mapping[str, Measured]) -> Profile:
+    """The profile with only those options of each layer whose error is at most that of its row."""
+    layers = {
+        name: dataclasses.replace(layer, rows=tuple(r for r in layer.rows if r.error <= rows[name].error))
+        for name, layer in profile.layers.items()
+    }
+    return dataclasses.replace(profile, layers=layers)
+
+
 @dataclass(frozen=True)
 class Searchable:
-    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, and the limits that
-    a choice is held to.
+    """An allocation as `solvers.search` takes it: the problem, the rows that its options stand for, the limits that a
+    choice is held to, and the exact answer (G,), which keeps them.
     """
 
     profile: Profile
     limits: Limits
     problem: Problem
     rows: Sequence[Sequence[Measured]]
+    first: np.ndarray
 
     def choice(self, answer: np.ndarray) -> dict[str, Measured]:
         """The row of each layer that an answer (G,) of the problem stands for."""
         return {n: r[int(i)] for n, r, i in zip(self.profile.layers, self.rows, answer, strict=True)}
 
-    def score(self, context: Context) -> Callable[[np.ndarray], float]:
-        """KL to the dense model on the held-out slice, as `Context.score` has it; inf where the file is too long.
+    def score(self, context: Context, part: str = "held") -> Callable[[np.ndarray], float]:
+        """`Context.score` of the choice on a part of the data; inf where the file is too long.
 
         Payloads that fit beside one header need not fit beside another, hence the check.
         """
@@ -184,7 +196,7 @@ class Searchable:
             rows = self.choice(answer)
             if not within_limits(self.profile, self.limits, rows):
                 return float("inf")
-            return context.score(self.profile, {n: row.option for n, row in rows.items()})
+            return context.score(self.profile, {n: row.option for n, row in rows.items()}, part)
 
         return score
 
@@ -193,5 +205,9 @@ def searchable(profile: Profile, budget: Budget, losses: Mapping[str, np.ndarray
     """The allocation on these losses (default: the relative error) within the budget, for a search that starts from its
     exact answer. Raises InfeasibleError as `allocate` does.
     """
-    rows = [layer.rows for layer in profile.layers.values()]
-    return Searchable(profile, limits_of(budget, profile), problem(profile, budget, losses), rows)
+    limits = limits_of(budget, profile)
+    losses = energy_losses(profile) if losses is None else losses
+    found = allocate(profile, limits, losses)
+    problem = problem_of(profile, limits, losses, found.payload_bytes)
+    first = np.array([profile.layers[n].rows.index(row) for n, row in found.rows.items()], np.int64)
+    return Searchable(profile, limits, problem, [layer.rows for layer in profile.layers.values()], first)

@@ -45,7 +45,7 @@ def _sparse(profile: Profile) -> Profile:
     )
 
 
-# Integers without any structure (w2 ... w8), and pairs of a sparsity, 0 included, and a way to store values that has
-# sparse options; of those that fit, the least sum of error / layer energy, as `uniform` has it over all options.
+# Integers without any structure (w2 ... w8), and pairs of a sparsity, 0 included, and a width that has sparse options
+# (`sparse_families`); of those that fit, the least sum of error / layer energy, as `uniform` has it over all options.
 uniform_bits = SingleOption("uniform_bits", _integers)
 uniform_sparsity = SingleOption("uniform_sparsity", _sparse)

@@ -46,7 +46,8 @@ class SparseFamily:
 
 def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
     """Every way to store values that has two sparsities or more (0 is one) in all layers that calibration reached, in
-    the order of the profile. Raises MismatchError where there is none.
+    the order of the profile: plain integers (w4, s60w4), which the rules' papers have, or others where there are none.
+    Raises MismatchError where there is nothing of the kind.
     """
     reached = {name: layer for name, layer in profile.layers.items() if layer.reached}
     by_value: dict[Option, dict[str, list[Measured]]] = {}
@@ -67,20 +68,22 @@ def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
             f"strategy {strategy!r} sets a sparsity for every layer, and this profile has no options that differ in "
             "theirs alone, such as w4 and s60w4, in all of them: profile with --options default,surface"
         )
-    return found
+    return [family for family in found if _plain(family)] or found
+
+
+def _plain(family: SparseFamily) -> bool:
+    return family.value.bits is not None and family.value == Option(bits=family.value.bits)
 
 
 def integer_families(profile: Profile, strategy: str) -> dict[int, SparseFamily]:
     """The sparse options of every width of a plain grid (s60w4), by width. Raises MismatchError if there are none."""
-    found = sparse_families(profile, strategy)
-    by_width = {family.value.bits: family for family in found if family.value == Option(bits=family.value.bits)}
-    widths = {bits: by_width[bits] for bits in sorted(bits for bits in by_width if bits is not None)}
+    widths = {f.value.bits or 0: f for f in sparse_families(profile, strategy) if _plain(f)}
     if not widths:
         raise MismatchError(
             f"strategy {strategy!r} sets a sparsity and a width for every layer, and this profile has no options such "
             "as s60w4: profile with --options default,surface"
         )
-    return widths
+    return dict(sorted(widths.items()))
 
 
 class DensityRule:
@@ -88,8 +91,8 @@ class DensityRule:
 
     at = densities(profile, context) gives every layer's density for t in [0, 1], rising with t from the sparsest to all
     dense. Each layer takes the sparsity on offer that is nearest in the logarithm of its density; t is the largest that
-    fits. Rules say nothing of widths: every one that has sparse options in all layers is tried, and the plan with the
-    least sum of error / layer energy stays; its name says which it is, as in `erk(w4)`.
+    fits. Rules say nothing of widths: every one that has sparse options in all layers is tried (`sparse_families`), and
+    the plan with the least sum of error / layer energy stays; its name says which it is, as in `erk(w4)`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from autocompress.profiling import Profile
 from autocompress.strategies.base import chosen_plan, refused, solved_plan, with_context
 from autocompress.types import Budget, Plan
 
-__all__ = ["Sensitivity", "SingleOption", "Solved"]
+__all__ = ["RawError", "Sensitivity", "SingleOption", "Solved"]
 
 
 class Solved:
@@ -30,6 +30,20 @@ class Solved:
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         return solved_plan(profile, budget, energy_losses(profile), self.solver, self.solver)
+
+
+class RawError:
+    """Least sum of squared output errors ½ tr(ΔW H ΔWᵀ), as they come, within the budget. Needs the curves only.
+
+    The objective of a layer-wise method that takes layers for comparable; a layer with large activations counts for
+    more. Source: the error of OBC, arXiv 2208.11580, equation 1, summed over layers.
+    """
+
+    needs = "curves"
+
+    def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
+        losses = {n: np.array([row.error for row in layer.rows]) for n, layer in profile.layers.items()}
+        return solved_plan(profile, budget, losses, "raw")
 
 
 class SingleOption:

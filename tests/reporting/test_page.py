@@ -3,80 +3,20 @@
 from __future__ import annotations
 
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from pages import nasty_result, parsed
 
 import autocompress as ac
-from autocompress.reporting import file_parts, layer_rows, render_report
-from autocompress.reporting.charts import nice_steps
+from autocompress.reporting import byte_groups, file_parts, layer_rows, render_report
+from autocompress.reporting.svg import nice_steps
 from autocompress.storage import read
-
-NASTY = "<script>alert('x')</script>&\""
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> ac.Result:
-    """A tiny compressed model, one of whose layers has a name that is markup, and one that nothing reaches."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_module(NASTY, nn.Linear(12, 8))
-            self.spare = nn.Linear(3, 3)
-            self.head = nn.Linear(8, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.relu(self.get_submodule(NASTY)(x)))
-
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Net().eval()
-    batches = [torch.randn(16, 12, generator=generator) for _ in range(6)]
-    out = tmp_path_factory.mktemp("page")
-    return ac.compress(model, batches, "2x", lambda m: 0.5, out=out, workers=1, task=NASTY)
-
-
-class Reader(HTMLParser):
-    """Collects tags, texts and attributes, and holds that tags are closed in order."""
-
-    VOID = ("meta",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.words: list[str] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [v or "" for k, v in attributes if k in ("href", "src", "action", "data")]
-        self.ids += [v or "" for k, v in attributes if k == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def parsed(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert not reader.open
-    return reader
+    return nasty_result(tmp_path_factory.mktemp("page"))
 
 
 def test_the_page_is_whole_and_self_contained(result: ac.Result) -> None:
@@ -84,7 +24,8 @@ def test_the_page_is_whole_and_self_contained(result: ac.Result) -> None:
     reader = parsed(page)
     assert "script" not in reader.tags
     assert not {"img", "link", "iframe", "object"} & set(reader.tags)
-    assert reader.links == ["#main"]
+    assert len(reader.links) > len(result.plan.layers), "names of layers lead to their curves"
+    assert all(link.startswith("#") and link[1:] in reader.ids for link in reader.links)
     assert "http" not in page
     assert "@import" not in page
     assert "url(" not in page
@@ -95,7 +36,9 @@ def test_the_page_is_whole_and_self_contained(result: ac.Result) -> None:
 def test_names_are_text(result: ac.Result) -> None:
     page = (result.out / "report.html").read_text()
     assert "<script" not in page
-    assert any(NASTY in words for words in parsed(page).words)
+    name = result.metrics["asked"]["task"]
+    assert name in result.plan.layers
+    assert any(name in words for words in parsed(page).words)
 
 
 def test_the_page_holds_the_numbers_of_the_files(result: ac.Result) -> None:
@@ -108,7 +51,9 @@ def test_the_page_holds_the_numbers_of_the_files(result: ac.Result) -> None:
         "no choice depends",
     ):
         assert value in words
-    assert "tried: energy" in words, "what auto tried is a table, whatever it writes in its notes"
+    assert "auto(energy)" in words, "what auto tried is a table, whatever it writes in its notes"
+    assert "on the held-out slice, " in words
+    assert " on all calibration data, " not in words
     for row in layer_rows(plan, result.profile):
         assert row.option in words
         assert f"{row.bytes:,}" in words
@@ -139,7 +84,28 @@ def test_rows_add_up(result: ac.Result) -> None:
     assert sum(row.bytes for row in rows) + result.plan.fixed_bytes == result.metrics["bytes"]
     assert math.isclose(sum(row.share for row in rows), 1.0)
     with read(result.info.path) as archive:
-        assert sum(part.bytes for part in file_parts(archive)) == archive.bytes == result.metrics["bytes"]
+        parts, size = file_parts(archive), archive.bytes
+    assert sum(part.bytes for part in parts) == size == result.metrics["bytes"]
+    groups = byte_groups(parts)
+    assert list(groups) == ["weights", "biases", "header", "checksums"]
+    assert sum(part.bytes for group in groups.values() for part in group) == result.info.path.stat().st_size
+    assert sum(part.bytes for part in groups["weights"]) == sum(row.bytes for row in rows)
+
+
+def test_the_page_shows_every_plan_that_was_measured(result: ac.Result) -> None:
+    tried = result.metrics["measured_plans"]
+    assert len(tried) > 5
+    page = (result.out / "report.html").read_text().replace("<wbr>", "")
+    words = parsed(page).words
+    for found in tried:
+        assert found["name"] in words
+        assert f"{found['kl']:.3g}" in words
+        assert found["bytes"] <= result.metrics["budget_bytes"]
+    singles = [found["kl"] for found in tried if found["name"].startswith("single ")]
+    assert min(singles) == result.plan.measured["single_option_kl"]
+    alone = result.metrics["measured_layers"]
+    assert set(alone) == set(result.plan.layers)
+    assert all(error > 0.0 <= kl for points in alone.values() for error, kl in points)
 
 
 def test_what_is_not_proven_or_not_measured_says_so(result: ac.Result) -> None:

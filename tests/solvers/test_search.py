@@ -13,12 +13,12 @@ import pytest
 
 from solvers import Problem, ProblemError, solve
 from solvers.instances import curves, several
-from solvers.search import Found, evolve, levels, spdy
+from solvers.search import Found, evolve, levels, nearby, spdy
 from solvers.studies import nsga2, tpe
 
 PROBLEM = curves(8, 12, 3)
 WEIGHTS = np.random.default_rng(5).lognormal(0, 1.5, 8)
-SEARCHES: list[tuple[Callable[..., Found], int]] = [(spdy, 60), (evolve, 60), (tpe, 12), (nsga2, 12)]
+SEARCHES: list[tuple[Callable[..., Found], int]] = [(spdy, 60), (nearby, 60), (evolve, 60), (tpe, 12), (nsga2, 12)]
 NAMED = pytest.mark.parametrize(("search", "n"), SEARCHES, ids=lambda v: getattr(v, "__name__", v))
 
 

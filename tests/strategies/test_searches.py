@@ -1,0 +1,82 @@
+"""What strategies add to searches: scores, grants, one front for many budgets; and ALDS's objective."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from networks import profiled, small_profile
+
+import autocompress as ac
+from autocompress.errors import MismatchError
+from autocompress.planning import energy_losses, within
+from autocompress.strategies import STRATEGIES
+from autocompress.strategies.nsga2 import Nsga2, octave
+
+SEARCHES = ["spdy", "evopress", "tpe", "nsga2"]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_keeps_to_its_grant_and_never_scores_worse_than_the_exact_answer(name: str) -> None:
+    model, data, found = small_profile()
+    context = ac.Context(model, data, effort="fast")
+    budget = ac.Budget(ratio=6.0)
+    profile = within(found, found.template.dense_bytes // 6)
+    plan = STRATEGIES[name](profile, budget, context)
+    assert 0 < context.evaluations <= context.granted
+    exact = STRATEGIES["exact"](profile, budget, None)
+    scored, best = context.score(profile, exact.layers), context.score(profile, plan.layers)
+    assert best <= scored
+    text = " ".join(plan.notes)
+    first, last = map(float, re.findall(r"([\d.]+e-\d+)(?=, | front|$)", text.partition(" front (")[0]))
+    assert (first, last) == (pytest.approx(scored, rel=1e-5), pytest.approx(best, rel=1e-5))
+    assert plan.seed == 0
+    assert ac.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_asks_for_a_context(name: str) -> None:
+    with pytest.raises(MismatchError, match=f"strategy '{name}' scores compressed models: give a context"):
+        ac.plan(small_profile()[2], "6x", name)
+
+
+def test_one_front_serves_the_budgets_of_an_octave(tmp_path: Path) -> None:
+    model, data, _ = small_profile()
+    found = profiled(model, data, store=tmp_path)
+    dense = found.template.dense_bytes
+    assert octave(ac.Budget(ratio=5.0), found).size == octave(ac.Budget(ratio=7.9), found).size == dense // 4
+    assert octave(ac.Budget(ratio=8.0), found).size == dense // 4 // 2
+    assert octave(ac.Budget(size=dense // 4), found).size == dense // 4
+    first, second = ac.Context(model, data, effort="fast"), ac.Context(model, data, effort="fast")
+    six = Nsga2()(found, ac.Budget(ratio=6.0), first)
+    five = Nsga2()(found, ac.Budget(ratio=5.0), second)
+    assert first.evaluations > second.evaluations == 1
+    assert six.notes[1] == five.notes[1]
+    # The answer is the same whichever budget came first.
+    assert Nsga2()(profiled(model, data), ac.Budget(ratio=5.0), ac.Context(model, data, effort="fast")) == five
+
+
+def test_minimax_against_trying_all() -> None:
+    found = small_profile()[2]
+    losses = energy_losses(found)
+    names = list(found.layers)
+    choices = list(itertools.product(*(range(len(found.layers[n].rows)) for n in names)))
+    for budget in (380, 450, 600, 900):
+        plan = STRATEGIES["alds_minimax"](found, ac.Budget(size=budget), None)
+
+        def figures(choice: tuple[int, ...]) -> tuple[float, float, int]:
+            rows = [found.layers[n].rows[i] for n, i in zip(names, choice, strict=True)]
+            mine = [float(losses[n][i]) for n, i in zip(names, choice, strict=True)]
+            return max(mine), sum(mine), sum(row.bytes for row in rows)
+
+        every = list(map(figures, choices))
+        payload = plan.predicted_bytes - plan.fixed_bytes
+        indices = {n: [r.option for r in found.layers[n].rows].index(o) for n, o in plan.layers.items()}
+        mine = [float(losses[n][i]) for n, i in indices.items()]
+        worst = min(most for most, _, size in every if size + plan.fixed_bytes <= budget)
+        assert plan.predicted_loss == max(mine) == worst
+        assert plan.bound == plan.predicted_loss
+        assert plan.gap == 0.0
+        assert sum(mine) == pytest.approx(min(s for most, s, size in every if most <= worst and size <= payload))
