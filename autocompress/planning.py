@@ -35,6 +35,7 @@ __all__ = [
     "limit_bytes",
     "limits_of",
     "make_plan",
+    "problem",
     "problem_of",
     "row_costs",
     "running_cost",
@@ -376,6 +377,21 @@ def _allocate(
     bound = solution.bound if room <= allowed else answer(room)[0].bound
     loss = float(solution.loss)
     return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
+
+
+def problem(profile: Profile, budget: Budget | str | int, losses: Mapping[str, np.ndarray] | None = None) -> Problem:
+    """The allocation within a budget as `solvers` takes it, to be solved or studied without making a plan.
+
+    One group per layer, in the order of the profile, and in it one option per row: its loss, (options,) per layer, by
+    default its error over the layer's energy, and its payload in bytes. The limit is what the header, the norms and the
+    biases of the best file leave of the budget; costs that the budget limits beside bytes are further resources
+    (`row_costs`). Raises BudgetError for a budget that is not one, InfeasibleError as `allocate` does.
+    """
+    wanted = Budget.of(budget)
+    profile = within(profile, budget_bytes(wanted, profile))
+    limits = limits_of(wanted, profile)
+    losses = energy_losses(profile) if losses is None else losses
+    return problem_of(profile, limits, losses, allocate(profile, limits, losses).payload_bytes)
 
 
 def problem_of(profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray], payload: int) -> Problem:
