@@ -5,10 +5,11 @@
 
 Part `slopes`: exact plans for error · (1/energy)^(1-m) · slope^m, a layer's slope being the median rise of the KL per
 error when it alone is compressed, of the outputs as they are (`plain`) or softened (`soft`, `Context.temperature`).
-Part `search`: from the best of the soft ones, 120 evaluations of `solvers.search.evolve`, `nearby` and `spdy`, scored by
-`Context.score` on the held-out slice or on a sample of what the Hessians saw; and what each finds. `kl` and `soft_kl`
-are on the calibration data (1,024 images), `kl_other`, `soft_kl_other` and `changed_other` (percent whose first
-answer is another one) on those of three other draws that are not among them. Nothing is chosen by the latter here; they say what would have been right.
+Part `search`: from the best of the soft ones, 120 evaluations of `solvers.search.evolve`, `nearby` and `spdy`, scored
+by `Context.score` on the held-out slice or on a sample of what the Hessians saw; and what each finds. `kl` and
+`soft_kl` are on the calibration data (1,024 images), `kl_other`, `soft_kl_other` and `changed_other` (percent whose
+first answer is another one) on those of three other draws that are not among them. Nothing is chosen by these here;
+they say what would have been right.
 """
 
 from __future__ import annotations
