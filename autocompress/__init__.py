@@ -34,7 +34,9 @@ _HOME = {
     "load": "saving",
     "load_comparison": "comparing",
     "load_profile": "profiling",
+    "load_task": "tasks",
     "plan": "strategies",
+    "problem": "planning",
     "profile": "profiling",
     "save": "saving",
     "spending": "comparing",
@@ -63,7 +65,9 @@ __all__ = [
     "load",
     "load_comparison",
     "load_profile",
+    "load_task",
     "plan",
+    "problem",
     "profile",
     "save",
     "spending",
@@ -80,11 +84,13 @@ if TYPE_CHECKING:
     from autocompress.exporting import export
     from autocompress.measuring import Context
     from autocompress.pipeline import Result, compress
+    from autocompress.planning import problem
     from autocompress.profiling import Profile, load_profile, profile
     from autocompress.saving import load, save, unpack
     from autocompress.sequential import apply_sequentially
     from autocompress.storage import FormatError
     from autocompress.strategies import plan
+    from autocompress.tasks import load_task
     from autocompress.tuning import tune
     from autocompress.types import Budget, Option, Plan
     from autocompress.verifying import verify

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the request, the task, the data or a file is wrong; 3 the 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -95,7 +96,9 @@ BopsOption = Annotated[
 LatencyOption = Annotated[
     str | None, typer.Option(metavar="MS", help="At most so many ms per sample in onnxruntime here, or a percentage.")
 ]
-StrategyOption = Annotated[str, typer.Option(help="uniform, greedy, lagrangian, dp, exact, kl or auto.")]
+StrategyOption = Annotated[
+    str, typer.Option(help="auto, exact, uniform, or another name of `strategies.STRATEGIES`; a wrong one lists them.")
+]
 EffortOption = Annotated[str, typer.Option(help="fast (one exact solve, nothing tuned), normal or max.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Picks the calibration sample and what of it is held out.")]
 SequentialOption = Annotated[
@@ -274,7 +277,7 @@ def plan(
 
         found = load_task(task)
         model, data = found.build_model(), found.calibration_batches(seed)
-        context = Context(model, data, loss=found.loss, seed=seed)
+        context = Context(model, data, loss=found.loss, seed=seed, effort=effort)
         if wanted.latency_ms is not None:
             from autocompress.timing import timed
 
@@ -299,7 +302,7 @@ def plan(
 def compare(
     task: TaskArgument,
     budgets: Annotated[str, typer.Option(help="Budgets, joined by commas: 8x,12x,64kB.")],
-    out: Annotated[Path, typer.Option(help="Where compare.csv and plans.jsonl go; rows that are there are kept.")],
+    out: Annotated[Path, typer.Option(help="Where compare.csv, plans.jsonl, compare.html go; rows there are kept.")],
     strategies: Annotated[str | None, typer.Option(help="Strategies, joined by commas (default: all).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each has a profile of its own.")] = "0",
     effort: Annotated[str, typer.Option(help="How often searches may run the model: fast, normal or max.")] = "normal",
@@ -310,6 +313,8 @@ def compare(
 ) -> None:
     """Compare strategies at budgets: predicted and measured loss, metric, seconds; every plan is kept."""
     from autocompress import pipeline
+    from autocompress.reporting import render_comparison
+    from autocompress.saving import write_text
     from autocompress.strategies import STRATEGIES
     from autocompress.tasks import load_task
 
@@ -330,6 +335,7 @@ def compare(
         return
     with _progress() as progress:
         table = pipeline.compare_seeds(found, wanted, names, draws, effort, out, offered, workers, progress)
+    write_text(out / "compare.html", render_comparison(table, task))
     _show_comparison(table, out, as_json)
 
 
@@ -550,21 +556,24 @@ def _show_plan(chosen: Plan, made: Profile) -> None:
     console.print(facts_table(plan_facts(chosen, made)))
 
 
-def _show_comparison(table: Any, out: Path, as_json: bool) -> None:
-    import json
+def _known(value: Any) -> Any:
+    """A cell of a table in JSON: null for what is not known, and for a number that is not finite."""
+    return value if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)) else None
 
+
+def _show_comparison(table: Any, out: Path, as_json: bool) -> None:
     from autocompress.comparing import summary
     from autocompress.reporting.tables import comparison_table, facts_table, no_plans
 
     if as_json:
-        rows = json.loads(table.drop(columns="layers").to_json(orient="records", double_precision=15))
-        _print_json({"rows": rows, "out": str(out)})
+        rows = table.drop(columns="layers").to_dict("records")
+        _print_json({"rows": [{k: _known(v) for k, v in row.items()} for row in rows], "out": str(out)})
     else:
         console = _console()
         console.print(comparison_table(summary(table)))
         for line in no_plans(table):
             console.print(line, highlight=False, markup=False, style="dim")
-        console.print(facts_table({"written": f"{out}/: compare.csv, plans.jsonl"}))
+        console.print(facts_table({"written": f"{out}/: compare.csv, plans.jsonl, compare.html"}))
     if (table["error"] != "").all():
         code = 3 if table["error"].str.startswith("InfeasibleError").all() else 2
         fail(f"no strategy has a plan at any of these budgets; the first says: {table['error'].iloc[0]}", code)

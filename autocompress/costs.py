@@ -7,8 +7,8 @@ MACs    multiplications that a dense runtime carries out: weights times the posi
         since no runtime that we export to skips them, so only an option that changes a layer's shape changes its MACs:
         the two factors of a low-rank one have those of both.
 BOPs    b_w · b_a · MACs · density: what bit-serial or zero-skipping hardware would do. b_w is the least width that
-        holds every code of the layer (16 or 32 for floats), b_a = 32 as activations are floats, density the part of
-        the weights that is not zero.
+        holds every code of the layer (16 or 32 for floats; that of each row, where rows have widths of their own),
+        b_a = 32 as activations are floats, density the part of the weights that is not zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from autocompress.types import Option
 
-__all__ = ["ACTIVATION_BITS", "Cell", "Latency", "bops", "code_bits", "factor_shapes", "macs"]
+__all__ = ["ACTIVATION_BITS", "Cell", "Latency", "bops", "code_bits", "factor_shapes", "macs", "row_bits"]
 
 ACTIVATION_BITS = 32
 FLOAT_BITS = 32
@@ -48,6 +48,16 @@ def factor_shapes(shape: Sequence[int], option: Option) -> tuple[tuple[int, ...]
     groups = option.groups or 1
     between = groups * (option.rank or 0)
     return (between, inputs // groups, *kernel), (out, between, *(1 for _ in kernel))
+
+
+def row_bits(codes: np.ndarray) -> int:
+    """Bits of all codes that are not zero, each as wide as its row: the sum over rows of b_w times its nonzeros.
+
+    >>> row_bits(np.array([[0, 0], [-2, 1], [7, 0]]))
+    8
+    """
+    rows = codes.reshape(len(codes), -1)
+    return sum(code_bits(row) * int(np.count_nonzero(row)) for row in rows)
 
 
 def macs(weights: int, positions: int, samples: int) -> int:

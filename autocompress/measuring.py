@@ -4,12 +4,12 @@ rule.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,13 @@ from autocompress.batches import (
     sample_digests,
     split_batches,
 )
+from autocompress.compressors import realise_each
 from autocompress.compressors.base import Parts
 from autocompress.correcting import Moments, dense_moments
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import model_digest
 from autocompress.profiling import Profile
+from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option
 
 __all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
@@ -97,6 +99,7 @@ class Context:
         self.seed = seed
         self.effort = effort
         self.training = training
+        self.kept: dict[str, dict[str, Any]] = {}  # what strategies found out about a profile, by a digest of its key
         self._rest: Iterator[Batch] = iter(training or ())
         self._labelled: list[Batch] = []
         self.fit, self.held = split_batches(materialise(batches), seed=seed)
@@ -115,6 +118,10 @@ class Context:
         self._weights: dict[tuple[str, str, str], Parts] = {}
         self._checked: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be measured again."""
+        return {**self.__dict__, "_outputs": {}, "_moments": {}, "_weights": {}}
+
     @property
     def held_samples(self) -> int:
         return sum(batch_samples(b) for b in self.held)
@@ -127,8 +134,8 @@ class Context:
         """This context with another seed for what searches draw, and evaluations counted from 0; the same split of the
         data, and what was measured is shared.
         """
-        other = copy.copy(self)
-        other.seed, other.evaluations = seed, 0
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, seed=seed, evaluations=0)
         return other
 
     @functools.cached_property
@@ -194,6 +201,27 @@ class Context:
             with evaluating(self.model):
                 self._moments[key] = dense_moments(self.model, owners, data)
         return with_weights(self.model, profile, weights, data, self._moments[key])
+
+    def prepare(self, profile: Profile, options: Mapping[str, Sequence[Option]]) -> None:
+        """Make the weights of several options of each layer, for a search that will want many of them.
+
+        At once they cost little more than one of them, as they share a factorisation. Nothing is done where they would
+        not all be kept.
+        """
+        self.check(profile)
+        size = sum(4 * profile.layers[name].layer.size * len(wanted) for name, wanted in options.items())
+        if size + sum(map(_held, self._weights.values())) > CACHE_BYTES:
+            return
+
+        def made(name: str) -> dict[Option, Any]:
+            todo = [o for o in options[name] if (profile.fingerprint, name, str(o)) not in self._weights]
+            key = profile.layers[name].layer.key
+            return realise_each(profile.problem(name, self.model.get_parameter(key)), todo) if todo else {}
+
+        with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
+            for name, found in zip(options, pool.map(made, options), strict=True):
+                for option, realised in found.items():
+                    self._weights[(profile.fingerprint, name, str(option))] = realised.parts()
 
     def measure(self, profile: Profile, layers: Mapping[str, Option], label: str = "") -> float:
         """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice; one with a label stands in `log`."""

@@ -127,7 +127,7 @@ def compress(
             with say.stage("time layers"):
                 found = timed(found, model, given, progress=lambda done, total: say("time layers", done, total))
         with say.stage("plan"):
-            context = Context(model, data, loss=loss, seed=seed)
+            context = Context(model, data, loss=loss, seed=seed, effort=effort)
             chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
         small = _finished(model, chosen, found, data, context, effort, sequential, say)
         chosen = encoded_of(small).plan

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
-from autocompress.types import RUNNING_COSTS, Budget, Option, Plan, exact
+from autocompress.types import MIXED_WIDTHS, RUNNING_COSTS, Budget, Option, Plan, exact
 from solvers import SOLVERS, Problem, Solution, solve
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "limit_bytes",
     "limits_of",
     "make_plan",
+    "problem",
     "problem_of",
     "row_costs",
     "running_cost",
@@ -209,7 +211,10 @@ def coarsest(options: Sequence[Option]) -> list[Option]:
 
     def facts(o: Option) -> tuple[float, ...]:
         bits = 16 if o.half else o.bits or 32
-        return (-bits, -o.rank * (o.groups or 1)) if o.rank else (o.step or 0.0, o.lam or 0.0, -(o.bits or 32))
+        if o.rank:
+            return (-bits, -o.rank * (o.groups or 1))
+        shares = accumulate(o.mix or (0.0,) * len(MIXED_WIDTHS))
+        return (o.step or 0.0, o.lam or 0.0, -(o.bits or 32), *shares)
 
     def coarser(a: Option, b: Option) -> bool:
         if (a.rank is None) != (b.rank is None):
@@ -382,6 +387,21 @@ def _allocate(
     bound = solution.bound if room <= allowed else answer(room)[0].bound
     loss = float(solution.loss)
     return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
+
+
+def problem(profile: Profile, budget: Budget | str | int, losses: Mapping[str, np.ndarray] | None = None) -> Problem:
+    """The allocation within a budget as `solvers` takes it, to be solved or studied without making a plan.
+
+    One group per layer, in the order of the profile, and in it one option per row: its loss, (options,) per layer, by
+    default its error over the layer's energy, and its payload in bytes. The limit is what the header, the norms and the
+    biases of the best file leave of the budget; costs that the budget limits beside bytes are further resources
+    (`row_costs`). Raises BudgetError for a budget that is not one, InfeasibleError as `allocate` does.
+    """
+    wanted = Budget.of(budget)
+    profile = within(profile, budget_bytes(wanted, profile))
+    limits = limits_of(wanted, profile)
+    losses = energy_losses(profile) if losses is None else losses
+    return problem_of(profile, limits, losses, allocate(profile, limits, losses).payload_bytes)
 
 
 def problem_of(profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray], payload: int) -> Problem:

@@ -100,7 +100,11 @@ class Profile:
                     [
                         name,
                         layer.energy.hex(),
-                        [[str(r.option), r.error.hex(), r.bytes, r.width, r.nonzero] for r in layer.rows],
+                        [
+                            [str(r.option), r.error.hex(), r.bytes, r.width, r.nonzero]
+                            + ([] if r.row_bits is None else [r.row_bits])
+                            for r in layer.rows
+                        ],
                     ]
                 ).encode()
             )
@@ -124,8 +128,9 @@ class Profile:
         for name, made in ((n, made) for n, made in plan.realised.items() if n in layers):
             option = plan.layers[name]
             size, width, nonzero = (int(made[key]) for key in ("bytes", "width", "nonzero"))
-            known = next((r.multiplied for r in layers[name].rows if r.option == option), None)
-            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero, known)
+            bits = int(made["row_bits"]) if "row_bits" in made else None
+            changed = next((r.multiplied for r in layers[name].rows if r.option == option), None)
+            row = Measured(option, made["error"], size, "", "", 0.0, width, nonzero, bits, changed)
             rows = (*(r for r in layers[name].rows if r.option != option), row)
             layers[name] = dataclasses.replace(layers[name], rows=rows)
         found = dataclasses.replace(self, layers=layers)
@@ -177,7 +182,7 @@ class Profile:
 
     def bops(self, name: str, row: Measured) -> int:
         """BOPs of a layer for one sample with one of its options."""
-        return costs.bops(self.macs(name, row), row.width, row.nonzero, self._multiplied(name, row))
+        return costs.bops(self.macs(name, row), 1, row.bits, self._multiplied(name, row))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise MismatchError unless the model's weights are the ones that were profiled."""
@@ -272,6 +277,7 @@ def _save_layer(
         "seconds": np.array([r.seconds for r in rows]),
         "widths": np.array([r.width for r in rows], np.int64),
         "nonzero": np.array([r.nonzero for r in rows], np.int64),
+        "row_bits": np.array([-1 if r.row_bits is None else r.row_bits for r in rows], np.int64),
         "multiplied": np.array([r.multiplied or 0 for r in rows], np.int64),
         "first_bytes": np.array([r.first_bytes for r in rows], np.int64),
         "energy": np.array(energy),
@@ -284,16 +290,18 @@ def _save_layer(
 
 def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float] | None:
     """What `_save_layer` wrote; None where the file is not there. Raises StoreError where it is damaged."""
+
+    def own(bits: int) -> int | None:
+        return bits if bits >= 0 else None
+
     try:
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
-            columns = ("errors", "bytes", "seconds", "widths", "nonzero", "multiplied", "first_bytes")
+            numbers = ("errors", "bytes", "seconds", "widths", "nonzero", "row_bits", "multiplied", "first_bytes")
             rows = [
-                Measured(
-                    Option.parse(option), error, size, codec, step, seconds, width, nonzero, changed or None, first
-                )
-                for (option, codec, step), error, size, seconds, width, nonzero, changed, first in zip(
-                    names, *(data[key].tolist() for key in columns), strict=True
+                Measured(Option.parse(option), *row[:2], codec, step, *row[2:5], own(row[5]), row[6] or None, row[7])
+                for (option, codec, step), row in zip(
+                    names, zip(*(data[key].tolist() for key in numbers), strict=True), strict=True
                 )
             ]
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)

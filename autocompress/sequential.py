@@ -107,7 +107,11 @@ def apply_sequentially(
         predicted_bytes=size,
         fixed_bytes=size - sum(row.bytes for row in rows.values()),
         realised={
-            name: {key: getattr(rows[name], key) for key in ("error", "bytes", "width", "nonzero")}
+            name: {
+                key: value
+                for key in ("error", "bytes", "width", "nonzero", "row_bits")
+                if (value := getattr(rows[name], key)) is not None
+            }
             for name in plan.layers
         },
         measured={},

@@ -17,7 +17,7 @@ from typing import Any
 
 from autocompress.errors import BudgetError, MismatchError, OptionError
 
-__all__ = ["DENSE", "RUNNING_COSTS", "Budget", "Option", "Plan", "exact", "option_sort_key"]
+__all__ = ["DENSE", "MIXED_WIDTHS", "RUNNING_COSTS", "Budget", "Option", "Plan", "exact", "option_sort_key"]
 
 
 def _number(value: float) -> str:
@@ -30,9 +30,12 @@ _OPTION = re.compile(
     rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
     rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
-    rf"|(?:k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+))(?P<plain>p)?|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
-    r"(?:w(?P<bits>\d+)(?:(?P<tensor>t)|g(?P<group>\d+))?(?P<asymmetric>a)?(?P<minmax>m)?|fp(?P<float>8|16))?"
+    rf"|(?:k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+))(?P<plain>p)?"
+    rf"|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
+    r"(?:w(?P<bits>\d+)(?:(?P<tensor>t)|g(?P<group>\d+))?(?P<asymmetric>a)?(?P<minmax>m)?|fp(?P<float>8|16)"
+    rf"|mix(?P<mix>{_NUM}(?:/{_NUM})*))?"
 )
+MIXED_WIDTHS = (0, 2, 4, 6, 8)  # bits of the rows of a `mix` option, in the order of its percentages
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Option:
                  weight, `lam` the price of a bit in units of the mean error of a step (see `obs.rate_distortion_cells`)
       `tcq(0.34,0.4)`  the same on a `trellis`: each code's parity picks the quantiser of the next one (see
                  `obs.trellis_codes`); goes with no structure
+      `mix25/0/25/50/0`  percentages of the output rows at 0, 2, 4, 6 and 8 bits, the least important rows first; a row
+                 at 0 bits is pruned, the others have a grid each, as `w4` has; goes with no structure
     Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
     does not hold.
 
@@ -84,6 +89,7 @@ class Option:
     asymmetric: bool = False
     minmax: bool = False
     fp8: bool = False
+    mix: tuple[float, ...] | None = None
     plain: bool = False
 
     def __post_init__(self) -> None:
@@ -111,6 +117,8 @@ class Option:
             text += f"w{self.bits}" + ("t" if self.per_tensor else "" if self.group is None else f"g{self.group}")
             text += "a" * self.asymmetric + "m" * self.minmax
         text += "fp16" * self.half + "fp8" * self.fp8
+        if self.mix is not None:
+            text += "mix" + "/".join(map(_number, self.mix))
         return text or "dense"
 
     @property
@@ -170,6 +178,7 @@ class Option:
             minmax=got["minmax"] is not None,
             fp8=got["float"] == "8",
             trellis=got["coder"] == "tcq",
+            mix=None if got["mix"] is None else tuple(map(float, got["mix"].split("/"))),
             plain=got["plain"] is not None,
         )
 
@@ -189,8 +198,8 @@ class Option:
             sum(value is not None for value in structures) <= 1,
             "at most one structure: s, N:M, blk, rank, k..r, ch or out",
         )
-        values = [self.bits is not None, self.step is not None, self.half, self.fp8]
-        need(sum(values) <= 1, "at most one representation of the values: w, rd, fp16 or fp8")
+        values = [self.bits is not None, self.step is not None, self.half, self.fp8, self.mix is not None]
+        need(sum(values) <= 1, "at most one representation of the values: w, rd, fp16, fp8 or mix")
         need(self.groups is None or self.rank is not None, "channel groups need a rank, as in k4r12")
         need(self.rank is not None or not self.plain, "plain factors need a rank, as in rank32p")
         need(self.bits is not None or self.group is None, "a group of scales needs bits, as in w4g128")
@@ -201,6 +210,12 @@ class Option:
         need((self.step is None) == (self.lam is None), "rate-distortion codes need both numbers, as in rd(0.25,0.1)")
         need(not self.trellis or self.step is not None, "a trellis needs a step and lam, as in tcq(0.34,0.4)")
         need(not self.trellis or not any(v is not None for v in structures), "tcq finds its zeros itself: no structure")
+        if self.mix is not None:
+            need(not any(v is not None for v in structures), "mix prunes rows itself: no structure")
+            widths = "/".join(map(str, MIXED_WIDTHS))
+            need(len(self.mix) == len(MIXED_WIDTHS), f"mix needs a percentage for each of {widths} bits")
+            total = math.fsum(self.mix)
+            need(min(self.mix) >= 0 and abs(total - 100) <= 1e-9, f"percentages sum to {total:g}, needed 100")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
         need(self.out is None or 0 <= self.out < 100, "out must be at least 0 and below 100 percent")
@@ -377,7 +392,8 @@ class Plan:
     the same profile whose weights fit into what the header of this file leaves, `gap` = (predicted_loss -
     bound)/|bound| (inf where nothing is proven).
     `realised` is empty unless sequential mode compressed the layers anew: {layer: {error, bytes, width, nonzero}} of
-    what it made, which `layers` and `predicted_bytes` describe; loss, bound and gap stay those of the first plan.
+    what it made (`row_bits` too, where rows have widths of their own), which `layers` and `predicted_bytes` describe;
+    loss, bound and gap stay those of the first plan.
     `measured` holds figures from a slice of calibration data that the Hessians never saw (empty: unmeasured).
     `fingerprint` names the profile. `vector_bits` per value of norms and biases (16: half precision).
     """
@@ -432,7 +448,11 @@ class Plan:
             body["measured"] = {k: float(v) for k, v in body["measured"].items()}
             body["notes"] = tuple(body["notes"])
             body["realised"] = {
-                name: {"error": float(made["error"]), **{key: int(made[key]) for key in ("bytes", "width", "nonzero")}}
+                name: {
+                    "error": float(made["error"]),
+                    **{key: int(made[key]) for key in ("bytes", "width", "nonzero")},
+                    **({"row_bits": int(made["row_bits"])} if "row_bits" in made else {}),
+                }
                 for name, made in body.get("realised", {}).items()
             }
             for name in ("budget_bytes", "predicted_bytes", "fixed_bytes", "seed", "vector_bits"):

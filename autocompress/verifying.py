@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocompress.costs import FLOAT_BITS, bops, code_bits, macs
+from autocompress.costs import FLOAT_BITS, bops, code_bits, macs, row_bits
 from autocompress.errors import AutocompressError, MismatchError
 from autocompress.storage import Archive, Entry, FormatError, read
-from autocompress.types import RUNNING_COSTS, Plan
+from autocompress.types import RUNNING_COSTS, Option, Plan
 
 if TYPE_CHECKING:
     from autocompress.tasks import Task
@@ -231,9 +231,12 @@ def _macs(entries: Sequence[Entry], layer_macs: int, positions: Sequence[int] | 
 
 def _bops(entries: Sequence[Entry], layer_macs: int) -> int:
     """BOPs of a layer, from what the file holds of it."""
+    option = Option.parse(str(entries[0].params["option"]))
+    weights = sum(entry.numel for entry in entries)
+    if option.mix is not None:
+        return bops(layer_macs, 1, sum(row_bits(entry.codes()) for entry in entries), weights)
     nonzero = sum(int(np.count_nonzero(entry.dequantise())) for entry in entries)
-    width = max(map(_width, entries))
-    return bops(layer_macs, width, nonzero, sum(entry.numel for entry in entries))
+    return bops(layer_macs, max(map(_width, entries)), nonzero, weights)
 
 
 def _width(entry: Entry) -> int:

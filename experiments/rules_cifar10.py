@@ -3,13 +3,12 @@
     python experiments/rules_cifar10.py                     # ResNet-20 at 12x, 16x, 24x, seed 0
     python experiments/rules_cifar10.py --ratios 20 --strategies erk,lamp
 
-One row per (network, ratio, seed, strategy). The profile has the options `default,surface`. A name that ends in
-`_integers` chooses from plain integers alone, pruned or not (s60w4, w4), which is all that yang and opq ever choose
-from; the others may store values in any way that the profile has. Plans are the rules' own, not improved by the
-never-worse rule. `plan` names what the rule settled on, `loss` is the summed relative error, `kl` the mean KL to the
-dense model on the held-out fifth of the calibration images, `score` top-1 in percent on 2,000 training images that
-calibration never draws. `bytes` is the file's length; `paper_bytes` counts codes of weights that are not zero, without
-positions, as Yang et al. do. `seconds` is what the rule takes, on whatever else the machine does.
+One row per (network, ratio, seed, strategy). The profile has the options `default,surface`; `exact` chooses from all of
+them, `exact_integers` from what the rules choose from: plain integers, pruned or not (s60w4, w4). Plans are the rules'
+own, not improved by the never-worse rule. `plan` names what the rule settled on, `loss` is the summed relative error,
+`kl` the mean KL to the dense model on the held-out fifth of the calibration images, `score` top-1 in percent on 2,000
+training images that calibration never draws. `bytes` is the file's length; `paper_bytes` counts codes of weights that
+are not zero, without positions, as Yang et al. do. `seconds` is what the rule takes, on whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 from common import RESULTS, ROOT, done_keys, environment, keep_row
 
 import autocompress as ac
+from autocompress.errors import InfeasibleError
 from autocompress.measuring import Context
 from autocompress.planning import budget_bytes, energy_losses, within
 from autocompress.profiling import Profile
@@ -30,8 +30,7 @@ from autocompress.tasks import Task, load_task
 from autocompress.types import Budget, Option, Plan
 
 KEYS = ("task", "ratio", "seed", "strategy")
-RULES = ("exact", "uniform_sparsity", "magnitude", "erk", "lamp")
-INTEGERS = ("uniform_bits", "yang", "opq", "opq_energy")  # which choose from integers whatever there is
+RULES = ("uniform_bits", "uniform_sparsity", "magnitude", "erk", "lamp", "yang", "opq", "opq_energy")
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--task", default="resnet20_cifar10")
     parser.add_argument("--ratios", default="12,16,24")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--strategies", default=",".join((*RULES, *INTEGERS, *(f"{r}_integers" for r in RULES))))
+    parser.add_argument("--strategies", default=",".join(("exact", "exact_integers", *RULES)))
     parser.add_argument("--out", default="runs/rules_cifar10")
     arguments = parser.parse_args()
     path = RESULTS / "rules_cifar10.csv"
@@ -55,9 +54,12 @@ def main() -> None:
                 if (arguments.task, ratio, seed, strategy) in done_keys(path, KEYS):
                     continue
                 key = {"task": arguments.task, "ratio": ratio, "seed": seed, "strategy": strategy}
-                row = {**key, **measured(task, profile, context, f"{ratio}x", strategy)}
+                try:
+                    row = {**key, **measured(task, profile, context, f"{ratio}x", strategy)}
+                except InfeasibleError as error:
+                    row = {**key, "plan": f"nothing below {error.smallest_bytes} bytes", **environment()}
                 keep_row(path, row, KEYS)
-                print(*(f"{n} {row[n]}" for n in (*KEYS, "plan", "bytes", "loss", "kl", "score")), flush=True)
+                print(*(f"{n} {row.get(n)}" for n in (*KEYS, "plan", "bytes", "loss", "kl", "score")), flush=True)
 
 
 def measured(task: Task, profile: Profile, context: Context, budget: str, strategy: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "baselines": ("uniform", "uniform_bits", "uniform_sparsity", "magnitude", "erk", "lamp", "greedy"),
     "exact on an objective": ("lagrangian", "dp", "exact", "raw", "loss", "kl", "fisher", "hawq"),
     "searches": ("spdy", "evopress", "tpe", "nsga2"),
-    "rules of papers": ("yang", "opq", "opq_energy", "itpruner", "itpruner_qp", "alds"),
+    "rules of papers": ("yang", "opq", "opq_energy", "itpruner", "itpruner_quadratic", "alds_minimax"),
     "reinforcement learning": ("ajpq", "galen"),
     "portfolio": ("auto",),
 }

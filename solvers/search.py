@@ -156,7 +156,7 @@ def nearby(
     scored = _Scored(score, evaluations)
     least, best, draws = scored(start(problem, solver)), np.ones(problem.groups), 0
     # Coefficients that lead to a choice known already cost no evaluation, so draws are limited as well.
-    while not scored.full and draws < 4 * evaluations:
+    while not scored.full and draws < 2 * evaluations:
         draws += 1
         trial = best * np.exp(spread * rng.standard_normal(problem.groups))
         value = scored(reweighted(problem, trial, solver))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -389,7 +390,7 @@ def test_compare_prints_its_table_and_keeps_every_plan(done: Path, tmp_path: Pat
     arguments = ("compare", task, "--budgets", "6x,1.2x,bops=90%", "--strategies", "uniform,exact,kl", "--out")
     outcome = call(*arguments, out, "--seeds", "0,1", "--workers", 1)
     assert outcome.code == 0, outcome.err
-    assert sorted(p.name for p in out.iterdir()) == ["compare.csv", "plans.jsonl", "seed0", "seed1"]
+    assert sorted(p.name for p in out.iterdir()) == ["compare.csv", "compare.html", "plans.jsonl", "seed0", "seed1"]
     assert "seed 1: compare" in outcome.err
     table = ac.load_comparison(out)
     rows = list(zip(table["seed"], table["budget"], table["strategy"], strict=True))
@@ -411,6 +412,7 @@ def test_compare_prints_its_table_and_keeps_every_plan(done: Path, tmp_path: Pat
     assert {p: p.stat().st_mtime_ns for p in out.rglob("rows/*.json")} == before
     assert [(r["seed"], r["budget"], r["strategy"]) for r in json.loads(again.out)["rows"]] == rows
     # Workers load the task, whose model no pickle could find, and the rows are the same.
+    shutil.copytree(out / "seed0" / "profile", other / "seed0" / "profile")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert call(*arguments, other, "--workers", 2).code == 0

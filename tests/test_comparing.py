@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from networks import images, small_profile
+from networks import grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
@@ -141,7 +141,23 @@ def test_the_seed_reaches_strategies_that_draw_and_no_others(tmp_path: Path) -> 
     assert context(seed=5).data_digest != own.data_digest
 
 
-def test_rows_are_found_again(tmp_path: Path) -> None:
+def test_a_row_is_made_on_one_thread_whatever_the_process_has() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def threads(model: nn.Module) -> float:
+        seen.append(torch.get_num_threads())
+        return 0.0
+
+    torch.set_num_threads(2)
+    try:
+        compared(["5x"], ["exact"], evaluate=threads)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
+def test_rows_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def counted(model: nn.Module) -> float:
@@ -165,6 +181,12 @@ def test_rows_are_found_again(tmp_path: Path) -> None:
         before = len(list((tmp_path / "rows").iterdir()))
         compared(["5x"], ["exact"], **{"evaluate": counted, "store": tmp_path, **change})
         assert len(list((tmp_path / "rows").iterdir())) == before + 1, change
+    # So are those of a strategy whose file was changed, or that says that it is another one.
+    monkeypatch.setattr("autocompress.comparing.bench._source", lambda strategy: "changed")
+    compared(["5x"], ["exact"], evaluate=counted, store=tmp_path)
+    monkeypatch.setattr(STRATEGIES["exact"], "version", 2, raising=False)
+    compared(["5x"], ["exact"], evaluate=counted, store=tmp_path)
+    assert len(list((tmp_path / "rows").iterdir())) == before + 3
 
 
 def test_ones_own_strategies_run_again_unless_they_have_a_version(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ OPTIONS = [
         "rd(0.25,0.1) rd(0.5,0) rd(0.5,0.3)s60 rd(1.5,0.7)s90 rd(0.02,0.1) rd(3,1)s100 rd(0.5,0.3)2:4 "
         "s75 s75fp16 s100 2:4 1:4fp16 3:5 2:4w4 4:8w4a blk4@50 blk4@50w4 blk2x4@50fp16 blk3x2@70w3g5 ch50 ch50w4 "
         "out50 out50w4t w4g8 w1 w1a w1t w1g4 s50w1 w2a w3a w8a w4t w4m w8m w4am w4ta w4tm w2g5 w4g4a w3g32am w4g1000 "
-        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8 tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2)"
+        "s60w4a s50w4g4 fp8 s50fp8 2:4fp8 tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2) "
+        "mix25/0/25/50/0 mix0/0/0/0/100 mix100/0/0/0/0 mix12.5/37.5/50/0/0"
     ).split()
 ]
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
@@ -397,6 +398,53 @@ def test_without_curvature_pruning_is_by_magnitude(option: Option, shape: tuple[
     expected = np.where(smallest(p, option), 0, p.weight[0])
     expected = expected.astype(np.float16) if option.half else expected
     np.testing.assert_allclose(weight, expected, rtol=1e-6)
+
+
+MIXED = [o for o in OPTIONS if o.mix is not None]
+
+
+@pytest.mark.parametrize("option", MIXED, ids=str)
+def test_mixed_rows_are_those_of_uniform_widths_least_energy_first(option: Option) -> None:
+    assert option.mix is not None
+    for case in PROBLEMS:
+        p, found = shared(case), found_on("mixed", option, case)
+        assert found is not None
+        assert found.codes is not None
+        rows = p.shape[0]
+        energies = p.row_errors(np.zeros_like(p.weight)).reshape(-1)
+        ascending = np.argsort(energies, kind="stable")
+        ends = [int(np.floor(rows * sum(option.mix[: i + 1]) / 100 + 0.5)) for i in range(5)]
+        start = 0
+        for bits, end in zip((0, 2, 4, 6, 8), ends, strict=True):
+            weight = found.weight().reshape(rows, -1)[ascending[start:end]]
+            codes = found.codes.reshape(rows, -1)[ascending[start:end]]
+            if bits == 0:
+                assert not weight.any()
+            else:
+                assert codes.min(initial=0) >= -(2 ** (bits - 1))
+                assert codes.max(initial=0) < 2 ** (bits - 1)
+                plain = realise(p, Option(bits=bits))
+                if np.ndim(found.step) and np.ndim(plain.step):  # else one step is for all rows
+                    np.testing.assert_array_equal(weight, plain.weight().reshape(rows, -1)[ascending[start:end]], case)
+            start = end
+        assert start == rows
+        assert np.ndim(found.step) == 1 or case not in ("random", "grouped kernel", "depthwise", "table")
+
+
+def test_rows_of_several_widths_are_counted_at_their_own() -> None:
+    p, option = problem(rows=8), Option.parse("mix25/0/25/50/0")
+    (row,) = profile_layer(p, [option])[0]
+    codes = np.asarray(realise(p, option).codes).reshape(8, -1)
+    kept = {bits: np.abs(codes).max(axis=1) >= 2 ** (bits - 2) for bits in (4, 6)}
+    assert (kept[6].sum(), (kept[4] & ~kept[6]).sum(), (codes == 0).all(axis=1).sum()) == (4, 2, 2)
+    assert (
+        row.row_bits
+        == row.bits
+        == 6 * np.count_nonzero(codes[kept[6]]) + 4 * np.count_nonzero(codes[kept[4] & ~kept[6]])
+    )
+    assert row.width == 6
+    (plain,) = profile_layer(p, [Option(bits=4)])[0]
+    assert (plain.row_bits, plain.bits) == (None, 4 * plain.nonzero)
 
 
 def flat(shape: tuple[int, ...]) -> LayerProblem:

@@ -20,6 +20,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import autocompress as ac
 from autocompress import pipeline
+from autocompress.applying import encoded_of
+from autocompress.costs import code_bits
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import model_digest
 from autocompress.pipeline import RESULTS
@@ -102,7 +104,7 @@ def test_every_kind_of_layer_goes_the_whole_way(tmp_path: Path) -> None:
     assert {n: x.layer for n, x in stored.layers.items()} == {n: x.layer for n, x in result.profile.layers.items()}
 
 
-@pytest.mark.parametrize("option", ["w4", "w3", "rd(0.5,0.3)s60", "fp16", "s50w4"])
+@pytest.mark.parametrize("option", ["w4", "w3", "rd(0.5,0.3)s60", "fp16", "s50w4", "mix12.5/0/25/62.5/0"])
 def test_every_kind_of_layer_with_every_kind_of_step(option: str, tmp_path: Path) -> None:
     model, data = kinds()
     found = profiled(model, data, [option, "w8"])
@@ -116,6 +118,31 @@ def test_every_kind_of_layer_with_every_kind_of_step(option: str, tmp_path: Path
         for packed in (False, True):
             back = ac.load(path, seeded(Kinds, seed=1), packed=packed)
             assert torch.equal(back(data[0]), small(data[0]))
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["independent", "sequential"])
+def test_rows_of_several_widths_go_the_whole_way_with_exact_bops(sequential: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # Sequential mode takes no other limits.
+    budget, effort = ("5x", "normal") if sequential else ("5x,bops=9%", "fast")
+    result = run(out, budget=budget, options=["mixed"], strategy="exact", effort=effort, sequential=sequential)
+    assert any(option.mix for option in result.plan.layers.values())
+    assert all(check.good for check in ac.verify(out).checks)
+    stored = load_profile(out / "profile")
+    assert stored.fingerprint == result.profile.fingerprint
+    plan = ac.Plan.from_json((out / "plan.json").read_text())
+    assert bool(plan.realised) == sequential
+    profile = stored.with_realised(plan)
+    entries = {entry.name: entry for entry in encoded_of(result.model).entries}
+    for name, option in plan.layers.items():
+        if option.mix is None:
+            continue
+        codes = entries[f"{name}.weight"].codes()
+        bits = sum(code_bits(row) * np.count_nonzero(row) for row in codes)
+        assert profile.layers[name].row(option).bits == bits
+        assert profile.bops(name, profile.layers[name].row(option)) == -(-32 * profile.macs(name) * bits // codes.size)
+    restored: Any = ac.load(out / "model.acz", convnet())
+    assert torch.equal(restored(images()[0]), result.model(images()[0]))
 
 
 def test_a_profile_that_is_there_is_used_and_gives_the_same_bytes(tmp_path: Path) -> None:

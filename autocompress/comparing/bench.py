@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import sys
 import tempfile
 import time
 import warnings
@@ -77,7 +78,8 @@ def compare(
     given. context: without one nothing is measured. evaluate (higher is better) only reports. seeds: each seeds the
     searches; the split of the calibration data stays that of the context. store: a folder where finished rows are kept
     and found again if they depend on the same profile, data, strategy, budget, seed, effort, versions and name of
-    evaluate; your own callables have no version and are run again, unless they have an attribute `version`.
+    evaluate. A strategy's version is its attribute `version`, else the digest of the file that it stands in; your own
+    callables are run again, unless they have that attribute.
     workers: processes. Every row runs on one thread, so that the table, but for `seconds`, does not depend on how many
     there are; what cannot be pickled runs in this process, with a CompareWarning. task: where context and evaluate come
     from (`task_context`, `task.evaluate`), which lets workers load it anew instead of unpickling them.
@@ -171,7 +173,12 @@ class _Bench:
             return None
         evaluate = self.evaluate
         depends = {
-            "versions": [COMPARE_VERSION, __version__, torch.__version__, getattr(strategy, "version", 1)],
+            "versions": [
+                COMPARE_VERSION,
+                __version__,
+                torch.__version__,
+                getattr(strategy, "version", _source(strategy)),
+            ],
             "profile": self.profile.fingerprint,
             "vectors": self.profile.template.bits,
             "latency": None if self.profile.latency is None else repr(self.profile.latency),
@@ -240,6 +247,12 @@ class _Bench:
             kl = context.divergence_of(small) if context.held else math.nan
             self.measured[at] = kl, None if self.evaluate is None else float(self.evaluate(small))
         return self.measured[at]
+
+
+def _source(strategy: Strategy) -> str:
+    """SHA-256 of the file that a strategy stands in: its version, where it states none."""
+    path = getattr(sys.modules.get(strategy.__module__), "__file__", None)
+    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _checked(profile: Profile, plan: Plan, limit: int) -> dict[str, Measured]:

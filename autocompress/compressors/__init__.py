@@ -10,6 +10,7 @@ import numpy as np
 from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
 from autocompress.compressors.fp8 import Fp8
 from autocompress.compressors.lowrank import LowRank, lowrank_grid
+from autocompress.compressors.mixed import MixedRows, mixed_grid
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.pruned import Pruned
@@ -32,6 +33,7 @@ __all__ = [
     "named_options",
     "profile_layer",
     "realise",
+    "realise_each",
 ]
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -42,6 +44,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "rd": RateDistortion(),
     "tcq": TrellisCoded(),
     "lowrank": LowRank(),
+    "mixed": MixedRows(),
 }
 
 
@@ -52,7 +55,7 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4))"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0)"
     )
 
 
@@ -85,6 +88,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "channels": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "lowrank": lowrank_grid,
+    "mixed": mixed_grid,
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
     "all": lambda: list(dict.fromkeys(o for name, make in FAMILIES.items() if name != "all" for o in make())),
 }
@@ -136,8 +140,19 @@ def profile_layer(
 
 def realise(problem: LayerProblem, option: Option) -> Realised:
     """The weight of one option, bit for bit what the profile measured. Raises OptionError if there is none."""
+    return realise_each(problem, [option])[option]
+
+
+def realise_each(problem: LayerProblem, options: Iterable[Option]) -> dict[Option, Realised]:
+    """The weights of several options, each as `realise` gives it; what they share is computed once."""
+    by_compressor: dict[str, list[Option]] = {}
+    for option in dict.fromkeys(options):
+        by_compressor.setdefault(compressor_of(option)[0], []).append(option)
+    found: dict[Option, Realised] = {}
     with single_threaded():
-        found = compressor_of(option)[1].realise_all(problem, [option])[0]
-    if found is None:
-        raise OptionError(f"layer {problem.name!r} cannot have option {str(option)!r}")
+        for name, group in by_compressor.items():
+            for option, realised in zip(group, COMPRESSORS[name].realise_all(problem, group), strict=True):
+                if realised is None:
+                    raise OptionError(f"layer {problem.name!r} cannot have option {str(option)!r}")
+                found[option] = realised
     return found

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from autocompress import obs
-from autocompress.costs import FLOAT_BITS, code_bits
+from autocompress.costs import FLOAT_BITS, code_bits, row_bits
 from autocompress.storage import Entry, codec_named, float_entry, weight_entry, weight_size
 from autocompress.types import Option
 
@@ -213,6 +213,7 @@ class Realised:
     values: np.ndarray | None = None
     group: int | None = None
     factors: tuple[Realised, Realised] | None = None
+    mixed: bool = False
 
     @property
     def step_kind(self) -> str:
@@ -246,6 +247,11 @@ class Realised:
     def nonzero(self) -> int:
         """How many of them are not zero."""
         return sum(int(np.count_nonzero(part.weight())) for part in self.factors or (self,))
+
+    @property
+    def row_bits(self) -> int | None:
+        """Bits of all weights that are not zero, where rows have widths of their own (`costs.row_bits`)."""
+        return row_bits(self.codes.reshape(self.shape)) if self.mixed and self.codes is not None else None
 
     def weight(self) -> np.ndarray:
         """What a reader of the file gets, float32 in the weight's shape; of factors their product, rounded once."""
@@ -316,8 +322,9 @@ class Measured:
 
     `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
     `width`: the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see
-    `costs.bops`). `multiplied`: how many weights there are where an option changes that, and `first_bytes`: of `bytes`,
-    those of the first of two factors; None and 0 otherwise.
+    `costs.bops`); `row_bits`: the bits of all of those, where rows have widths of their own. `multiplied`: how many
+    weights there are where an option changes that, and `first_bytes`: of `bytes`, those of the first of two factors;
+    None and 0 otherwise.
     """
 
     option: Option
@@ -328,8 +335,14 @@ class Measured:
     seconds: float = field(compare=False)
     width: int
     nonzero: int
+    row_bits: int | None = None
     multiplied: int | None = None
     first_bytes: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of all weights that are not zero, each as wide as it is multiplied."""
+        return self.width * self.nonzero if self.row_bits is None else self.row_bits
 
 
 class Compressor(Protocol):
@@ -372,8 +385,9 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         size, first = realised.bytes(), factors[0].bytes() if factors else 0
         changed = realised.multiplied if factors else None
         seconds = each + time.perf_counter() - start
-        kinds = realised.codec, realised.step_kind
-        rows.append(Measured(option, error, size, *kinds, seconds, realised.width, nonzero, changed, first))
+        how = realised.codec, realised.step_kind
+        width, bits = realised.width, realised.row_bits
+        rows.append(Measured(option, error, size, *how, seconds, width, nonzero, bits, changed, first))
     return rows
 
 

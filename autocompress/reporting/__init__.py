@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from autocompress.reporting.comparison import render_comparison
 from autocompress.reporting.page import render_report
-from autocompress.reporting.rows import FilePart, LayerRow, file_parts, layer_rows
+from autocompress.reporting.rows import FilePart, LayerRow, byte_groups, file_parts, layer_rows
 
-__all__ = ["FilePart", "LayerRow", "file_parts", "layer_rows", "render_report"]
+__all__ = ["FilePart", "LayerRow", "byte_groups", "file_parts", "layer_rows", "render_comparison", "render_report"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -10,10 +12,11 @@ from autocompress.reporting.curves import FAMILIES, LayerCurve, family_of
 from autocompress.reporting.html import anchor
 from autocompress.reporting.rows import FilePart, LayerRow
 from autocompress.reporting.svg import Axis, Plot, nice_steps, picture, power, short_bytes
-from autocompress.reporting.tradeoff import Tradeoff
+from autocompress.reporting.tradeoff import Tradeoff, TradeoffPoint
 from autocompress.types import Option
 
 __all__ = [
+    "Series",
     "allocation_chart",
     "bytes_bar",
     "curve_chart",
@@ -23,6 +26,7 @@ __all__ = [
     "layers_chart",
     "plans_chart",
     "sizes_chart",
+    "strategies_chart",
 ]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 360, 44, 905, 24, 26
@@ -56,8 +60,9 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
         text = f"{row.name}: {row.option}, {row.bits_per_weight:.2f} bits per weight, {row.bytes:,} bytes"
         text += "" if row.error is None else f", relative error {row.error:.2g}"
         high = foot - up(row.bits_per_weight)
+        colour = f"{_family(row)} gap" if wide > 4 else _family(row)  # a gap would hide a thin column
         plot.parts.append(
-            f'<a href="#{anchor(row.name, "row-")}" tabindex="-1"><rect class="{_family(row)} gap" x="{x:.2f}" '
+            f'<a href="#{anchor(row.name, "row-")}" tabindex="-1"><rect class="{colour}" x="{x:.2f}" '
             f'y="{foot - high:.2f}" width="{max(wide, 0.5):.2f}" height="{high:.2f}">'
             f"<title>{escape(text)}</title></rect></a>"
         )
@@ -65,17 +70,37 @@ def allocation_chart(rows: Sequence[LayerRow]) -> str:
             plot.parts.append(f'<path class="cut" d="M{x + wide / 2:.1f} {TOP - 9}l5 8h-10z"/>')
         if row.error:
             strip.line([(before, row.error), (before + row.weights, row.error)], f"level {_family(row)}", text)
-        room = int((wide - 8) / 7)  # characters of 12 px text
-        if room >= 3:
-            name = row.name if len(row.name) <= room else "…" + row.name[-(room - 1) :]
-            plot.text(x + wide / 2, HEIGHT - 8, name, "middle")
         before += row.weights
+    for name, start, many in _labels(rows, (RIGHT - LEFT) / weights):
+        room = int((across(many) - LEFT - 8) / 7)
+        if room >= 5:
+            name = name if len(name) <= room else "…" + name[-(room - 1) :].lstrip(".")
+            plot.text(across(start + many / 2), HEIGHT - 8, name, "middle")
+        if start:
+            plot.parts.append(f'<path class="frame" d="M{across(start):.1f} {HEIGHT - BOTTOM + 5}v6"/>')
     y = up(min(mean, top))
     plot.parts.append(f'<path class="mean" d="M{LEFT} {y:.1f}H{RIGHT + 4}"/>')
     plot.text(RIGHT + 8, y, "mean", kind="strong")
     plot.text(RIGHT + 8, y + 14, f"{mean:.2f}", kind="strong")
     plot.parts += strip.parts
     return plot.svg
+
+
+def _labels(rows: Sequence[LayerRow], scale: float) -> list[tuple[str, int, int]]:
+    """What stands below the columns, as (name, weights before, weights): layers, or, where most of these are too
+    narrow for a name, runs of layers whose names begin alike. scale: units per weight.
+    """
+    named = [(row.name, row.weights) for row in rows]
+    if 2 * sum(scale * size < 8 + 5 * 7 for _, size in named) > len(named):
+        runs: list[tuple[str, int]] = []
+        for name, size in ((name.partition(".")[0], size) for name, size in named):
+            if runs and runs[-1][0] == name:
+                runs[-1] = name, runs[-1][1] + size
+            else:
+                runs.append((name, size))
+        named = runs
+    starts = itertools.accumulate((size for _, size in named), initial=0)
+    return [(name, start, size) for (name, size), start in zip(named, starts, strict=False)]
 
 
 def sizes_chart(sizes: Sequence[tuple[str, int, str]]) -> str:
@@ -115,18 +140,18 @@ def curve_chart(curve: LayerCurve, errors: tuple[float, float], bits: tuple[floa
     return plot.svg
 
 
-def frontier_chart(line: Tradeoff, chosen: tuple[int, float], limit: int, others: Sequence[Mapping[str, Any]]) -> str:
+def frontier_chart(line: Tradeoff, chosen: TradeoffPoint, limit: int, others: Sequence[Mapping[str, Any]]) -> str:
     """The least sum of relative errors over the file's bytes, with bars from what is proven to what is there.
 
-    chosen: (bytes, loss) of the result. others: measured plans, each with a bar down to the least of its bytes.
+    chosen: the result. others: measured plans, each with a bar down to the least of its bytes.
     """
     points = [p for p in line.points if p.loss > 0.0]
     losses = [p.loss for p in points]
     # Beyond the last tenth of a percent of an error everything is dense: not what a budget is about.
-    shown = [p for p in points if p.loss >= min(max(losses) * 1e-7, chosen[1] / 100)]
+    shown = [p for p in points if p.loss >= min(max(losses) * 1e-7, chosen.loss / 100)]
     wide, high = MIDDLE
-    x = Axis.around([*(p.bytes for p in shown), chosen[0]], 52, wide - 10, 1.05)
-    y = Axis.around([*(p.loss for p in shown), chosen[1]], high - 44, 24, 1.5)
+    x = Axis.around([*(p.bytes for p in shown), chosen.bytes], 52, wide - 10, 1.05)
+    y = Axis.around([*(p.loss for p in shown), chosen.loss], high - 44, 24, 1.5)
     plot = Plot(x, y, MIDDLE, "Least sum of relative errors over the file's bytes; the table holds the same budgets")
     plot.axes(short_bytes, power, ("bytes of the file", "sum of relative errors"), (x.ticks(6), y.ticks(7)))
     place = x(limit)
@@ -143,10 +168,9 @@ def frontier_chart(line: Tradeoff, chosen: tuple[int, float], limit: int, others
             text = f"{ratio}x: {point.bytes:,} bytes, {point.loss:.3g}, gap {100 * point.gap:.2g} %"
             plot.upright(point.bytes, point.bound, point.loss, "gapbar", text)
             plot.mark(point.bytes, point.loss, "known", text, 3)
-    least = line.at(chosen[0])
-    if least is not None and chosen[1] > 0.0:
-        plot.upright(chosen[0], least.bound, chosen[1], "strongbar")
-        plot.mark(*chosen, "chosen", f"this result: {chosen[0]:,} bytes, {chosen[1]:.3g}", 5.5)
+    if chosen.loss > 0.0:
+        plot.upright(chosen.bytes, min(chosen.bound, chosen.loss), chosen.loss, "strongbar")
+        plot.mark(chosen.bytes, chosen.loss, "chosen", f"this result: {chosen.bytes:,} bytes, {chosen.loss:.3g}", 5.5)
     return plot.svg
 
 
@@ -167,7 +191,7 @@ def plans_chart(plans: Sequence[tuple[str, float, float]], chosen: tuple[float, 
 def layers_chart(points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Measured KL over relative error of layers compressed alone, a line for each layer; the steepest are named."""
     wide, high = MIDDLE
-    x = Axis.around([e for ps in points.values() for e, _ in ps], 58, wide - 90, 1.2)
+    x = Axis.around([e for ps in points.values() for e, _ in ps], 58, wide - 102, 1.2)
     y = Axis.around([k for ps in points.values() for _, k in ps], high - 44, 24, 1.5)
     plot = Plot(x, y, MIDDLE, "Measured KL over relative error of layers that were compressed alone")
     plot.axes(power, power, ("relative error of the layer", "rise of the KL, measured"))
@@ -184,8 +208,45 @@ def layers_chart(points: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         while any(abs(at - other) < 13 for other in taken):
             at += 1
         taken.append(at)
-        short = name if len(name) <= 14 else "…" + name[-13:]
+        short = name if len(name) <= 14 else "…" + name[-13:].lstrip(".")
         plot.text(x(last[name][0]) + 6, at, short)
+    return plot.svg
+
+
+@dataclass(frozen=True)
+class Series:
+    """A strategy in a chart: its name, its colour, and its points (bytes, mean, least, greatest)."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def strategies_chart(series: Sequence[Series], words: str, log: bool) -> str:
+    """A figure over the bytes for every strategy, with the spread of its seeds; those in colour are named."""
+    wide, high = MIDDLE
+    every = [point for one in series for point in one.points]
+    x = Axis.around([p[0] for p in every], 58, wide - 76, 1.08)
+    low, top = min(p[2] for p in every), max(p[3] for p in every)
+    room = (top - low) * 0.08 or 1.0
+    up = Axis.around([low, top], high - 44, 24, 1.3) if log else Axis(low - room, top + room, high - 44, 24, log=False)
+    plot = Plot(x, up, MIDDLE, f"{words} over the bytes of the file; the tables hold the same numbers")
+    plot.axes(short_bytes, power if log else "{:g}".format, ("bytes of the file", words), (x.ticks(5), None))
+    taken: list[float] = []
+    for one in series:
+        text = f"{one.name}: " + ", ".join(f"{p[0]:,.0f} B {p[1]:.4g}" for p in one.points)
+        plot.line([p[:2] for p in one.points], one.colour, text)
+        for size, _, least, most in one.points:
+            if most > least and one.colour != "pale":
+                plot.upright(size, least, most, f"whisker {one.colour}")
+        plot.dots([p[:2] for p in one.points], one.colour)
+        if one.colour != "pale":
+            size, mean, *_ = one.points[-1]
+            at = up(mean) + 4
+            while any(abs(at - other) < 13 for other in taken):
+                at -= 1
+            taken.append(at)
+            plot.text(x(size) + 6, at, one.name if len(one.name) <= 12 else one.name[:11] + "…")
     return plot.svg
 
 
@@ -197,8 +258,9 @@ def bytes_bar(groups: Sequence[tuple[str, str, Sequence[FilePart]]]) -> str:
         for part in parts:
             wide = 1000 * part.bytes / total
             text = f"{part.name}: {part.bytes:,} bytes, {wide / 10:.1f} %"
+            kind = f"{colour} gap" if wide > 4 else colour  # a gap would hide a thin piece
             pieces.append(
-                f'<rect class="{colour} gap" x="{x:.2f}" y="0" width="{wide:.2f}" height="30">'
+                f'<rect class="{kind}" x="{x:.2f}" y="0" width="{wide:.2f}" height="30">'
                 f"<title>{escape(text)}</title></rect>"
             )
             x += wide

@@ -31,7 +31,9 @@ def family_of(option: Option) -> str:
         return "trellis"
     if option.sparsity:
         return "pruned"
-    return "rd" if option.step is not None else "widths" if option.bits is not None else "floats"
+    if option.step is not None:
+        return "rd"
+    return "widths" if option.bits is not None or option.mix is not None else "floats"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -23,6 +24,9 @@ __all__ = [
     "spot",
     "table",
 ]
+
+NAME_DOTS = re.compile(r"(?<!\d)\.|\.(?!\d)")  # where a long name may break: not within a number
+LONG = 24  # rows above which a table has a height of its own
 
 
 def document(title: str, tab: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -84,8 +88,10 @@ def details(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
-def table(head: Sequence[str], body: Iterable[str], foot: str = "", label: str = "", note: str = "") -> str:
-    """A table that scrolls by itself, by keyboard too; a heading that starts with # is one of numbers."""
+def table(head: Sequence[str], body: Sequence[str], foot: str = "", label: str = "", note: str = "") -> str:
+    """A table that scrolls by itself, by keyboard too, a long one also downwards; a heading that starts with # is one
+    of numbers.
+    """
     cells = "".join(
         f'<th scope="col" class="n">{escape(h[1:])}</th>'
         if h.startswith("#")
@@ -96,18 +102,20 @@ def table(head: Sequence[str], body: Iterable[str], foot: str = "", label: str =
     above = f'<p class="note">{escape(note)}</p>' if note else ""
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
     return above + scrolling(
-        f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody>{foot}</table>", label
+        f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody>{foot}</table>",
+        label,
+        "scroll tall" if len(body) > LONG else "scroll",
     )
 
 
-def scrolling(content: str, label: str) -> str:
+def scrolling(content: str, label: str, kind: str = "scroll") -> str:
     """Content that may be wider than the page, and is scrolled by itself, with arrow keys too."""
-    return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">{content}</div>'
+    return f'<div class="{kind}" role="region" aria-label="{escape(label)}" tabindex="0">{content}</div>'
 
 
 def row(name: str, cells: Sequence[str], link: str = "", name_id: str = "", marked: bool = False) -> str:
     """A row by its heading and the HTML of its cells. link: the id that its name leads to; name_id: its own."""
-    words = escape(name).replace(".", ".<wbr>")
+    words = NAME_DOTS.sub(".<wbr>", escape(name))
     text = f'<a href="#{link}">{words}</a>' if link else words
     kind = (' class="this"' if marked else "") + (f' id="{name_id}"' if name_id else "")
     return f'<tr{kind}><th scope="row">{text}</th>{"".join(cells)}</tr>'

@@ -14,15 +14,15 @@ import numpy as np
 
 from autocompress.profiling import Profile
 from autocompress.reporting.charts import frontier_chart, key, layers_chart, plans_chart
-from autocompress.reporting.html import cell, details, figure, number, row, spot, table
+from autocompress.reporting.html import bar, cell, details, figure, number, row, spot, table
 from autocompress.reporting.rows import LayerRow, percent
-from autocompress.reporting.tradeoff import Tradeoff
+from autocompress.reporting.tradeoff import Tradeoff, TradeoffPoint
 from autocompress.types import RUNNING_COSTS, Plan
 
 __all__ = ["compared_section", "frontier_section", "measured_section"]
 
 # What `auto` notes of each plan that it measured; the table of plans holds the same.
-TRIAL = re.compile(r".+: KL \S+ on all calibration data, \S+ on the held-out slice")
+TRIAL = re.compile(r".+: KL \S+ on all calibration data, \S+ on the held-out slice(, merit \S+)?")
 PLANS = 12  # rows of the table of plans that are open from the start
 
 
@@ -34,19 +34,17 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
     line = Tradeoff(profile)
     loss = sum(row.error or 0.0 for row in rows)
     others = [other for other in metrics.get("measured_plans", []) if other["bytes"] <= plan.budget_bytes]
-    picture = frontier_chart(line, (metrics["bytes"], loss), plan.budget_bytes, others)
+    chosen = TradeoffPoint(metrics["bytes"], loss, line.below(sum(row.bytes for row in rows)))
+    picture = frontier_chart(line, chosen, plan.budget_bytes, others)
     caption = (
         "One profile answers every budget. The line is the least possible sum of relative errors (each layer's error "
         "over that of losing it) for files of any length, by the curves above; a bar leads from what is proven to be "
         "the least to what is there, and the optimum is on it."
     )
-    legend = key(
-        [
-            ("chosen", "this result"),
-            ("known", "best known at round ratios"),
-            ("other", "other plans that were measured"),
-        ]
-    )
+    entries = [("chosen", "this result"), ("known", "best known at round ratios")]
+    legend = key([*entries, ("other", "other plans that were measured")] if others else entries)
+    known = line.budgets()
+    widest = max((point.gap for _, point in known), default=0.0) or 1.0
     budgets = [
         row(
             f"{ratio}x",
@@ -54,11 +52,11 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
                 number(f"{point.bytes:,}"),
                 number(f"{point.loss:.3g}"),
                 number(f"{point.bound:.3g}"),
-                number(percent(point.gap)),
+                number(percent(point.gap), bar(point.gap / widest)),
                 number(f"{100 * line.more(point.bytes)[0]:.2g} %"),
             ],
         )
-        for ratio, point in line.budgets()
+        for ratio, point in known
     ]
     head = ["budget", "#file, bytes", "#error", "#proven", "#gap", "#1 kB more"]
     shown = table(
@@ -67,9 +65,8 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
         label="Budgets of the frontier",
         note="Proven: no choice of as many bytes is below. 1 kB more: the part of the error it takes away.",
     )
-    least = line.at(metrics["bytes"])
-    if least is not None and least.bound > 0.0 and loss > 0.0:
-        text += f"<p>{_place(plan, loss, least.bound, rows)}</p>"
+    if chosen.bound > 0.0:
+        text += f"<p>{_place(plan, chosen)}</p>"
     part, names = line.more(metrics["bytes"])
     if names:
         most = ", ".join(f"<code>{escape(name)}</code>" for name in names[:3])
@@ -98,19 +95,20 @@ def _certificate(plan: Plan) -> str:
     return words
 
 
-def _place(plan: Plan, loss: float, bound: float, rows: Sequence[LayerRow]) -> str:
+def _place(plan: Plan, chosen: TradeoffPoint) -> str:
     """Where the result lies beside the frontier, and why it need not be on it."""
-    above = loss / bound - 1.0
-    words = f"This result's relative errors sum to {loss:.3g}, "
-    words += "the least that is proven possible." if above <= 1e-9 else f"{percent(above)} above that line. "
+    words = f"This result's relative errors sum to {chosen.loss:.3g}, "
+    if chosen.gap <= 1e-9:
+        return words + "the least that is proven possible for its bytes."
+    words += f"{percent(chosen.gap)} above what the line proves for its bytes. "
     reasons = []
-    if not math.isclose(loss, plan.predicted_loss, rel_tol=1e-6):
+    if not math.isclose(chosen.loss, plan.predicted_loss, rel_tol=1e-6):
         reasons.append("its strategy weighs the layers differently")
     if plan.realised:
         reasons.append("its layers were compressed anew, on what the compressed ones before them put out")
     if any(getattr(plan.budget, name) is not None for name in RUNNING_COSTS):
         reasons.append("its budget limits more than bytes")
-    if above > 1e-9 and reasons:
+    if reasons:
         words += f"That is as it should be: {' and '.join(reasons)}."
     return words
 
@@ -141,7 +139,7 @@ def measured_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
     if len(alone := {name: points for name, points in alone.items() if points}) > 1:
         caption = (
             "<strong>Layers alone.</strong> Each line is a layer that was compressed by itself, more and more: one "
-            "that lies higher harms the network more for the same relative error. The three steepest are dark."
+            "that lies higher harms the network more for the same relative error. The three steepest are in colour."
         )
         pictures += figure(layers_chart(alone), caption)
     return text + (f'<div class="pair">{pictures}</div>' if pictures else "")
@@ -213,7 +211,9 @@ def _plans_table(plan: Plan, metrics: Mapping[str, Any], loss: float, plans: Seq
         "#times this",
         "logarithmic",
     ]
-    note = "Every plan that was measured, best first. Error: the sum of the layers' relative errors."
+    note = "Every plan that was measured, by its KL on held-out data. Error: the sum of the layers' relative errors."
+    if any(p["kl_all"] is not None for p in plans):
+        note += " Plans whose KL on all calibration data is given were chosen between by that: more samples, less luck."
     shown = table(head, found[: PLANS + 1], label="Measured plans", note=note)
     if len(found) > PLANS + 1:
         rest = table(head, found[PLANS + 1 :], label="More measured plans")

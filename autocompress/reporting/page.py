@@ -90,7 +90,7 @@ def _cards(plan: Plan, metrics: Mapping[str, Any]) -> str:
         found.append(("metric", "Metric", f"{metrics['metric']:g}", before))
     proven = math.isfinite(plan.gap)
     gap = percent(plan.gap) if proven else "no guarantee"
-    found.append(("gap", "Gap to the best allocation", gap, "proven" if proven else "no bound"))
+    found.append(("gap", "Gap to the best plan", gap, "proven" if proven else "no bound"))
     if "kl" in plan.measured:
         single = plan.measured.get("single_option_kl")
         more = "measured on held-out data" if single is None else f"best single option: {single:.3g}"

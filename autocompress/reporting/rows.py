@@ -166,5 +166,9 @@ def ratio_text(ratio: float) -> str:
 
 
 def percent(gap: float) -> str:
-    """A proven gap, two digits."""
-    return "0 %" if gap <= 1e-9 else f"{100 * gap:.2g} %"
+    """A proven gap, two digits, or all that are before the point.
+
+    >>> percent(1e-12), percent(0.0234), percent(3.32)
+    ('0 %', '2.3 %', '332 %')
+    """
+    return "0 %" if gap <= 1e-9 else f"{100 * gap:.2g} %" if gap < 0.995 else f"{100 * gap:,.0f} %"

@@ -60,9 +60,16 @@ thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 9rem; }
 tfoot td, tfoot th { font-weight: 600; }
 tbody a { text-decoration-color: var(--line); text-underline-offset: .2em; }
-.pair tbody th { min-width: 0; } .pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
+.pair tbody th { min-width: 0; } .pair .bar { min-width: 3rem; }
+.pair th, .pair td { padding: .35rem .55rem; } .pair .note { margin-top: 0; }
 tr > :first-child { position: sticky; left: 0; background: var(--panel); }
+.tall { max-height: 44rem; overflow-y: auto; }
+.tall thead > tr > * { position: sticky; top: 0; background: var(--panel); z-index: 2; }
+.tall thead > tr > :first-child { z-index: 3; }
+.tall tfoot > tr > * { position: sticky; bottom: 0; background: var(--panel); z-index: 1; }
 tr.this > :nth-child(n) { background: color-mix(in srgb, var(--b) 12%, var(--panel)); font-weight: 600; }
+td.heat { background: color-mix(in srgb, var(--a) var(--heat), var(--panel)); } td.best { font-weight: 700; }
+td small { display: block; color: var(--soft); font-weight: 400; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td code { white-space: nowrap; }
 code { font: .875em ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -83,7 +90,7 @@ details > .scroll, details > ul { margin-top: .5rem; }
   border-radius: .25rem; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--a); }
 .bar.b i { background: var(--b); } .bar.d i { background: var(--d); }
-.spot { display: block; position: relative; height: .8rem; min-width: 8rem; margin-right: .8rem; }
+.spot { display: block; position: relative; height: .8rem; min-width: 6rem; margin-right: .8rem; }
 .spot::before { content: ""; position: absolute; left: 0; right: -.7rem; top: 50%; border-top: 1px solid var(--line); }
 .spot i { position: absolute; top: .05rem; width: .7rem; height: .7rem; border-radius: 50%; background: var(--c); }
 .this .spot i { background: var(--panel); border: .18rem solid var(--b); }
@@ -91,7 +98,7 @@ figure { margin: .75rem 0; }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .4rem; }
 .pair figure svg { background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
 svg { display: block; width: 100%; height: auto; }
-svg.strip { height: 2rem; border-radius: .25rem; }
+svg.strip { height: 2rem; shape-rendering: crispEdges; border-radius: .25rem; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg text.strong { fill: var(--ink); font-weight: 600; }
 .frame { stroke: var(--line); fill: none; } .gap { stroke: var(--panel); stroke-width: 1; }
@@ -106,6 +113,7 @@ rect.trellis, rect.rd, rect.pruned, rect.widths, rect.structured, rect.floats { 
 .dots.rd, .dots.widths, .dots.floats { stroke-linecap: square; }
 .line.rd { stroke-dasharray: 5 2; } .line.pruned { stroke-dasharray: 1.5 2.5; }
 .line.structured { stroke-dasharray: 7 3; }
+.line.whisker { stroke-dasharray: none; }
 .line.level { stroke-width: 4; stroke-dasharray: none; } .line.hull { stroke-width: 2; }
 circle.chosen { fill: var(--panel); stroke: var(--own); stroke-width: 3; }
 circle.known, circle.other { fill: var(--own); }
@@ -133,7 +141,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; max-width: 5
   th, td { padding: .35rem .5rem; } }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
 @media print {
-  body { background: none; } .scroll { overflow: visible; } nav, .skip { display: none; }
+  body { background: none; } .scroll { overflow: visible; max-height: none; } nav, .skip { display: none; }
   section, figure, .panels li, tr { break-inside: avoid; } section { break-inside: auto; }
   details::details-content { content-visibility: visible; display: block; } summary { display: none; } }
 """

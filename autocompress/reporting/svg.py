@@ -69,12 +69,17 @@ class Axis:
     def ticks(self, most: int = 7) -> list[float]:
         """Round values on the scale, at most so many: decades where it spans three, else 1, 2, 5 of each as well."""
         if not self.log:
-            return [self.low + step for step in nice_steps(self.high - self.low)]
+            step = nice_steps(self.high - self.low)[1]
+            return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 5), (1, 3), (1,)):
             found = [m * 10.0**d for d in decades for m in parts if self.holds(m * 10.0**d)]
-            if len(found) <= most:
+            if 2 <= len(found) <= most:
                 return found
+            if len(found) < 2:
+                break
+        if len(found) < 2:  # less than a factor of two: round steps do
+            return Axis(self.low, self.high, self.start, self.end, log=False).ticks(most)
         every = math.ceil(len(found) / most)
         return [value for i, value in enumerate(reversed(found)) if i % every == 0][::-1]
 
@@ -94,13 +99,15 @@ class Plot:
         ticks: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None),
     ) -> Plot:
         """Grid lines with their values, and what the axes are."""
-        x, y, (_, high) = self.x, self.y, self.size
+        x, y, high = self.x, self.y, self.size[1]
         for value in y.ticks() if ticks[1] is None else ticks[1]:
             self.parts.append(f'<path class="frame" d="M{x.start} {y(value):.1f}H{x.end}"/>')
             self.text(x.start - 6, y(value) + 4, of_y(value), "end")
         for value in x.ticks() if ticks[0] is None else ticks[0]:
             self.parts.append(f'<path class="frame" d="M{x(value):.1f} {y.start}V{y.end}"/>')
-            self.text(x(value), y.start + 17, of_x(value), "middle")
+            # Half a label has 20 units: at the right edge it ends there.
+            edge = x(value) > self.size[0] - 22
+            self.text(self.size[0] - 3 if edge else x(value), y.start + 17, of_x(value), "end" if edge else "middle")
         if labels[0]:
             self.text((x.start + x.end) / 2, high - 4, labels[0], "middle")
         if labels[1]:

@@ -52,21 +52,29 @@ class Tradeoff:
 
     @property
     def points(self) -> list[TradeoffPoint]:
-        """Breakpoints by rising bytes: each is optimal for as many bytes as it has."""
-        return [
-            TradeoffPoint(int(self._cost[k]) + int(fixed), float(self._line.loss[k]), float(self._line.bound[k]))
-            for k, fixed in zip(self._shown, self._fixed_shown, strict=True)
-        ]
+        """Breakpoints by rising bytes: no choice whose payload fits beside the same header has a smaller loss."""
+        found: list[TradeoffPoint] = []
+        for k, fixed in zip(self._shown[::-1], self._fixed_shown[::-1], strict=True):
+            size = int(self._cost[k]) + int(fixed)
+            if not found or size < found[-1].bytes:  # a header may be longer than that of a better choice
+                found.append(TradeoffPoint(size, float(self._line.loss[k]), float(self._line.bound[k])))
+        return found[::-1]
 
     def at(self, size: int) -> TradeoffPoint | None:
-        """The breakpoint whose file is the longest within `size` bytes; None where none is."""
+        """The last breakpoint whose file is within `size` bytes; None where none is. The bound is that of all choices
+        whose payloads fit into what the header of this one leaves.
+        """
         k = self._index(size)
         if k is None:
             return None
         fixed = self._fixed(k)
         room = size - fixed  # what the header of this file leaves
-        bound = float(np.interp(room, self._cost, self._line.bound))
-        return TradeoffPoint(int(self._cost[k]) + fixed, float(self._line.loss[k]), min(bound, self._line.loss[k]))
+        loss = float(self._line.loss[k])
+        return TradeoffPoint(int(self._cost[k]) + fixed, loss, min(self.below(room), loss))
+
+    def below(self, payload: int) -> float:
+        """What the sum of relative errors of no choice with at most so many bytes of payload is below."""
+        return float(np.interp(payload, self._cost, self._line.bound))
 
     def budgets(self) -> list[tuple[int, TradeoffPoint]]:
         """(ratio, point) at round ratios of the dense file's length, as far as files go."""

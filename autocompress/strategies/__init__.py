@@ -16,19 +16,21 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile
+from autocompress.strategies.ajpq import Ajpq
 from autocompress.strategies.alds import Alds
 from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
 from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
-from autocompress.strategies.densities import magnitude
 from autocompress.strategies.erk import erk
 from autocompress.strategies.evopress import EvoPress
 from autocompress.strategies.fisher import Fisher
+from autocompress.strategies.galen import Galen
 from autocompress.strategies.hawq import Hawq
 from autocompress.strategies.itpruner import ItPruner
 from autocompress.strategies.lamp import lamp
 from autocompress.strategies.loss import LayerLoss
+from autocompress.strategies.magnitude import magnitude
 from autocompress.strategies.nsga2 import Nsga2
 from autocompress.strategies.opq import opq, opq_energy
 from autocompress.strategies.ranks import lrank, pca, svd, svd_energy
@@ -74,6 +76,8 @@ STRATEGIES: dict[str, Strategy] = {
     "lrank": lrank,
     "itpruner": ItPruner(),
     "itpruner_quadratic": ItPruner(quadratic=True),
+    "ajpq": Ajpq(),
+    "galen": Galen(),
     "auto": Auto(),
 }
 

@@ -39,8 +39,9 @@ class Auto:
     """Exact solves of the relative error and of mixtures with a fit of the measured KL, a search around the best of
     them, and of all the plan that measures best.
 
-    A linear fit of the KL is the better objective where errors are small, the relative error where they are large
-    (engine.md section 7); the weights of the mixtures are their geometric means. Plans are compared by their
+    A linear fit of the KL is the better objective where errors are small, the relative error where they are large; the
+    weights of the mixtures are their geometric means. soft: the fit is of softened outputs (`Context.temperature`),
+    which holds on to larger errors (`experiments/auto_trial.py`). Plans are compared by their
     `measuring.merit` on all of the calibration data. The search (`solvers.search.nearby`) draws weights near the best
     ones and scores their plans on a sample of what the Hessians saw; its plan is taken only if it is better on the
     held-out slice, which the search never sees, and on all. Needs evaluations; without a context it is the exact solve
@@ -49,8 +50,9 @@ class Auto:
 
     needs = "curves"  # more, where there is a context
 
-    def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)) -> None:
+    def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), soft: bool = True) -> None:
         self.mixtures = mixtures
+        self.soft = soft
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         if context is None or not context.held:
@@ -91,7 +93,7 @@ class Auto:
 
     def objectives(self, profile: Profile, context: Context) -> dict[str, Mapping[str, np.ndarray]]:
         """Losses per option under each mixture: error · (1/energy)^(1-m) · slope^m."""
-        points = context.sensitivities(profile, soft=True)
+        points = context.sensitivities(profile, soft=self.soft)
         energy, slope = {}, {}
         for name, layer in profile.layers.items():
             if layer.reached and layer.energy > 0.0 and points[name]:

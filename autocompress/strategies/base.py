@@ -182,15 +182,37 @@ class Searchable:
     rows: Sequence[Sequence[Measured]]
     first: np.ndarray
 
-    def choice(self, answer: np.ndarray) -> dict[str, Measured]:
+    def rows_of(self, answer: Sequence[int] | np.ndarray) -> dict[str, Measured]:
         """The row of each layer that an answer (G,) of the problem stands for."""
         return {n: r[int(i)] for n, r, i in zip(self.profile.layers, self.rows, answer, strict=True)}
 
-    def score(self, context: Context, part: str = "held") -> Callable[[np.ndarray], float]:
-        """`Context.score` of the choice on a part of the data; inf where the file is too long.
+    def choice(self, answer: np.ndarray) -> dict[str, Measured]:
+        """The rows of an answer, with as much given up as makes the file fit.
 
-        Payloads that fit beside one header need not fit beside another, hence the check.
+        Payloads that fit beside one header need not fit beside another. Where a file is too long, one layer after
+        another gets the option that adds the least loss of those that save what is missing (or save the most) and cost
+        no more of anything else; where that does not help either, the answer stays as it is, and does not fit.
         """
+        chosen = [int(i) for i in answer]
+        for _ in chosen:
+            rows = self.rows_of(chosen)
+            missing = self.profile.template.file_bytes(rows) - self.limits.bytes
+            if missing <= 0:
+                return rows
+            steps = []
+            for g, i in enumerate(chosen):
+                cost, loss = self.problem.cost[g], self.problem.loss[g]
+                for j in np.flatnonzero((cost <= cost[i]).all(axis=1) & (cost[:, 0] < cost[i, 0])).tolist():
+                    saved = int(cost[i, 0] - cost[j, 0])
+                    steps.append((-min(saved, missing), float(loss[j] - loss[i]), saved, g, j))
+            if not steps:
+                break
+            *_, g, j = min(steps)
+            chosen[g] = j
+        return self.rows_of(answer)
+
+    def score(self, context: Context, part: str = "held") -> Callable[[np.ndarray], float]:
+        """`Context.score` of the choice on a part of the data; inf where the file is too long."""
 
         def score(answer: np.ndarray) -> float:
             rows = self.choice(answer)

@@ -1,4 +1,7 @@
-"""The same width for every layer, and the same sparsity and width for every layer: what any allocation should beat."""
+"""The same width for every layer, and the same sparsity and width for every layer: what any allocation should beat.
+
+Of those that fit, the least sum of error / layer energy, as `uniform` has it over all options. Needs the curves only.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def _sparse(profile: Profile) -> Profile:
     )
 
 
-# Integers without any structure (w2 ... w8), and pairs of a sparsity, 0 included, and a way to store values that has
-# sparse options; of those that fit, the least sum of error / layer energy, as `uniform` has it over all options.
+# Integers without any structure, w2 ... w8; and pairs of a sparsity, 0 included, and a width that has sparse options
+# (`sparse_families`).
 uniform_bits = SingleOption("uniform_bits", _integers)
 uniform_sparsity = SingleOption("uniform_sparsity", _sparse)

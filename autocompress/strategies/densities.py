@@ -1,5 +1,5 @@
-"""Rules that set a density for every layer: magnitude, and what rules share: one way to store values for all layers,
-and in each the sparsity on offer that is nearest to its density.
+"""What rules share that set a density for every layer: one way to store values for all of them, and in each the
+sparsity on offer that is nearest to its density.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from autocompress.errors import MismatchError
 from autocompress.measuring import Context
 from autocompress.planning import energy_losses, limits_of, within_limits
 from autocompress.profiling import Profile
-from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused, weights_of
+from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused
 from autocompress.types import DENSE, Budget, Option, Plan
 
-__all__ = ["DensityRule", "SparseFamily", "above_one_threshold", "integer_families", "magnitude", "sparse_families"]
+__all__ = ["DensityRule", "SparseFamily", "above_one_threshold", "integer_families", "sparse_families"]
 
 Densities = Mapping[str, float]
+STEPS = 24  # of the bisection for t: to a weight, in a network of ten million
 LEAST_DENSITY = 1e-9  # stands for none at all, so that it has a logarithm
 
 
@@ -46,7 +47,8 @@ class SparseFamily:
 
 def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
     """Every way to store values that has two sparsities or more (0 is one) in all layers that calibration reached, in
-    the order of the profile. Raises MismatchError where there is none.
+    the order of the profile: plain integers (w4, s60w4), which the rules' papers have, or others where there are none.
+    Raises MismatchError where there is nothing of the kind.
     """
     reached = {name: layer for name, layer in profile.layers.items() if layer.reached}
     by_value: dict[Option, dict[str, list[Measured]]] = {}
@@ -67,20 +69,22 @@ def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
             f"strategy {strategy!r} sets a sparsity for every layer, and this profile has no options that differ in "
             "theirs alone, such as w4 and s60w4, in all of them: profile with --options default,surface"
         )
-    return found
+    return [family for family in found if _plain(family)] or found
+
+
+def _plain(family: SparseFamily) -> bool:
+    return family.value.bits is not None and family.value == Option(bits=family.value.bits)
 
 
 def integer_families(profile: Profile, strategy: str) -> dict[int, SparseFamily]:
     """The sparse options of every width of a plain grid (s60w4), by width. Raises MismatchError if there are none."""
-    found = sparse_families(profile, strategy)
-    by_width = {family.value.bits: family for family in found if family.value == Option(bits=family.value.bits)}
-    widths = {bits: by_width[bits] for bits in sorted(bits for bits in by_width if bits is not None)}
+    widths = {f.value.bits or 0: f for f in sparse_families(profile, strategy) if _plain(f)}
     if not widths:
         raise MismatchError(
             f"strategy {strategy!r} sets a sparsity and a width for every layer, and this profile has no options such "
             "as s60w4: profile with --options default,surface"
         )
-    return widths
+    return dict(sorted(widths.items()))
 
 
 class DensityRule:
@@ -88,8 +92,8 @@ class DensityRule:
 
     at = densities(profile, context) gives every layer's density for t in [0, 1], rising with t from the sparsest to all
     dense. Each layer takes the sparsity on offer that is nearest in the logarithm of its density; t is the largest that
-    fits. Rules say nothing of widths: every one that has sparse options in all layers is tried, and the plan with the
-    least sum of error / layer energy stays; its name says which it is, as in `erk(w4)`.
+    fits. Rules say nothing of widths: every one that has sparse options in all layers is tried (`sparse_families`), and
+    the plan with the least sum of error / layer energy stays; its name says which it is, as in `erk(w4)`.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class DensityRule:
         plans: list[tuple[float, str, Choice]] = []
         for family, least in zip(found, sparsest, strict=True):
             if within_limits(profile, limits, least):
-                rows = largest_that_fits(profile, budget, partial(_at, family, at), self.name)
+                rows = largest_that_fits(profile, budget, partial(_at, family, at), self.name, STEPS)
                 loss = float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
                 plans.append((loss, "fp32" if family.value == DENSE else str(family.value), rows))
         if not plans:
@@ -134,12 +138,3 @@ def above_one_threshold(scores: Mapping[str, np.ndarray]) -> Callable[[float], D
         return {n: 1.0 - float(np.searchsorted(each, threshold)) / each.size for n, each in rising.items()}
 
     return densities
-
-
-def _magnitudes(profile: Profile, context: Context | None) -> Callable[[float], Densities]:
-    return above_one_threshold({n: np.abs(w) for n, w in weights_of(profile, context, "magnitude").items()})
-
-
-# Global magnitude: one threshold for |w| over all layers. Source: Han et al., arXiv 1506.02626, with a global threshold
-# instead of one per layer, as Frankle and Carbin have it for deep networks, arXiv 1803.03635.
-magnitude = DensityRule("magnitude", _magnitudes)

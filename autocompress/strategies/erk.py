@@ -1,4 +1,7 @@
-"""Erdős-Rényi-Kernel densities."""
+"""Erdős-Rényi-Kernel densities: from the shapes of the layers alone. Needs the curves only.
+
+Source: RigL, arXiv 1911.11134, section 3.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class Fisher:
                 context.model, profile, lambda name, change: float(0.5 * np.sum(weight[name] * change * change))
             )
 
-        return kept(profile, "fisher", [VERSION, batch_digest(batch), *context.loss_key(labelled), context.seed], make)
+        return kept(
+            context, profile, "fisher", [VERSION, batch_digest(batch), *context.loss_key(labelled), context.seed], make
+        )
 
 
 def squared_gradients(context: Context, profile: Profile, batch: Batch, labelled: bool) -> dict[str, np.ndarray]:

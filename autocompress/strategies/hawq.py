@@ -43,6 +43,7 @@ class Hawq:
         traces = self.traces(profile, context)
         floor = 1e-3 * max(traces.values())
         squares = kept(
+            context,
             profile,
             "squares",
             [VERSION],
@@ -58,7 +59,11 @@ class Hawq:
         key = [VERSION, batch_digest(batch), *context.loss_key(labelled), context.seed, self.vectors]
         pieces = chunk_batch(batch, PASS_SAMPLES)
         return kept(
-            profile, "traces", key, lambda: average_traces(context, profile, pieces, bool(labelled), self.vectors)
+            context,
+            profile,
+            "traces",
+            key,
+            lambda: average_traces(context, profile, pieces, bool(labelled), self.vectors),
         )
 
 

@@ -1,4 +1,8 @@
-"""Layer-adaptive magnitude pruning."""
+"""Layer-adaptive magnitude pruning: one threshold for scores that say how much of its layer a weight is.
+
+Objective: least distortion of each layer relative to what is left of it, layers treated as alike. Needs the weights.
+Source: LAMP, arXiv 2010.07611.
+"""
 
 from __future__ import annotations
 
@@ -32,5 +36,4 @@ def _densities(profile: Profile, context: Context | None) -> Callable[[float], M
     return above_one_threshold({n: lamp_scores(w) for n, w in weights_of(profile, context, "lamp").items()})
 
 
-# One threshold for the scores of all layers.
 lamp = DensityRule("lamp", _densities)

@@ -56,7 +56,7 @@ class LayerLoss:
         labelled = context.labelled(self.samples)
         batch = join_batches(labelled or context.fit, self.samples)
         key = [VERSION, batch_digest(batch), *context.loss_key(labelled), self.levels]
-        return kept(profile, "loss", key, lambda: self.measure(profile, context, batch, bool(labelled)))
+        return kept(context, profile, "loss", key, lambda: self.measure(profile, context, batch, bool(labelled)))
 
     def measure(self, profile: Profile, context: Context, batch: Batch, labelled: bool) -> dict[str, list[list[float]]]:
         # One copy of the model for all, norms and biases as they will be stored; only a layer's weight comes and goes.

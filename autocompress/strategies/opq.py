@@ -20,6 +20,7 @@ __all__ = ["Opq", "laplace_bits", "laplace_error", "laplace_threshold"]
 
 STEPS = 24  # of the bisection for Δ, which changes a choice at most as often as there are layers times widths
 LEAST_TAU = 1e-12  # a layer of zeros is pruned for nothing, whatever its scale
+UNDERFLOW = 700.0  # e^-700 is still a float; of a layer so far below the threshold nothing is kept
 
 
 class Opq:
@@ -88,7 +89,7 @@ def laplace_bits(step: float, pruned: float = 0.0) -> float:
     (c) e^c = 3 · 4^b e^β and 4^b = 4 c²/Δ² give e^c / c = 12 e^β / Δ², so c = -W₋₁(-Δ² e^{-β} / 12), the lower branch
     of Lambert's function; where Δ² > 12 e^{β-1} no range goes with the step, and c = 1.
     """
-    argument = step**2 * np.exp(-pruned) / 12.0
+    argument = step**2 * np.exp(-min(pruned, UNDERFLOW)) / 12.0
     # At the branch point, -1/e, rounding may leave no value.
     clip = 1.0 if argument > 0.3678 else -float(lambertw(-argument, -1).real)
     return float(np.log2(2.0 * max(clip, 1.0) / step))
@@ -115,8 +116,8 @@ def _choice(
     """
     widths = np.array(list(families))
     least, most = min(tau.values()), max(tau.values())
-    # From 12 max τ e^{β/τ} on a step has less than a bit in every layer, and from min τ / 4^b down more than b bits.
-    high, low = np.log(12.0 * most) + beta / least, np.log(least) - widths[-1] * np.log(4.0)
+    # As c < 1.5 + 2 β/τ from Δ = 12 τ on, layers have less than a bit at the first; they have more than b at the last.
+    high, low = np.log(12.0 * most + 4.0 * beta), np.log(least) - widths[-1] * np.log(4.0)
     step = float(np.exp(high + t * (low - high)))
     found = {}
     for name, rows in families[int(widths[0])].rows.items():

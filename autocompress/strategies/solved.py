@@ -46,6 +46,10 @@ class RawError:
         return solved_plan(profile, budget, losses, "raw")
 
 
+def _whole(profile: Profile) -> Profile:
+    return profile
+
+
 class SingleOption:
     """The same option for every layer: of those that fit, the least sum of error / layer energy. The baseline of
     everything. `offered` leaves of a profile what may be chosen from.
@@ -53,7 +57,7 @@ class SingleOption:
 
     needs = "curves"
 
-    def __init__(self, name: str = "uniform", offered: Callable[[Profile], Profile] = lambda profile: profile) -> None:
+    def __init__(self, name: str = "uniform", offered: Callable[[Profile], Profile] = _whole) -> None:
         self.name = name
         self.offered = offered
 

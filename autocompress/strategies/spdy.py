@@ -10,9 +10,9 @@ from solvers import search
 
 __all__ = ["Spdy"]
 
-# Of the evaluations: one in three at random coefficients, and as many misses as one in six before a step gets smaller.
-# The paper's 100 and 100 are for a thousand and more.
-RANDOM_SHARE, PATIENCE_SHARE = 3, 6
+# Of the evaluations, one in three at random coefficients, and as many misses before steps get smaller: the paper's 100
+# and 100 are for a thousand and more.
+SHARE = 3
 
 
 class Spdy:
@@ -20,7 +20,7 @@ class Spdy:
     Σ c_l · relative error. Runs the model as often as the effort grants.
 
     A third of the evaluations, at most the paper's 100, go to random coefficients, the rest to a search around the best
-    of them, in smaller steps after a sixth of the evaluations (at most 100) without success; the unweighted answer is
+    of them, in smaller steps after as many without success; the unweighted answer is
     scored first. Source: SPDY, arXiv 2201.13096, section 3.3, on relative errors
     instead of its quadratic prior, statistics corrected in every trial. Raises MismatchError without a context.
     """
@@ -29,5 +29,5 @@ class Spdy:
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         granted = 0 if context is None else context.granted
-        shares = {"initial": min(100, granted // RANDOM_SHARE), "patience": min(100, granted // PATIENCE_SHARE)}
-        return searched(profile, budget, context, "spdy", search.spdy, shares)
+        share = min(100, granted // SHARE)
+        return searched(profile, budget, context, "spdy", search.spdy, {"initial": share, "patience": share})

@@ -25,20 +25,25 @@ from autocompress.types import Option
 __all__ = ["differentiable", "kept", "losses_of_changes", "realised_weights"]
 
 
-def kept(profile: Profile, what: str, key: Sequence[Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`make()`, a JSON value by layer, or what it gave before for the same profile and key, where there is a store.
+def kept(
+    context: Context, profile: Profile, what: str, key: Sequence[Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """`make()`, a JSON value by layer, or what it gave before for the same profile and key: in this context, or in
+    another one where the profile has a store.
 
     The key holds a version and all that the value depends on beside the profile.
     """
     digest = hashlib.sha256(json.dumps([what, profile.fingerprint, *key]).encode()).hexdigest()
     name = f"extra/{what}-{digest[:16]}.json"
-    if profile.store is not None and (known := profile.store.read_json(name)) is not None:
-        return dict(known)
-    found = make()
-    if profile.store is not None:
-        with profile.store.writing():
-            profile.store.write_json(name, found)
-    return found
+    if name not in context.kept:
+        found = None if profile.store is None else profile.store.read_json(name)
+        if found is None:
+            found = make()
+            if profile.store is not None:
+                with profile.store.writing():
+                    profile.store.write_json(name, found)
+        context.kept[name] = found
+    return context.kept[name]
 
 
 def realised_weights(

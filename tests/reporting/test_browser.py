@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import nasty_result
 
 import autocompress as ac
 
@@ -47,6 +48,11 @@ class Rendered(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._inside:
             self.texts.setdefault(self._inside, data)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ac.Result:
+    return nasty_result(tmp_path_factory.mktemp("page"))
 
 
 def opened(page: Path, profile: Path) -> tuple[Rendered, list[str]]:

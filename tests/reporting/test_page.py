@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import nasty_result, parsed
 
 import autocompress as ac
-from autocompress.reporting import file_parts, layer_rows, render_report
+from autocompress.reporting import byte_groups, file_parts, layer_rows, render_report
 from autocompress.reporting.svg import nice_steps
 from autocompress.storage import read
 
 
-class Reader(HTMLParser):
-    """Collects tags, texts and attributes, and holds that tags are closed in order."""
-
-    VOID = ("meta", "br", "wbr")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.words: list[str] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [v or "" for k, v in attributes if k in ("href", "src", "action", "data")]
-        self.ids += [v or "" for k, v in attributes if k == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def parsed(page: str) -> Reader:
-    reader = Reader()
-    reader.feed(page)
-    reader.close()
-    assert not reader.open
-    return reader
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> ac.Result:
+    return nasty_result(tmp_path_factory.mktemp("page"))
 
 
 def test_the_page_is_whole_and_self_contained(result: ac.Result) -> None:
@@ -117,7 +84,28 @@ def test_rows_add_up(result: ac.Result) -> None:
     assert sum(row.bytes for row in rows) + result.plan.fixed_bytes == result.metrics["bytes"]
     assert math.isclose(sum(row.share for row in rows), 1.0)
     with read(result.info.path) as archive:
-        assert sum(part.bytes for part in file_parts(archive)) == archive.bytes == result.metrics["bytes"]
+        parts, size = file_parts(archive), archive.bytes
+    assert sum(part.bytes for part in parts) == size == result.metrics["bytes"]
+    groups = byte_groups(parts)
+    assert list(groups) == ["weights", "biases", "header", "checksums"]
+    assert sum(part.bytes for group in groups.values() for part in group) == result.info.path.stat().st_size
+    assert sum(part.bytes for part in groups["weights"]) == sum(row.bytes for row in rows)
+
+
+def test_the_page_shows_every_plan_that_was_measured(result: ac.Result) -> None:
+    tried = result.metrics["measured_plans"]
+    assert len(tried) > 5
+    page = (result.out / "report.html").read_text().replace("<wbr>", "")
+    words = parsed(page).words
+    for found in tried:
+        assert found["name"] in words
+        assert f"{found['kl']:.3g}" in words
+        assert found["bytes"] <= result.metrics["budget_bytes"]
+    singles = [found["kl"] for found in tried if found["name"].startswith("single ")]
+    assert min(singles) == result.plan.measured["single_option_kl"]
+    alone = result.metrics["measured_layers"]
+    assert set(alone) == set(result.plan.layers)
+    assert all(error > 0.0 <= kl for points in alone.values() for error, kl in points)
 
 
 def test_what_is_not_proven_or_not_measured_says_so(result: ac.Result) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from networks import profiled, small_profile
 
@@ -13,6 +16,7 @@ import autocompress as ac
 from autocompress.errors import MismatchError
 from autocompress.planning import energy_losses, within
 from autocompress.strategies import STRATEGIES
+from autocompress.strategies.base import searchable
 from autocompress.strategies.nsga2 import Nsga2, octave
 
 SEARCHES = ["spdy", "evopress", "tpe", "nsga2"]
@@ -29,8 +33,7 @@ def test_a_search_keeps_to_its_grant_and_never_scores_worse_than_the_exact_answe
     exact = STRATEGIES["exact"](profile, budget, None)
     scored, best = context.score(profile, exact.layers), context.score(profile, plan.layers)
     assert best <= scored
-    text = " ".join(plan.notes)
-    first, last = map(float, re.findall(r"([\d.]+e-\d+)(?=, | front|$)", text.partition(" front (")[0]))
+    first, last = map(float, re.findall(r"the (?:first scored|best) ([\d.e-]+?)(?=,|$)", plan.notes[0]))
     assert (first, last) == (pytest.approx(scored, rel=1e-5), pytest.approx(best, rel=1e-5))
     assert plan.seed == 0
     assert ac.Plan.from_json(plan.to_json()) == plan
@@ -52,10 +55,44 @@ def test_one_front_serves_the_budgets_of_an_octave(tmp_path: Path) -> None:
     first, second = ac.Context(model, data, effort="fast"), ac.Context(model, data, effort="fast")
     six = Nsga2()(found, ac.Budget(ratio=6.0), first)
     five = Nsga2()(found, ac.Budget(ratio=5.0), second)
-    assert first.evaluations > second.evaluations == 1
+    assert first.evaluations > 4 >= second.evaluations > 0
     assert six.notes[1] == five.notes[1]
     # The answer is the same whichever budget came first.
     assert Nsga2()(profiled(model, data), ac.Budget(ratio=5.0), ac.Context(model, data, effort="fast")) == five
+
+
+def test_an_answer_whose_header_is_too_long_gives_way_by_as_little_as_it_can() -> None:
+    found = small_profile()[2]
+    sizes, tried = [], 0
+    for size in range(360, 700, 20):
+        asked = searchable(found, ac.Budget(size=size))
+        for answer in map(np.array, itertools.product(*(range(len(rows)) for rows in asked.rows))):
+            if not asked.problem.feasible(answer):
+                continue
+            raw = {n: r[i] for n, r, i in zip(found.layers, asked.rows, answer, strict=True)}
+            rows = asked.choice(answer)
+            if (excess := found.template.file_bytes(raw) - size) <= 0:
+                assert rows == raw
+                continue
+            tried += 1
+            sizes.append(found.template.file_bytes(rows))
+            assert sizes[-1] <= size
+            assert all(rows[n].bytes <= raw[n].bytes for n in rows)
+            losses = energy_losses(found)
+
+            def loss(choice: Mapping[str, Any], losses: Mapping[str, np.ndarray] = losses) -> float:
+                return float(sum(losses[n][found.layers[n].rows.index(row)] for n, row in choice.items()))
+
+            # Where one change of the least loss is enough, it is the one.
+            single = [
+                {**raw, n: row}
+                for n, layer in found.layers.items()
+                for row in layer.rows
+                if raw[n].bytes - row.bytes >= excess
+            ]
+            if single and found.template.file_bytes(best := min(single, key=loss)) <= size:
+                assert loss(rows) == pytest.approx(loss(best))
+    assert tried > 20
 
 
 def test_minimax_against_trying_all() -> None:
