@@ -298,10 +298,11 @@ def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarr
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
             numbers = ("errors", "bytes", "seconds", "widths", "nonzero", "row_bits", "multiplied", "first_bytes")
+            columns = zip(*(data[key].tolist() for key in numbers), strict=True)
             rows = [
-                Measured(Option.parse(option), *row[:2], codec, step, *row[2:5], own(row[5]), row[6] or None, row[7])
-                for (option, codec, step), row in zip(
-                    names, zip(*(data[key].tolist() for key in numbers), strict=True), strict=True
+                Measured(Option.parse(option), error, size, codec, step, seconds, width, nonzero, own(b), m or None, n)
+                for (option, codec, step), (error, size, seconds, width, nonzero, b, m, n) in zip(
+                    names, columns, strict=True
                 )
             ]
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)

@@ -28,7 +28,7 @@ class MixedRows:
     source = "AJPQ, arXiv 2011.06231, in this project's reading"
 
     def offers(self, option: Option) -> bool:
-        return option.mix is not None
+        return option.mix is not None and option.rank is None
 
     def needs_data(self, option: Option) -> bool:
         return True
