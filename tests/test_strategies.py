@@ -94,7 +94,7 @@ def test_every_single_option_loses_to_strategies_on_every_budget() -> None:
         for rows in single_options(found, 1 << 40, undominated=False)
     ]
     assert len(singles) == len(found.layers["conv1"].rows)
-    for budget in (350, 420, 500, 700, 900, 1400, 10**6):
+    for budget in (350, 420, 600, 900, 10**6):
         best = min((kl for size, kl in singles if size <= budget), default=float("inf"))
         # The rule is the same for all; those that search would take a minute here.
         for strategy in (name for name, s in STRATEGIES.items() if needs_of(s) == "curves"):
