@@ -75,7 +75,8 @@ def test_one_front_serves_the_budgets_of_an_octave(tmp_path: Path) -> None:
     assert first.evaluations > 4 >= second.evaluations > 0
     assert six.notes[1] == five.notes[1]
     # Only points that fit are tried, as they are.
-    for plan in (five, six):
+    tight = Nsga2()(found, ac.Budget(ratio=7.9), second)
+    for plan in (five, six, tight):
         sizes = [int(size) for size in re.findall(r"(\d+): ", plan.notes[1].partition(": KL)")[2] or plan.notes[1])]
         tried = int(re.findall(r"with (\d+) points", plan.notes[0])[0])
         assert tried <= sum(size <= plan.budget_bytes - plan.fixed_bytes + NAMES for size in sizes)
