@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,13 @@ def test_too_little_room_is_refused_with_the_least_that_would_do(strategy: str) 
     assert ac.plan(found, enough, strategy, context()).predicted_bytes <= enough
     with pytest.raises(InfeasibleError):
         ac.plan(found, enough - 1, strategy, context())
+
+
+def test_the_page_names_every_strategy_and_what_it_needs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    said = {name: cells[-2].strip() for cells in rows for name in re.findall(r"`(\w+)`", cells[1])}
+    assert said == {name: "evaluations" if name == "auto" else needs_of(s) for name, s in STRATEGIES.items()}
 
 
 def test_every_single_option_loses_to_strategies_on_every_budget() -> None:
