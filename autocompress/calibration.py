@@ -33,7 +33,7 @@ from autocompress.inputs import attention_inputs, cell_inputs, lookups, recurren
 from autocompress.layers import TABLES, TRANSPOSED, Layer, find_layers, model_digest
 from autocompress.threads import single_threaded
 
-__all__ = ["LayerStatistics", "Statistics", "calibrate"]
+__all__ = ["CALIBRATION_VERSION", "LayerStatistics", "Statistics", "calibrate"]
 
 CALIBRATION_VERSION = 4
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)

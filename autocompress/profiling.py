@@ -29,7 +29,7 @@ import pandas as pd
 from torch import nn
 
 from autocompress import costs
-from autocompress.calibration import Statistics
+from autocompress.calibration import CALIBRATION_VERSION, Statistics
 from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
 from autocompress.costs import Latency
 from autocompress.engines import run_tasks
@@ -337,7 +337,7 @@ def profile(
     if stats.fields["model"] != model_digest(model):
         raise MismatchError("field 'model': the statistics were made from other weights; calibrate this model")
     wanted = _options(options)
-    versions = _code_versions()
+    versions = code_versions()
     fields = {
         **stats.fields,
         "options": hashlib.sha256("|".join(map(str, wanted)).encode()).hexdigest(),
@@ -381,9 +381,10 @@ def profile(
         return Profile(work.run(place), layers.skipped, stats, fields, template, place)
 
 
-def _code_versions() -> dict[str, str]:
+def code_versions() -> dict[str, str]:
     """The versions of all code that a profile's rows depend on: their errors, their bytes, and what is in the store."""
     return {
+        "calibration_version": str(CALIBRATION_VERSION),
         "compressors": json.dumps({name: c.version for name, c in sorted(COMPRESSORS.items())}),
         "format_version": str(FORMAT_VERSION),
         "profile_version": str(PROFILE_VERSION),
@@ -476,7 +477,7 @@ def load_profile(store: str | Path) -> Profile:
         raise StoreError(f"there is no profile in {path}; run `autocompress profile TASK --store {path}` first")
     place = Store(path)
     known: Any = _read_head(place)
-    _check_fields(known["fields"], {**known["fields"], **_code_versions()}, path)
+    _check_fields(known["fields"], {**known["fields"], **code_versions()}, path)
     try:
         template = Template.from_json(known["template"])
     except (KeyError, TypeError, ValueError) as error:

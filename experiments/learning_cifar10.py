@@ -56,14 +56,14 @@ def main() -> None:
                 start, known = time.perf_counter(), set(store.glob("extra/*"))
                 plan = STRATEGIES[strategy](fitting, budget, context)
                 seconds = time.perf_counter() - start
-                curve = dict(re.findall(r"([\d.e+-]+) after (\d+)", " ".join(plan.notes)))
+                curve = re.findall(r"([\d.e+-]+) after (\d+)", " ".join(plan.notes))
                 row = {
                     **dict(zip(KEYS, facts, strict=True)),
                     "bytes": plan.predicted_bytes,
                     "kl": f"{context.measure(fitting, plan.layers):.6f}",
                     "loss": f"{plan.predicted_loss:.6f}",
                     "gap": f"{plan.gap:.4g}",
-                    **{f"after_{episode}": value for value, episode in curve.items()},
+                    **{f"after_{episode}": value for value, episode in curve},
                     "evaluations": context.evaluations - 1,
                     "seconds": round(seconds, 1),
                     "resumed": int(bool(known)),

@@ -385,7 +385,10 @@ def test_the_demo(tmp_path: Path) -> None:
 COMPARED = [(b, s) for b in ("6x", "1.2x,bops=90%") for s in ("uniform", "exact", "kl")]
 
 
-def test_compare_prints_its_table_and_keeps_every_plan(done: Path, tmp_path: Path) -> None:
+def test_compare_prints_its_table_and_keeps_every_plan(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no line of a table is folded
     task, out, other = done / "task.py", tmp_path / "out", tmp_path / "other"
     arguments = ("compare", task, "--budgets", "6x,1.2x,bops=90%", "--strategies", "uniform,exact,kl", "--out")
     outcome = call(*arguments, out, "--seeds", "0,1", "--workers", 1)

@@ -25,6 +25,7 @@ from autocompress.layers import dense_file_bytes
 from autocompress.planning import (
     allocate,
     budget_bytes,
+    coarsest,
     dense_cost,
     energy_losses,
     fixed_cost,
@@ -369,3 +370,9 @@ def test_a_layer_of_no_energy_costs_nothing_to_lose() -> None:
     assert np.isfinite(found.loss)
     assert found.rows["conv2"].bytes < 150
     assert np.isfinite(ac.plan(profile, 700, "uniform").predicted_loss)
+
+
+def test_the_coarsest_options_are_those_that_no_other_is_coarser_than() -> None:
+    names = "dense w2 w4 rd(0.5,0.1) rd(1,0.1) mix50/50/0/0/0 mix25/75/0/0/0 mix50/0/50/0/0 mix75/0/0/0/25".split()
+    kept = coarsest([ac.Option.parse(name) for name in names])
+    assert [str(option) for option in kept] == ["w2", "rd(1,0.1)", "mix50/50/0/0/0", "mix75/0/0/0/25"]

@@ -98,3 +98,17 @@ def test_labelled_batches_are_taken_once() -> None:
     assert [len(b[0]) for b in context.labelled(1000)] == [12] * 5
     assert ac.Context(model, data, training=[[data[0], data[0]]]).labelled(5) == []
     assert ac.Context(model, data, loss=task_loss).labelled(5) == []
+
+
+def test_another_loss_on_the_same_batches_is_measured_anew(tmp_path: Path) -> None:
+    model, data, _ = small_profile()
+    found = profiled(model, data, store=tmp_path)
+    training = [[x, torch.zeros(len(x)).long()] for x in images()]
+
+    def doubled(model: nn.Module, batch: Any) -> torch.Tensor:
+        return 2.0 * task_loss(model, batch)
+
+    once, twice = (ac.Context(model, data, loss=loss, training=training) for loss in (task_loss, doubled))
+    first, second = LayerLoss(levels=2).measured(found, once), LayerLoss(levels=2).measured(found, twice)
+    for name in found.layers:
+        assert [r for _, r in second[name]] == pytest.approx([2.0 * r for _, r in first[name]])

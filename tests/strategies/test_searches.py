@@ -18,7 +18,11 @@ from autocompress.planning import energy_losses, within
 from autocompress.strategies import STRATEGIES
 from autocompress.strategies.base import searchable
 from autocompress.strategies.nsga2 import Nsga2, octave
+from autocompress.strategies.searching import searched
+from solvers import Problem, solve
+from solvers.search import Found
 
+NAMES = 20  # bytes by which headers of this network differ, at most
 SEARCHES = ["spdy", "evopress", "tpe", "nsga2"]
 
 
@@ -39,6 +43,19 @@ def test_a_search_keeps_to_its_grant_and_never_scores_worse_than_the_exact_answe
     assert ac.Plan.from_json(plan.to_json()) == plan
 
 
+def test_where_no_scored_choice_fits_the_exact_answer_stays() -> None:
+    model, data, found = small_profile()
+    budget = ac.Budget(ratio=6.0)
+
+    def hopeless(problem: Problem, score: Any, **options: Any) -> Found:
+        largest = np.array([int(np.argmax(cost[:, 0])) for cost in problem.cost])
+        solution = solve(problem.with_budget(np.array([10**9])), "uniform")
+        return Found(largest, float("inf"), ((1, float("inf")),), solution)
+
+    plan = searched(found, budget, ac.Context(model, data), "hopeless", hopeless, {})
+    assert plan.layers == STRATEGIES["exact"](found, budget, None).layers
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_asks_for_a_context(name: str) -> None:
     with pytest.raises(MismatchError, match=f"strategy '{name}' scores compressed models: give a context"):
@@ -57,6 +74,12 @@ def test_one_front_serves_the_budgets_of_an_octave(tmp_path: Path) -> None:
     five = Nsga2()(found, ac.Budget(ratio=5.0), second)
     assert first.evaluations > 4 >= second.evaluations > 0
     assert six.notes[1] == five.notes[1]
+    # Only points that fit are tried, as they are.
+    tight = Nsga2()(found, ac.Budget(ratio=7.9), second)
+    for plan in (five, six, tight):
+        sizes = [int(size) for size in re.findall(r"(\d+): ", plan.notes[1].partition(": KL)")[2] or plan.notes[1])]
+        tried = int(re.findall(r"with (\d+) points", plan.notes[0])[0])
+        assert tried <= sum(size <= plan.budget_bytes - plan.fixed_bytes + NAMES for size in sizes)
     # The answer is the same whichever budget came first.
     assert Nsga2()(profiled(model, data), ac.Budget(ratio=5.0), ac.Context(model, data, effort="fast")) == five
 
