@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from autocompress.calibration import CALIBRATION_VERSION
 from autocompress.pipeline import Result, check_request, compress
 from autocompress.profiling import code_versions
 from autocompress.tasks import load_task
@@ -29,7 +30,7 @@ def run_demo(
     say = progress or (lambda stage, done, total: None)
     wanted = check_request(budget)
     task = load_task("digits")
-    versions = hashlib.sha256(json.dumps(code_versions(), sort_keys=True).encode()).hexdigest()
+    versions = hashlib.sha256(json.dumps([CALIBRATION_VERSION, code_versions()], sort_keys=True).encode()).hexdigest()
     say("train", 0, 1)
     model = task.build_model()
     say("train", 1, 1)

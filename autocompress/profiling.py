@@ -29,7 +29,7 @@ import pandas as pd
 from torch import nn
 
 from autocompress import costs
-from autocompress.calibration import CALIBRATION_VERSION, Statistics
+from autocompress.calibration import Statistics
 from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
 from autocompress.costs import Latency
 from autocompress.engines import run_tasks
@@ -384,7 +384,6 @@ def profile(
 def code_versions() -> dict[str, str]:
     """The versions of all code that a profile's rows depend on: their errors, their bytes, and what is in the store."""
     return {
-        "calibration_version": str(CALIBRATION_VERSION),
         "compressors": json.dumps({name: c.version for name, c in sorted(COMPRESSORS.items())}),
         "format_version": str(FORMAT_VERSION),
         "profile_version": str(PROFILE_VERSION),
