@@ -106,7 +106,10 @@ def network_lines(task: str, rows: pd.DataFrame, table: pd.DataFrame) -> list[st
         cells = []
         for ratio in ratios:
             known = (name, ratio) in at.index
-            text = cell(at.loc[(name, ratio), "top1"], at.loc[(name, ratio), "top1_std"]) if known else "no plan"
+            failed = ((rows["strategy"] == name) & (rows["ratio"] == ratio)).any()
+            text = "no plan" if failed else "not run"
+            if known:
+                text = cell(at.loc[(name, ratio), "top1"], at.loc[(name, ratio), "top1_std"])
             cells.append(f"**{text}**" if known and at.loc[(name, ratio), "top1"] == whole.get(ratio) else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
