@@ -179,7 +179,9 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     """Top-1 against bytes of the file, one panel per network, bars of one standard deviation over the seeds."""
     table = means(rows)
     tasks = [t for t in (*TITLES, *sorted(set(rows["task"]) - set(TITLES))) if t in set(table["task"])]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(max(9.0, 5.2 * len(tasks)), 6.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(max(9.0, 5.2 * len(tasks)), 6.4), squeeze=False, layout="constrained"
+    )
     for axis, task in zip(axes[0], tasks, strict=True):
         own = table[table["task"] == task]
         dense = rows[rows["task"] == task]["top1_dense"].iloc[0]
