@@ -35,7 +35,7 @@ from autocompress.threads import single_threaded
 
 __all__ = ["CALIBRATION_VERSION", "LayerStatistics", "Statistics", "calibrate"]
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 5
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
 
 

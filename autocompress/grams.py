@@ -113,6 +113,9 @@ def _by_correlation(m: Any, x: torch.Tensor) -> torch.Tensor:
             inside = range(max(0, -dy), h - max(0, dy)), range(max(0, -dx), w - max(0, dx))
             missed = _missed(y, kh, inside[0], h), _missed(a, kw, inside[1], w)
             block = whole[dy, dx + kw - 1].clone()
+            if missed[0] == inside[0] or missed[1] == inside[1]:
+                block.zero_()  # no pixel is met: a difference of sums would leave their rounding, and no dead input
+                missed = range(0), range(0)
             for rows, columns, sign in ((missed[0], inside[1], -1), (inside[0], missed[1], -1), (*missed, 1)):
                 if rows and columns:
                     block.add_(over(rows, columns, dy, dx), alpha=sign)

@@ -49,8 +49,8 @@ SENSITIVITY_VERSION = 3
 PASS_SAMPLES = 64
 LEVELS = (0.01, 0.05, 0.2)
 SAMPLE = 256  # samples of `fit` that layers are measured on alone, and that a search may look at as often as it likes
-# Statistics are corrected on so many samples where a search scores a choice: a third of the time of `measure`, and the
-# same order but for near-ties.
+# Statistics are corrected on so many samples where a search scores a choice: correction on `CORRECTION_SAMPLES` would
+# be most of the time.
 SCORE_SAMPLES = 128
 # A confident model's KL is decided by a handful of samples. Where plans are compared for a choice its outputs are
 # therefore softened, until the mean of their largest probability is at most this.
@@ -79,8 +79,8 @@ class Context:
     The Hessians never saw `held`. `loss(model, batch)` is the task's own and `training` its labelled batches, for
     methods that need gradients of it; they do without where there is none. effort grants searches their evaluations
     (`granted`); the seed draws the split and whatever a search draws. `log` and `alone` keep what was measured for the
-    report: plans, and layers by themselves. Measured weights are kept in memory (up to 1
-    GiB), since plans share most of their layers. Raises CalibrationError for an effort that is none.
+    report: plans, and layers by themselves. Measured weights are kept in memory (up to 1 GiB), as plans share most of
+    their layers. Raises CalibrationError for an effort that is none.
     """
 
     def __init__(

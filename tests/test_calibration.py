@@ -173,6 +173,14 @@ def test_convolutions_by_correlation(
     check(nn.Conv2d(3, 2, kernel, padding=padding), _batches(3, *size))
 
 
+def test_taps_that_meet_no_pixel_are_dead_by_correlation_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grams, "LEAST_CHANNELS", 3)
+    monkeypatch.setattr(grams, "IN_FLIGHT", 1)  # sums over samples one by one, and over all at once, round differently
+    monkeypatch.setattr(grams, "POSITIONS", 1)
+    stats = check(nn.Conv2d(3, 2, 3, padding=1), _batches(3, 1, 1, sizes=(40, 31)))
+    assert next(iter(stats.layers.values())).dead == 3 * 8
+
+
 @pytest.mark.parametrize("options", PADDINGS)
 @pytest.mark.parametrize("groups", [1, 4], ids=["one group", "depthwise"])
 def test_what_correlation_cannot_do_is_unfolded(

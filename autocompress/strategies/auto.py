@@ -21,8 +21,8 @@ from solvers.search import nearby
 
 __all__ = ["Auto"]
 
-# Of the evaluations that the effort grants, as many go to the search: the rest are for the rivals that the plan is
-# measured against in the end.
+# The part of the granted evaluations that goes to the search. The plans of the objectives, and the single options that
+# the answer is held against in the end, are measured besides.
 SEARCH_SHARE = 0.25
 
 
