@@ -163,6 +163,22 @@ def several(groups: int, options: int, resources: int = 3, seed: int = 0, fracti
     return Problem(loss, cost, between(loss, cost, fraction + 0.05 * np.arange(resources)), names[:resources])
 
 
+def lumpy(groups: int, options: int, seed: int = 0, fraction: float = 0.6) -> Problem:
+    """Curves of bytes at 100 %, 75 %, 50 % and 25 % of a second cost that only their kind changes, as the MACs of a
+    layer follow its rank and not its bits: the Lagrangian bound stays away from the optimum.
+    """
+    rng = np.random.default_rng(seed)
+    base, loss, cost = curves(groups, options, seed), [], []
+    for g in range(groups):
+        macs = int(np.exp(rng.uniform(np.log(1e4), np.log(1e6))))
+        worse = float(base.loss[g].max()) * np.array([0.0, 0.2, 0.9, 3.0]) * rng.uniform(0.3, 1.5)
+        loss.append(np.concatenate([base.loss[g] * (1 - k / 8) + worse[k] for k in range(4)]))
+        cost.append(
+            np.concatenate([np.stack([base.cost[g][:, 0], np.full(options, macs - macs * k // 4)], 1) for k in range(4)])
+        )
+    return Problem(loss, cost, between(loss, cost, np.array([0.4, fraction])), ("bytes", "macs"))
+
+
 def paired(groups: int, options: int, seed: int = 0, fraction: float = 0.4) -> Problem:
     """Curves with pairwise terms between neighbours, of both signs and a third of the losses' size."""
     rng = np.random.default_rng(seed)

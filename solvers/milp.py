@@ -1,8 +1,9 @@
 """Several resources: reduce by the dual bound, give what is left to HiGHS, prove the answer ourselves.
 
-HiGHS stops at a relative gap of 1e-4 and keeps limits within 1e-6 of their scale, so its "optimal" can be over a budget
-of bytes and its bound is a float's word. Here its choice is added up in integers, and the bound printed is the
-Lagrangian one, raised by partial choices (`several.Bundle`).
+HiGHS keeps limits within 1e-6 of their scale, so its "optimal" can be over a budget of bytes: here its choice is added
+up in integers. The bound printed is the Lagrangian one, raised by partial choices (`several.Bundle`), where that meets
+the gap soon. Where it does not, as with costs that few options change (MACs of low-rank layers), it is that of HiGHS's
+branch and cut, less what its tolerances allow, and the solution's message says so.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from solvers.problem import Array, Deadline, IntArray, Problem, ProblemError
 from solvers.several import Bundle, dual_prices
 from solvers.solution import ROUNDING, Solution, Status, magnitude
 
-# Splits before HiGHS is asked: some milliseconds each.
-EARLY = 200
+# Splits before HiGHS is asked: some ten milliseconds each where there are thousands of options.
+EARLY = 20
+# HiGHS's tolerance of a reduced cost, in the units that it is given.
+REDUCED_COST = 1e-7
 
 
 @dataclass(frozen=True)
 class MILP:
-    """Solve to a relative `gap` proven by our own bound, or say what was proven.
+    """Solve to a relative `gap` proven by our own bound or HiGHS's, or say what was proven.
 
     `states`: how many partial choices the proof may hold; `branches`: how often it may split the problem. To compare,
     `reduce=False` hands HiGHS the whole problem, and `start=False` no choice to start from.
@@ -66,13 +69,16 @@ class MILP:
             branch(state, self._aim(rows, state), deadline, min(self.branches, EARLY))
         said = ""
         if self._open(rows, state) and not deadline.passed:
-            said, chosen = highs(
-                rows, state.reduce() if self.reduce else np.arange(len(rows.loss)), state, deadline, self.gap
-            )
+            live, own = state.reduce() if self.reduce else np.arange(len(rows.loss)), state.bound
+            said, chosen, bound = highs(rows, live, state, deadline, self.gap)
             if chosen is not None and not state.offer(chosen):
                 fixed = state.repair(chosen, deadline)
                 if fixed is not None:
                     state.offer(improve(rows, fixed, deadline))
+            # What the bound took out holds no choice better than the best one known.
+            state.bound = max(own, min(bound, state.upper))
+            if state.bound > own:
+                said += f", and its bound (the Lagrangian one is {rows.true(own):.6g})"
         if self._open(rows, state) and not deadline.passed:
             aim = self._aim(rows, state)
             if not state.expand(deadline, self.states, self.states, len(rows.sizes), aim):
@@ -170,10 +176,15 @@ def finite(cost: Array, limit: Array) -> tuple[Array, Array]:
     return cost[:, held], limit[held]
 
 
-def highs(rows: Rows, live: IntArray, state: Bundle, deadline: Deadline, gap: float) -> tuple[str, IntArray | None]:
-    """What HiGHS says about the options `live` (the others are out), and its rows (G,), not yet checked.
+def highs(
+    rows: Rows, live: IntArray, state: Bundle, deadline: Deadline, gap: float
+) -> tuple[str, IntArray | None, float]:
+    """What HiGHS says about the options `live` (the others are out); its rows (G,), not yet checked; its bound on what
+    any choice of them loses, -inf where it has none.
 
-    It starts from the best choice known. Limits are scaled to about one, so its tolerance of 1e-6 is relative to them.
+    It starts from the best choice known. Limits are scaled to about one, so its tolerance of 1e-6 is relative to them;
+    it lets more choices in, so the bound stands. A reduced cost may be wrong by `REDUCED_COST`, and one option of each
+    group has its whole share of it: that is taken off.
     """
     import highspy
     from scipy.sparse import csc_matrix
@@ -190,7 +201,8 @@ def highs(rows: Rows, live: IntArray, state: Bundle, deadline: Deadline, gap: fl
     model = highspy.HighsLp()
     model.num_col_, model.num_row_ = n, G + K
     # In units of the largest loss left, or HiGHS's absolute tolerances would call small losses nothing.
-    model.col_cost_ = rows.loss[live] / max(float(rows.loss[live].max()), 1e-300)
+    worst = max(float(rows.loss[live].max()), 1e-300)
+    model.col_cost_ = rows.loss[live] / worst
     model.col_lower_, model.col_upper_ = np.zeros(n), np.ones(n)
     model.row_lower_ = np.append(np.ones(G), np.full(K, -highspy.kHighsInf))
     model.row_upper_ = np.append(np.ones(G), rows.limit / unit)
@@ -208,8 +220,10 @@ def highs(rows: Rows, live: IntArray, state: Bundle, deadline: Deadline, gap: fl
         solver.setSolution(start)
     solver.run()
     said = solver.modelStatusToString(solver.getModelStatus()).lower()
-    values = np.array(solver.getSolution().col_value)
-    if len(values) != n or solver.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        return said, None
+    values, info = np.array(solver.getSolution().col_value), solver.getInfo()
+    bound = float(info.mip_dual_bound) * worst
+    bound = bound - (G + K) * REDUCED_COST * worst if math.isfinite(bound) else -math.inf
+    if len(values) != n or info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        return said, None, bound
     cuts = np.flatnonzero(np.diff(group, prepend=-1))
-    return said, live[argmin(-values, np.append(cuts, n))]
+    return said, live[argmin(-values, np.append(cuts, n))], bound

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from solvers import Problem, ProblemError, Status, solve
 from solvers.greedy import Uniform
-from solvers.instances import brute_force, curves, paired, several, surfaces, uncorrelated
+from solvers.instances import brute_force, curves, lumpy, paired, several, surfaces, uncorrelated
 from solvers.lagrangian import Rows
-from solvers.milp import MILP
+from solvers.milp import MILP, highs
 from solvers.minimax import Minimax
 from solvers.problem import Deadline
 from solvers.relaxation import relax
@@ -88,6 +88,30 @@ def test_milp_reaches_its_gap_and_names_what_was_reduced() -> None:
     assert tighter.loss <= solution.loss
     whole = MILP(reduce=False)(problem)
     assert whole.loss <= solution.loss * (1 + 1e-4)
+
+
+@given(problems())
+@settings(max_examples=100)
+def test_what_highs_proves_is_no_more_than_is_true(problem: Problem) -> None:
+    optimum, _ = brute_force(problem)
+    rows = Rows.of(problem.flat)
+    prices = dual_prices(rows, Deadline(None))
+    if optimum == math.inf or prices.infeasible:
+        return
+    said, _, bound = highs(rows, np.arange(len(rows.loss)), Bundle(rows, prices), Deadline(None), 1e-4)
+    assert said == "optimal"
+    assert rows.true(bound) <= optimum <= rows.true(bound) + 1e-3 * (1 + abs(optimum))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_costs_that_few_options_change_are_proven_by_highs(seed: int) -> None:
+    """Seven splits raise the Lagrangian bound by little here; the message says whose word the gap is."""
+    problem = lumpy(20, 60, seed)
+    solution = MILP(branches=7)(problem)
+    assert solution.gap <= 1e-4
+    assert "its bound" in solution.message
+    alone = float(solution.message.split("the Lagrangian one is ")[1].rstrip(")"))
+    assert (solution.loss - alone) / solution.loss > 1e-4
 
 
 @pytest.mark.parametrize("make", [curves, surfaces, uncorrelated])
