@@ -173,9 +173,8 @@ def lumpy(groups: int, options: int, seed: int = 0, fraction: float = 0.6) -> Pr
         macs = int(np.exp(rng.uniform(np.log(1e4), np.log(1e6))))
         worse = float(base.loss[g].max()) * np.array([0.0, 0.2, 0.9, 3.0]) * rng.uniform(0.3, 1.5)
         loss.append(np.concatenate([base.loss[g] * (1 - k / 8) + worse[k] for k in range(4)]))
-        cost.append(
-            np.concatenate([np.stack([base.cost[g][:, 0], np.full(options, macs - macs * k // 4)], 1) for k in range(4)])
-        )
+        kinds = [np.full(options, macs - macs * k // 4) for k in range(4)]
+        cost.append(np.concatenate([np.stack([base.cost[g][:, 0], kind], axis=1) for kind in kinds]))
     return Problem(loss, cost, between(loss, cost, np.array([0.4, fraction])), ("bytes", "macs"))
 
 
