@@ -115,9 +115,19 @@ def _own_affine(norm: nn.LayerNorm, users: Mapping[int, int]) -> bool:
 
 def _moments(x: torch.Tensor, channel: int, keep: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over all but `keep` dimensions from `channel` on, float64."""
-    last = channel % x.ndim
-    axes = [i for i in range(x.ndim) if not last <= i < last + keep]
-    var, mean = torch.var_mean(x.detach().float(), axes, correction=0)  # one pass over x
+    x, last = x.detach().float(), channel % x.ndim
+    axes = tuple(range(last))
+    if last + keep < x.ndim:
+        # Pixel by pixel within a sample, then over samples: `var_mean` over both takes several times as long, and
+        # its float32 sums are longer.
+        flat = x.flatten(last + keep)
+        means = flat.mean(-1)
+        centred = flat - means[..., None]
+        squares = torch.linalg.vecdot(centred, centred).double() / flat.shape[-1]
+        mean = means.double().mean(axes) if axes else means.double()
+        spread = squares + (means.double() - mean).square()
+        return mean, (spread.mean(axes) if axes else spread).sqrt()
+    var, mean = torch.var_mean(x, axes, correction=0)
     return mean.double(), var.double().sqrt()
 
 
