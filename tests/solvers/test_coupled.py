@@ -105,6 +105,17 @@ def test_a_network_is_solved_to_its_gap(resources: int, seed: int) -> None:
     assert solve(at_levels(problem, coupling, levels.tolist()), "milp").loss <= found.loss * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_levels_are_better(seed: int) -> None:
+    """Every set of levels of a small network, each solved by itself: what the bound took out held nothing better."""
+    problem, coupling = network(3, 5, 2, seed, levels=3)
+    found = solve_coupled(problem, coupling)
+    each = [solve(at_levels(problem, coupling, levels), "milp") for levels in itertools.product(range(3), repeat=4)]
+    best = min(solution.loss for solution in each)
+    assert found.loss <= best * (1 + 1e-4)
+    assert found.bound <= best
+
+
 def at_levels(problem: Problem, coupling: Coupling, levels: Sequence[int]) -> Problem:
     keep = [
         (s == [levels[v] for v in scope]).all(axis=1) for s, scope in zip(coupling.state, coupling.scope, strict=True)
