@@ -208,6 +208,7 @@ def compress(
             task=task,
             sequential=sequential,
             example=None if found.example_input is None else found.example_input(),
+            training=found.labelled_batches(seed),
         )
     _show_result(result, as_json)
 
@@ -272,16 +273,16 @@ def plan(
     made = load_profile(folder / "profile" if (folder / "profile" / "profile.json").is_file() else folder)
     context = None
     if task is not None:
-        from autocompress.measuring import Context
+        from autocompress.comparing import task_context
         from autocompress.tasks import load_task
 
         found = load_task(task)
-        model, data = found.build_model(), found.calibration_batches(seed)
-        context = Context(model, data, loss=found.loss, seed=seed, effort=effort)
+        context = task_context(found, seed, effort)
         if wanted.latency_ms is not None:
             from autocompress.timing import timed
 
-            made = timed(made, model, data[0] if found.example_input is None else found.example_input())
+            example = found.calibration_batches(seed)[0] if found.example_input is None else found.example_input()
+            made = timed(made, context.model, example)
     with _progress() as progress:
         progress("plan", 0, 1)
         chosen = strategies.plan(made, wanted, pipeline.strategy_for(strategy, effort), context).replace(seed=seed)

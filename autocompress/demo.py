@@ -44,6 +44,7 @@ def run_demo(
         store=Path(out) / f"profile-{versions[:8]}",
         workers=workers,
         loss=task.loss,
+        training=task.labelled_batches(seed),
         progress=progress,
         task="digits",
     )

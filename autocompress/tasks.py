@@ -84,6 +84,10 @@ class Task:
             raise TaskError(f"task {self.name} does not define training(); this needs labelled batches")
         return self._batches("training", self.training, seed)
 
+    def labelled_batches(self, seed: int = 0) -> Iterable[Any] | None:
+        """The same, from the first one again whenever they are iterated; None where the task has none."""
+        return None if self.training is None else _Labelled(self, seed)
+
     def _batches(self, what: str, function: Callable[..., Iterable[Any]], seed: int) -> Iterator[Any]:
         batches = _call_with_seed(function, seed)
         # A tensor or a dict can be iterated too, into rows or keys, which would go wrong much later.
@@ -102,6 +106,14 @@ class Task:
 
 
 _END = object()
+
+
+class _Labelled:
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task, self.seed = task, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.task.training_batches(self.seed)
 
 
 def load_task(spec: str | Path) -> Task:

@@ -70,6 +70,21 @@ def test_the_same_seed_gives_the_same_bytes_for_any_number_of_workers(strategy: 
     assert not same(tmp_path / "once", tmp_path / "another")
 
 
+def test_labelled_batches_reach_the_strategies(tmp_path: Path) -> None:
+    """`loss` goes by the task's own loss where there are labels for it, by the KL where there are none."""
+    seen = []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(len(batch[1]))
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    labelled = [(batch, torch.arange(len(batch)) % 3) for batch in images()]
+    run(tmp_path / "without", strategy="loss", effort="normal", loss=loss)
+    assert not seen
+    run(tmp_path / "with", strategy="loss", effort="normal", loss=loss, training=labelled)
+    assert seen
+
+
 def test_every_kind_of_layer_goes_the_whole_way(tmp_path: Path) -> None:
     """Calibrated, profiled, planned, applied, saved, verified, loaded: the same outputs, bit for bit."""
     model, data = kinds()

@@ -112,20 +112,11 @@ def compare(
         return book.table()
 
 
-class _Training:
-    """A task's labelled batches, from the first one again whenever they are iterated."""
-
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task, self.seed = task, seed
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.task.training_batches(self.seed)
-
-
 def task_context(task: Task, seed: int = 0, effort: str = "normal") -> Context:
     """The context of a task: its model, its calibration batches of a seed, its loss and labelled batches, if any."""
-    training = None if task.training is None else _Training(task, seed)
-    return Context(task.build_model(), task.calibration_batches(seed), task.loss, seed, effort, training)
+    return Context(
+        task.build_model(), task.calibration_batches(seed), task.loss, seed, effort, task.labelled_batches(seed)
+    )
 
 
 def _named(
