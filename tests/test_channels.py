@@ -225,7 +225,7 @@ def test_what_narrow_refuses() -> None:
 @pytest.mark.data
 def test_shortcuts_padded_with_zeros_keep_a_stage_and_blocks_can_lose_channels() -> None:
     task = load_task("experiments/tasks/resnet56_cifar10.py")
-    groups = channel_groups(task.model(), task.calibration(0)[0])
+    groups = channel_groups(task.model(), next(iter(task.calibration(0))))
     assert groups["conv1"].reason == "F.pad widens it by channels of zeros, as shortcuts without weights do"
     blocks = [f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in range(9)]
     assert [group.name for group in groups.prunable] == blocks
