@@ -42,6 +42,7 @@ ORDER = [
     "measuring",
     "tuning",
     "strategies",
+    "salience",
     "comparing",
     "packed",
     "saving",
