@@ -289,6 +289,7 @@ class Context:
         is one.
         """
         self.check(profile)
+        profile = profile.whole()
         batch = join_batches(self.fit, SAMPLE)
         key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

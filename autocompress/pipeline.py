@@ -235,7 +235,7 @@ def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict
     """Every plan that was measured: its label, its file's length, the sum of its relative errors, and its KL on the
     held-out slice and, where it is known, on all of the data. Of equal plans the first stays.
     """
-    profile = within(profile, limit)
+    profile = within(profile, limit).joint()
     losses = energy_losses(profile)
     found: dict[str, dict[str, Any]] = {}
     for trial in context.log:

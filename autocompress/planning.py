@@ -13,6 +13,7 @@ import numpy as np
 
 from autocompress import costs
 from autocompress.compressors import Measured
+from autocompress.coupling import is_coupled, solve_layers
 from autocompress.errors import BudgetError, InfeasibleError
 from autocompress.profiling import Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
@@ -38,6 +39,7 @@ __all__ = [
     "make_plan",
     "problem",
     "problem_of",
+    "relative_gap",
     "row_costs",
     "running_cost",
     "single_options",
@@ -46,6 +48,7 @@ __all__ = [
     "within_limits",
 ]
 
+SHAPE_BYTES = 8  # what narrower shapes may save of a layer's part of the compressed header, at most
 NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
 NANOSECONDS = 10**6  # of a millisecond: solvers add up whole numbers, so that no limit is passed by a rounding
 WORDS = {"macs": "{:,} MACs", "bops": "{:,} BOPs", "latency_ms": "{:.6f} ms"}
@@ -154,6 +157,7 @@ def cost_facts(profile: Profile, budget: Budget, layers: Mapping[str, Option]) -
 
 def _total_of(profile: Profile, name: str) -> Callable[[Mapping[str, Option]], int]:
     """What choices of options take of a running cost, in the units of `row_costs`."""
+    profile = profile.joint()  # plans may hold narrower layers
     found, fixed = row_costs(profile, name), fixed_cost(profile, name)
     table = {
         n: {row.option: int(cost) for row, cost in zip(x.rows, found[n], strict=True)}
@@ -335,6 +339,10 @@ def allocate(
     Raises InfeasibleError, with the smallest budget that is not, where even the smallest options do not fit.
     """
     limits = Limits.of(budget)
+    if is_coupled(profile):
+        if objective != "sum":
+            raise BudgetError("narrower layers are chosen for the sum of losses; take a structure (Profile.at) first")
+        return _allocate_coupled(profile, limits, losses)
     found = _allocate(profile, limits, losses, solver, objective)
     if found is None:
         raise _infeasible_together(profile, limits)
@@ -386,7 +394,60 @@ def _allocate(
     room = limits.bytes - _header(profile, chosen)
     bound = solution.bound if room <= allowed else answer(room)[0].bound
     loss = float(solution.loss)
-    return Allocation(chosen, loss, float(bound), _gap(loss, float(bound)), size, room, solution)
+    return Allocation(chosen, loss, float(bound), relative_gap(loss, float(bound)), size, room, solution)
+
+
+def _allocate_coupled(profile: Profile, limits: Limits, losses: Mapping[str, np.ndarray]) -> Allocation:
+    """`allocate` where layers can be narrower: those that share channels agree on them (`coupling.solve_layers`).
+
+    Payloads get what the header of the whole network leaves. A narrower network's is shorter by the norms and biases
+    that go, which the solver knows, and by a few digits of shapes, which the bound has room for.
+    """
+    names, template = list(profile.layers), profile.template
+    allowed = limits.bytes - _leanest_header(profile.whole()) + SHAPE_BYTES * len(names)
+    while True:
+        solution = solve_layers(profile, problem_of(profile, limits, losses, allowed))
+        if not solution.found:
+            raise _infeasible_coupled(profile, limits)
+        chosen = {n: profile.layers[n].rows[int(i)] for n, i in zip(names, solution.choice, strict=True)}
+        size = template.file_bytes(chosen)
+        if size <= limits.bytes:
+            break
+        allowed = min(allowed, int(solution.cost[0])) - (size - limits.bytes)
+    # What payloads beside this file's header, norms and biases could take: none of them is better than the bound.
+    room = limits.bytes - (size - int(solution.cost[0]))
+    if room > allowed:
+        solution = replace(solution, bound=solve_layers(profile, problem_of(profile, limits, losses, room)).bound)
+    loss, bound = float(solution.loss), min(float(solution.bound), float(solution.loss))
+    return Allocation(
+        chosen, loss, bound, relative_gap(loss, bound), size, limits.bytes - _header(profile, chosen), solution
+    )
+
+
+def _infeasible_coupled(profile: Profile, limits: Limits) -> InfeasibleError:
+    """The refusal of limits that no network, narrower ones included, keeps; each limit that would do if it alone gave
+    way, and how far.
+    """
+    texts, smallest = [], size_range(profile.whole())[0]
+    for name in ("bytes", *limits.running):
+        free = Limits(1 << 61, limits.running) if name == "bytes" else limits.without(name)
+        if name == "bytes":
+            least = {n: np.array([float(row.bytes) for row in x.rows]) for n, x in profile.layers.items()}
+        else:
+            least = {n: cost.astype(np.float64) for n, cost in row_costs(profile, name).items()}
+        room = free.bytes - _leanest_header(profile.whole())
+        found = solve_layers(profile, problem_of(profile, free, least, room))
+        if found.found:
+            rows = {n: x.rows[int(i)] for (n, x), i in zip(profile.layers.items(), found.choice, strict=True)}
+            if name == "bytes":
+                smallest = profile.template.file_bytes(rows)
+                texts.append(f"{smallest:,} bytes")
+            else:
+                texts.append(_amount(name, running_cost(profile, name, {n: row.option for n, row in rows.items()})))
+    advice = (
+        f"with the other limits as they are, {' or '.join(texts)} would do" if texts else "more than one has to give"
+    )
+    return InfeasibleError(f"no allocation is within {limits}, narrower layers included: {advice}", smallest)
 
 
 def problem(profile: Profile, budget: Budget | str | int, losses: Mapping[str, np.ndarray] | None = None) -> Problem:
@@ -471,7 +532,8 @@ def _leanest_header(profile: Profile) -> int:
     return min(_header(profile, dict(zip(profile.layers, rows, strict=True))) for rows in plans)
 
 
-def _gap(loss: float, bound: float) -> float:
+def relative_gap(loss: float, bound: float) -> float:
+    """(loss - bound) / |bound|: 0 where the loss is at its bound, inf where that says nothing."""
     if loss <= bound:
         return 0.0
     return (loss - bound) / abs(bound) if math.isfinite(bound) and bound else math.inf

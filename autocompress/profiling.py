@@ -19,7 +19,7 @@ import logging
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,25 @@ class Profile:
             if not rows:
                 raise MismatchError(f"layer {name!r} has no option at these widths; profile it with family 'channels'")
             found.layers[name] = dataclasses.replace(layer, rows=tuple(rows), narrowed=())  # type: ignore[index]
+        found.__dict__["fingerprint"] = self.fingerprint
+        return found
+
+    def joint(self) -> Profile:
+        """The profile with narrower layers among the rows of each, for a solve that makes layers agree on channels."""
+        return self._with_rows(lambda x: ((*x.rows, *x.narrowed), ()))
+
+    def whole(self) -> Profile:
+        """The profile with the rows of whole layers only: of a joint one, what it was made from."""
+        return self._with_rows(lambda x: (tuple(r for r in x.rows if r.option.width is None), x.narrowed))
+
+    def _with_rows(self, rows: Callable[[LayerProfile], tuple[tuple[Measured, ...], tuple[Measured, ...]]]) -> Profile:
+        if self.widths is None:
+            return self
+        layers = {}
+        for name, layer in self.layers.items():
+            own, narrowed = rows(layer)
+            layers[name] = dataclasses.replace(layer, rows=own, narrowed=narrowed)
+        found = dataclasses.replace(self, layers=layers)
         found.__dict__["fingerprint"] = self.fingerprint
         return found
 

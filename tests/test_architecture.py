@@ -35,6 +35,7 @@ ORDER = [
     "records",
     "engines",
     "profiling",
+    "coupling",
     "planning",
     "correcting",
     "applying",

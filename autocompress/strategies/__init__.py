@@ -115,6 +115,8 @@ def plan(
     if context is not None:
         context.check(profile)
     profile = within(profile, budget_bytes(wanted, profile))
+    if getattr(strategy, "couples", False):
+        profile = profile.joint()
     found = strategy(profile, wanted, context)
     if context is None or not context.held:
         return found
@@ -135,12 +137,12 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     def loss(rows: Mapping[str, Measured]) -> float:
         return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
 
-    limits = limits_of(budget, profile)
+    limits, whole = limits_of(budget, profile), profile.whole()
     near = RIVALS * max(loss({n: profile.layers[n].row(o) for n, o in found.layers.items()}), NOISE)
-    best_of_all = single_options(profile, limits)
+    best_of_all = single_options(whole, limits)
     chosen = best_of_all + [
         rows
-        for i, rows in enumerate(single_options(profile, limits, undominated=False))  # smallest loss first
+        for i, rows in enumerate(single_options(whole, limits, undominated=False))  # smallest loss first
         if rows not in best_of_all and (i < LEAST_RIVALS or loss(rows) <= near)
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
@@ -157,8 +159,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     option = _shared_option(profile, rivals[best])
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
-    narrowed = no_worse_than(profile, single)
-    better = allocate(narrowed, limits, energy_losses(narrowed))
+    smaller = no_worse_than(whole, single)
+    better = allocate(smaller, limits, energy_losses(smaller))
     better_kl = context.measure(profile, better.options, f"single {option}, topped up")
     if better_kl <= measured[best]:
         rows, name, final = dict(better.rows), "uniform, topped up", better_kl

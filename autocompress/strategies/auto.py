@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocompress.batches import batch_samples
+from autocompress.coupling import is_coupled
 from autocompress.measuring import Context, Trial, merit
-from autocompress.planning import energy_losses
+from autocompress.planning import energy_losses, relative_gap
 from autocompress.profiling import Profile
 from autocompress.strategies.base import chosen_plan, searchable, solved_plan
 from autocompress.strategies.searching import solver_for
@@ -49,6 +50,7 @@ class Auto:
     """
 
     needs = "curves"  # more, where there is a context
+    couples = True
 
     def __init__(self, mixtures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0), soft: bool = True) -> None:
         self.mixtures = mixtures
@@ -75,7 +77,12 @@ class Auto:
     def _nearby(
         self, profile: Profile, budget: Budget, context: Context, best: Plan, losses: Mapping[str, np.ndarray]
     ) -> _Judged | None:
-        """What a search around the best plan finds, if it finds another one."""
+        """What a search around the best plan finds, if it finds another one; at the widths of that plan."""
+        if coupled := is_coupled(profile):
+            assert profile.widths is not None
+            at = profile.at(profile.widths.structure_of(best.layers))
+            losses = {n: losses[n][[profile.layers[n].rows.index(row) for row in x.rows]] for n, x in at.layers.items()}
+            profile = at
         search = searchable(profile, budget, losses)
         evaluations = round(SEARCH_SHARE * context.granted)
         found = nearby(
@@ -89,7 +96,11 @@ class Auto:
         if not math.isfinite(found.score) or {n: row.option for n, row in rows.items()} == best.layers:
             return None
         name = f"{best.strategy.removesuffix(')')}, searched)"
-        return _judged(profile, chosen_plan(profile, budget, rows, name, losses), context)
+        plan = chosen_plan(profile, budget, rows, name, losses)
+        if coupled:  # the bound of these widths is none of all widths; that of the best plan is
+            bound = min(best.bound, plan.predicted_loss)
+            plan = plan.replace(bound=bound, gap=relative_gap(plan.predicted_loss, bound))
+        return _judged(profile, plan, context)
 
     def objectives(self, profile: Profile, context: Context) -> dict[str, Mapping[str, np.ndarray]]:
         """Losses per option under each mixture: error · (1/energy)^(1-m) · slope^m."""

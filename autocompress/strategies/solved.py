@@ -27,6 +27,7 @@ class Solved:
 
     def __init__(self, solver: str) -> None:
         self.solver = solver
+        self.couples = solver == "exact"
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         return solved_plan(profile, budget, energy_losses(profile), self.solver, self.solver)
@@ -40,6 +41,7 @@ class RawError:
     """
 
     needs = "curves"
+    couples = True
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         losses = {n: np.array([row.error for row in layer.rows]) for n, layer in profile.layers.items()}
@@ -82,6 +84,7 @@ class Sensitivity:
     """
 
     needs = "evaluations"
+    couples = True
 
     def __init__(self, levels: tuple[float, ...] = LEVELS) -> None:
         self.levels = levels
