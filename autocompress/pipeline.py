@@ -28,7 +28,16 @@ from autocompress.doctor import environment, writable
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
-from autocompress.planning import allocate, coarsest, cost_facts, energy_losses, least_bytes, limit_bytes, within
+from autocompress.planning import (
+    allocate,
+    coarsest,
+    cost_facts,
+    energy_losses,
+    least_bytes,
+    limit_bytes,
+    relative_error,
+    within,
+)
 from autocompress.profiling import Profile, profile
 from autocompress.records import make_template
 from autocompress.salience import widths
@@ -235,7 +244,6 @@ def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict
     held-out slice and, where it is known, on all of the data. Of equal plans the first stays.
     """
     profile = within(profile, limit)
-    losses = energy_losses(profile)
     found: dict[str, dict[str, Any]] = {}
     for trial in context.log:
         rows = {name: profile.layers[name].row(option) for name, option in trial.layers.items()}
@@ -244,7 +252,7 @@ def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict
             {
                 "name": trial.label,
                 "bytes": profile.template.file_bytes(rows),
-                "relative_error": float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items())),
+                "relative_error": relative_error(profile, trial.layers),
                 "kl": _json_number(trial.kl),
                 "kl_all": None if trial.kl_all is None else _json_number(trial.kl_all),
             },

@@ -36,7 +36,9 @@ def reader(seed: int, rows: int, units: int, width: int) -> tuple[np.ndarray, np
 def removal_error(W: np.ndarray, H: np.ndarray, gone: np.ndarray) -> float:
     """½ tr(ΔW H ΔWᵀ) of the best weight without these columns: the Schur complement of H on them."""
     stay = ~gone
-    schur = H[np.ix_(gone, gone)] - H[np.ix_(gone, stay)] @ np.linalg.solve(H[np.ix_(stay, stay)], H[np.ix_(stay, gone)])
+    schur = H[np.ix_(gone, gone)] - H[np.ix_(gone, stay)] @ np.linalg.solve(
+        H[np.ix_(stay, stay)], H[np.ix_(stay, gone)]
+    )
     return 0.5 * float(np.trace(W[:, gone] @ schur @ W[:, gone].T))
 
 
@@ -142,5 +144,5 @@ def test_what_scores_refuse() -> None:
     with pytest.raises(MismatchError, match="field 'model'"):
         widths(seeded(digits.DigitsNet), data[0], stats)
     odd, tokens = seeded(Lopsided), batches(4)
-    with pytest.raises(LayerError, match="no channel of the model can go .*something beside its layers"):
+    with pytest.raises(LayerError, match=r"no channel of the model can go .*something beside its layers"):
         widths(odd, tokens[0], ac.calibrate(odd, tokens))
