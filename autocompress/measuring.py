@@ -34,6 +34,7 @@ from autocompress.batches import (
 from autocompress.compressors import realise_each
 from autocompress.compressors.base import Parts
 from autocompress.correcting import Moments, dense_moments
+from autocompress.coupling import is_coupled
 from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import model_digest
 from autocompress.profiling import Profile
@@ -289,7 +290,8 @@ class Context:
         is one.
         """
         self.check(profile)
-        profile = profile.whole()
+        if is_coupled(profile):
+            profile = profile.whole()
         batch = join_batches(self.fit, SAMPLE)
         key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autocompress.compressors import Measured
+from autocompress.coupling import is_coupled
 from autocompress.errors import AutocompressError
 from autocompress.measuring import Context
 from autocompress.planning import (
@@ -12,6 +13,7 @@ from autocompress.planning import (
     budget_bytes,
     energy_losses,
     limits_of,
+    relative_error,
     single_options,
     within,
 )
@@ -115,7 +117,7 @@ def plan(
     if context is not None:
         context.check(profile)
     profile = within(profile, budget_bytes(wanted, profile))
-    if getattr(strategy, "couples", False):
+    if getattr(strategy, "couples", False) and wanted.latency_ms is None:  # narrower layers have no measured times
         profile = profile.joint()
     found = strategy(profile, wanted, context)
     if context is None or not context.held:
@@ -132,17 +134,17 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     What a single option leaves of the budget is spent where no layer gets worse, if that measures no worse either.
     """
     kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers, found.strategy)
-    losses = energy_losses(profile)
 
     def loss(rows: Mapping[str, Measured]) -> float:
-        return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
+        return relative_error(profile, {n: row.option for n, row in rows.items()})
 
-    limits, whole = limits_of(budget, profile), profile.whole()
-    near = RIVALS * max(loss({n: profile.layers[n].row(o) for n, o in found.layers.items()}), NOISE)
-    best_of_all = single_options(whole, limits)
+    # Of a profile that leaves widths open, a single option is one of the whole network.
+    limits, offered = limits_of(budget, profile), profile.whole() if is_coupled(profile) else profile
+    near = RIVALS * max(relative_error(profile, found.layers), NOISE)
+    best_of_all = single_options(offered, limits)
     chosen = best_of_all + [
         rows
-        for i, rows in enumerate(single_options(whole, limits, undominated=False))  # smallest loss first
+        for i, rows in enumerate(single_options(offered, limits, undominated=False))  # smallest loss first
         if rows not in best_of_all and (i < LEAST_RIVALS or loss(rows) <= near)
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
@@ -159,7 +161,7 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     option = _shared_option(profile, rivals[best])
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
-    smaller = no_worse_than(whole, single)
+    smaller = no_worse_than(offered, single)
     better = allocate(smaller, limits, energy_losses(smaller))
     better_kl = context.measure(profile, better.options, f"single {option}, topped up")
     if better_kl <= measured[best]:
