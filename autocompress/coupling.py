@@ -63,9 +63,11 @@ def solve_layers(profile: Profile, problem: Problem, gap: float = 1e-4) -> Solut
 def _levels(profile: Profile) -> Mapping[str, list[float]]:
     """The levels of each group of channels that some row has, the whole first."""
     found: dict[str, set[float]] = {}
-    for links in profile.links().values():
-        for inputs, below, outputs, above in links:
-            for group, level in ((inputs, below), (outputs, above)):
-                if group:
-                    found.setdefault(group, set()).add(level)
+    if profile.widths is not None:
+        for name, layer in profile.layers.items():
+            for row in layer.rows:
+                inputs, below, outputs, above = profile.widths.link(name, row.option)
+                for group, level in ((inputs, below), (outputs, above)):
+                    if group:
+                        found.setdefault(group, set()).add(level)
     return {group: sorted(levels, reverse=True) for group, levels in found.items()}
