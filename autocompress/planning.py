@@ -4,6 +4,7 @@ certificate.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import numpy as np
 from autocompress import costs
 from autocompress.compressors import Measured
 from autocompress.coupling import is_coupled, solve_layers
-from autocompress.errors import BudgetError, InfeasibleError
+from autocompress.errors import BudgetError, InfeasibleError, MismatchError
 from autocompress.profiling import Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
@@ -204,7 +205,14 @@ def least_bytes(template: Template) -> int:
 
 
 def size_range(profile: Profile) -> tuple[int, int]:
-    """Lengths of the smallest and of the largest file that the profile's options make."""
+    """Lengths of the smallest and of the largest file that the profile's options make; where widths are open, of the
+    whole network and of the narrowest.
+    """
+    if is_coupled(profile):
+        sizes = list(size_range(profile.whole()))
+        with contextlib.suppress(MismatchError):  # where a layer has no option that is narrow on both sides
+            sizes += size_range(profile.at({group: levels[-1] for group, levels in profile.levels().items()}))
+        return min(sizes), max(sizes)
     ends = [
         {name: end(layer.rows, key=lambda row: row.bytes) for name, layer in profile.layers.items()}
         for end in (min, max)

@@ -12,7 +12,7 @@ from test_narrowing import digits_profile
 import autocompress as ac
 from autocompress.coupling import is_coupled, vector_bytes
 from autocompress.errors import InfeasibleError
-from autocompress.measuring import LEVELS, Context
+from autocompress.measuring import Context
 from autocompress.planning import allocate, dense_cost, energy_losses, limits_of, running_cost
 from autocompress.strategies.auto import Auto
 from autocompress.types import Budget
@@ -78,16 +78,27 @@ def test_a_joint_plan_goes_through_the_file_and_back(tmp_path: Path) -> None:
     assert (restored(data[0]) == small(data[0])).all()
 
 
-def test_auto_searches_at_the_widths_that_it_found() -> None:
+def test_auto_takes_part_in_widths() -> None:
     model, data, found = digits_profile()
-    context = Context(model, data, effort="fast")
-    plan = ac.plan(found, "9000, macs=50%", "auto", context)
+    plan = ac.plan(found, "9000, macs=50%", "auto", Context(model, data, effort="fast"))
     assert plan.strategy.startswith("auto(")
     assert found.widths is not None
     assert 50.0 in found.widths.structure_of(plan.layers).values()
     assert plan.bound <= plan.predicted_loss
-    # Each layer by itself, both halves of the data for each objective's plan, and the search's own ten.
-    assert context.evaluations >= len(LEVELS) * (len(found.layers) - 1) + 2 * len(Auto().mixtures) + 10
+
+
+def test_the_search_of_auto_keeps_the_widths_and_the_bound_of_the_plan_it_begins_with() -> None:
+    model, data, found = digits_profile()
+    assert found.widths is not None
+    budget, half = Budget.parse("6000"), dict.fromkeys(found.levels(), 50.0)
+    begin = ac.plan(found.at(half), budget, "raw").replace(bound=0.001)
+    joint = found.joint()
+    context = Context(model, data, effort="fast")
+    rival = Auto()._nearby(joint, budget, context, begin, energy_losses(joint))
+    assert rival is not None
+    assert found.widths.structure_of(rival.plan.layers) == half
+    assert rival.plan.bound == 0.001
+    assert rival.plan.gap == pytest.approx((rival.plan.predicted_loss - 0.001) / 0.001)
 
 
 def test_what_no_width_can_meet_is_refused_with_what_would_do() -> None:
