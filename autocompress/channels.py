@@ -23,6 +23,7 @@ __all__ = ["Axis", "ChannelGroup", "Groups", "channel_groups", "narrow", "narrow
 
 EXAMPLES = 4  # samples that groups are proven on
 TOLERANCE = 1e-3  # of the largest output: sums of float32 in another order, through a deep network
+SAME = 1e-6  # of the largest output: what erasing channels must change, or nothing is proven by it
 PRODUCES, CONSUMES, RIDES, WITHIN = "producer", "consumer", "vector", "within"
 Place = tuple[str, int]  # a tensor and a dimension of it; -1: the inputs of a grouped convolution, which no tensor has
 
@@ -42,6 +43,7 @@ def channel_groups(model: nn.Module, example: Batch) -> Groups:
     try:
         # A copy, since tracing needs gradients; whatever the model or the tracer raises is the answer.
         traced = copy.deepcopy(model).eval().requires_grad_(True)
+        _fill_zeros(traced)
         outputs = _run(traced, example)
         drafts = _drafts(traced, example)
     except Exception as error:
@@ -53,6 +55,15 @@ def channel_groups(model: nn.Module, example: Batch) -> Groups:
     checked = [g if g.reason else replace(g, reason=_why_not(traced, g, example, outputs)) for g in groups]
     order = {key: i for i, key in enumerate(traced.state_dict())}
     return Groups(tuple(sorted((*checked, *heads), key=lambda group: order[group.producers[0].key])))
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Give weights that are all zero, as some are before training, values through which channels can be seen."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not bool(parameter.any()):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def _words(error: Exception) -> str:
@@ -291,6 +302,8 @@ def _why_not(model: nn.Module, group: ChannelGroup, example: Batch, outputs: lis
         return f"the model does not run without some of its channels ({_words(error)})"
     if [out.shape for out in small] != [out.shape for out in outputs]:
         return "the model returns other shapes without some of its channels"
+    if _equal(small, outputs, SAME):
+        return "no output depends on its channels for this example, so nothing can be proven; give another"
     across = _norms_across(model, group)
     wanted = _permuted(model, group) if across else _erased(model, group, kept)
     if not _equal(_run(wanted, example), outputs if across else small):
@@ -342,9 +355,9 @@ def _permuted(model: nn.Module, group: ChannelGroup) -> nn.Module:
     return found
 
 
-def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float = TOLERANCE) -> bool:
     return all(
-        bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= TOLERANCE * max(float(b.abs().max()), 1e-30)
+        bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= tolerance * max(float(b.abs().max()), 1e-30)
         for a, b in zip(one, other, strict=True)
         if a.numel()
     )
