@@ -179,25 +179,23 @@ def largest_widths(
     return found.check(problem)
 
 
-def fitted_logs(problem: WidthProblem, layers: IntArray, densities: FloatArray) -> FloatArray:
-    """log ratios (G,) of widths whose layers come nearest to these densities:
+def fitted_logs(problem: WidthProblem, shares: FloatArray, densities: FloatArray) -> FloatArray:
+    """log(n / N) (G,) of the widths whose layers come nearest to these densities:
 
-        minimise Σ_l (x_in(l) + x_out(l) - log p_l)²   within what is allowed
+        minimise Σ_l (Σ_g s_lg log(n_g / N_g) - log p_l)²   within what is allowed
 
-    layers (L, 2): groups of the inputs and the outputs, G for a side that does not change; densities (L,) > 0.
+    shares s (L, G): 1 for the group of a layer's inputs or outputs, 2 where it is both, parts of 1 where several groups
+    are concatenated; densities (L,) > 0.
     """
     from scipy.optimize import lsq_linear
 
-    G = problem.groups
-    A = np.zeros((len(layers), G + 1))
-    np.add.at(A, (np.arange(len(layers)), layers[:, 0]), 1.0)
-    np.add.at(A, (np.arange(len(layers)), layers[:, 1]), 1.0)
     low, high = np.log(problem.low / problem.given), np.log(problem.high / problem.given)
-    logs = np.where(high > low, 0.0, high)
-    free = np.flatnonzero((high > low) & (A[:, :G] != 0.0).any(axis=0))
+    logs = np.clip(0.0, low, high)
+    free = np.flatnonzero((high > low) & (shares != 0.0).any(axis=0))
     if free.size:
-        target = np.log(np.asarray(densities, np.float64)) - A[:, :G] @ logs
-        logs[free] = lsq_linear(A[:, free], target, (low[free], high[free]), method="bvls").x
+        logs[free] = 0.0
+        target = np.log(np.asarray(densities, np.float64)) - shares @ logs
+        logs[free] = lsq_linear(shares[:, free], target, (low[free], high[free]), method="bvls").x
     return np.clip(logs, low, high)
 
 

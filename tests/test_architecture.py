@@ -28,6 +28,8 @@ ORDER = [
     "calibration",
     "storage",
     "costs",
+    "synflow",
+    "precropping",
     "obs",
     "compressors",
     "records",

@@ -12,7 +12,6 @@ import pytest
 from solvers import ProblemError, Status
 from solvers.widths import (
     WidthProblem,
-    _closed_form,
     _conic,
     bound_at,
     fitted_logs,
@@ -177,12 +176,11 @@ def test_uniform_ratios_are_the_largest_that_fit() -> None:
 def test_densities_that_widths_have_are_fitted_exactly() -> None:
     problem = chain([60, 80, 70], 40_000)
     ratios = np.array([0.5, 0.25, 0.8])
-    layers = np.array([(3, 0), (0, 1), (1, 2), (2, 3)])
-    one = np.append(ratios, 1.0)
-    logs = fitted_logs(problem, layers, one[layers[:, 0]] * one[layers[:, 1]])
+    shares = np.array([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]])
+    logs = fitted_logs(problem, shares, np.exp(shares @ np.log(ratios)))
     np.testing.assert_allclose(np.exp(logs), ratios, rtol=1e-9)
-    # Nothing gets wider than it was, and a group that no layer has stays.
-    assert (fitted_logs(problem, layers, np.full(4, 4.0)) == 0.0).all()
+    # Nothing gets wider than it was.
+    assert (fitted_logs(problem, shares, np.full(4, 4.0)) == 0.0).all()
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
