@@ -23,6 +23,8 @@ ORDER = [
     "batches",
     "layers",
     "factors",
+    "narrowing",
+    "channels",
     "inputs",
     "grams",
     "calibration",
