@@ -13,7 +13,7 @@ from torch import nn
 from autocompress.errors import LayerError, MismatchError
 from autocompress.layers import CONVOLUTIONS, NORMS, RECURRENT, TRANSPOSED
 
-__all__ = ["Axis", "ChannelGroup", "Groups", "Heads", "heads_of", "narrow", "narrow_to"]
+__all__ = ["Axis", "ChannelGroup", "Groups", "Heads", "heads_of", "narrow", "narrow_to", "reshape_to"]
 
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # What modules that compute attention by themselves call the number of their heads, and the width of all of them.
@@ -160,6 +160,20 @@ def narrow_to(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Mod
     return _replace(model, found)
 
 
+def reshape_to(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """The model itself with tensors of these shapes by name, narrower or wider, whose modules have the sizes of them;
+    position i of a dimension holds what i modulo its old size held. For networks that are initialised afterwards.
+    """
+    known = _tensors(model)
+    found = {}
+    for name, shape in shapes.items():
+        tensor = known[name].detach()
+        for dim, size in enumerate(shape):
+            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        found[name] = tensor
+    return _replace(model, found)
+
+
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by every name that they have."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -198,10 +212,12 @@ def _resize(module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, CONVOLUTIONS):
-        module.groups = max(1, module.groups * weight.shape[0] // module.out_channels)
+        if module.groups > 1:
+            module.groups = max(1, module.groups * weight.shape[0] // module.out_channels)
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, TRANSPOSED):
-        module.groups = max(1, module.groups * weight.shape[0] // module.in_channels)
+        if module.groups > 1:
+            module.groups = max(1, module.groups * weight.shape[0] // module.in_channels)
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, (*NORMS, *INSTANCE_NORMS)):
         module.num_features = len(next(t for t in (weight, module.running_mean) if t is not None))

@@ -123,8 +123,8 @@ def precrop(
     found = _widths(structure, problem, method, model, example)
     if found.status is Status.INFEASIBLE:
         raise InfeasibleError(
-            f"no widths are within the budget: {found.message} (rounded to {round_to}; {len(structure.kept)} groups "
-            "keep their width). Raise the limit" + (", or lower round_to" if round_to > 1 else ""),
+            f"no widths are within the budget: {found.message} (rounded to {round_to}; groups that keep "
+            f"their width: {len(structure.kept)}). Raise the limit" + (", or lower round_to" if round_to > 1 else ""),
             int(structure.cost("bytes", found.widths)),
         )
     with torch.random.fork_rng():

@@ -374,7 +374,7 @@ def improved(problem: WidthProblem, widths: IntArray) -> IntArray:
         last = np.array([len(a) - 1 for a in problem.allowed])
         while True:
             now = of(index)
-            up = np.flatnonzero((index < last) & (problem.degree > 0.0) & (np.arange(problem.groups) != held))
+            up = np.flatnonzero((index < last) & (problem.degree > 0.0) & (np.arange(problem.groups) != held)).tolist()
             wider = np.array([problem.allowed[g][index[g] + 1] for g in up], np.int64)
             many = np.repeat(now[None], len(up), axis=0)
             many[np.arange(len(up)), up] = wider
@@ -388,7 +388,7 @@ def improved(problem: WidthProblem, widths: IntArray) -> IntArray:
 
     at = filled(at)
     while True:
-        trials = [filled(filled(at - (np.arange(problem.groups) == g), g)) for g in np.flatnonzero(at > 0)]
+        trials = [filled(filled(at - (np.arange(problem.groups) == g), g)) for g in np.flatnonzero(at > 0).tolist()]
         values = [problem.value(of(trial)) for trial in trials]
         # More by a margin, so that rounding cannot make this go round in circles.
         if not values or max(values) <= problem.value(of(at)) + 1e-9:

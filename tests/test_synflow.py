@@ -19,7 +19,7 @@ def linear(seed: int = 0) -> nn.Sequential:
 def test_one_round_keeps_the_weights_of_largest_flow() -> None:
     """Two layers by hand: the flow through A_ij is |A_ij| Σ_k |B_ki|, through B_ki |B_ki| Σ_j |A_ij|."""
     model = linear()
-    A, B = (model[i].weight.detach().double().abs().numpy() for i in (0, 2))
+    A, B = (model.get_parameter(f"{i}.weight").detach().double().abs().numpy() for i in (0, 2))
     flows = [A * B.sum(axis=0)[:, None], B * A.sum(axis=1)[None]]
     every = np.sort(np.concatenate([f.ravel() for f in flows]))[::-1]
     kept = round(0.4 * every.size)
@@ -56,7 +56,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_what_has_no_flow_is_refused() -> None:
     model = linear()
-    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model.get_parameter("2.weight"))
     with pytest.raises(LayerError, match="SynFlow's measure of Sequential is 0 after 0 rounds"):
         synflow_densities(model, torch.randn(2, 5), ["0.weight"], 0.5)
     with pytest.raises(LayerError, match="the example holds no floating-point tensor"):

@@ -59,7 +59,9 @@ def inner(rng: np.random.Generator, limits: int = 1) -> WidthProblem:
     limit = (cost @ given) * rng.uniform(0.3, 0.7, limits) + 30
     pair = np.array([(g, G) for g in range(G)] + [(G, G)])
     coefficient = np.concatenate([cost, np.full((limits, 1), 30)], axis=1)
-    return WidthProblem(rng.integers(1, 4, G), given, [np.arange(1, n + 1) for n in given], coefficient, pair, limit)
+    return WidthProblem(
+        rng.integers(1, 4, G).astype(float), given, [np.arange(1, n + 1) for n in given], coefficient, pair, limit
+    )
 
 
 def best_by_force(problem: WidthProblem) -> float:
@@ -184,9 +186,14 @@ def test_densities_that_widths_have_are_fitted_exactly() -> None:
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
+    def problem(given: list[int], allowed: list[int], pair: list[int], **names: Any) -> Any:
+        return WidthProblem(
+            np.ones(1), np.array(given), [np.array(allowed)], np.array([[1]]), np.array([pair]), np.ones(1), **names
+        )
+
     with pytest.raises(ProblemError, match="2 entries in given, but 1 in degree"):
-        WidthProblem([1.0], [2, 3], [[1]], [[1]], [[0, 1]], [3.0])  # type: ignore[arg-type]
+        problem([2, 3], [1], [0, 1])
     with pytest.raises(ProblemError, match=r"group 'stem' may have widths \[3, 2\]; needed positive, rising ones"):
-        WidthProblem([1.0], [2], [[3, 2]], [[1]], [[0, 1]], [3.0], names=["stem"])  # type: ignore[arg-type]
+        problem([2], [3, 2], [0, 1], names=["stem"])
     with pytest.raises(ProblemError, match="pairs name groups 0 to 5"):
-        WidthProblem([1.0], [2], [[1]], [[1]], [[0, 5]], [3.0])  # type: ignore[arg-type]
+        problem([2], [1], [0, 5])
