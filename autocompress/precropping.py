@@ -120,7 +120,7 @@ def precrop(
     wanted = None if budget is None else Budget.of(budget)
     limits = structure.limits(wanted, params, macs)
     problem = structure.problem(limits, round_to, widest)
-    found = _widths(structure, problem, method, model, example)
+    found = structure.choose(problem, method, model, example)
     if found.status is Status.INFEASIBLE:
         raise InfeasibleError(
             f"no widths are within the budget: {found.message} (rounded to {round_to}; groups that keep "
@@ -288,6 +288,29 @@ class Structure:
             tuple(variable.name for variable in self.variables),
         )
 
+    def choose(self, problem: WidthProblem, method: str, model: nn.Module, example: Batch) -> WidthSolution:
+        """Widths by a method (see `precrop`); the model, at its full width, is what SynFlow looks at."""
+        if method == "programme" or not problem.fits(problem.low):
+            return solve_widths(problem)
+        if method == "uniform":
+            most = float((problem.high / problem.given).max())
+            return largest_widths(problem, lambda t: np.full(problem.groups, most * t), method)
+        if problem.fits(problem.given):
+            return largest_widths(problem, lambda t: np.ones(problem.groups), method)
+        least = float((problem.limit / problem.cost(problem.given)).min())
+        # A quarter of what is asked for, so that the answer lies within: densities of weights are not those of MACs.
+        rounds = synflow_densities(model, example, self.keys, max(least / 4.0, 1e-4))
+        sizes = np.array([math.prod(self.tensors[key]) for key in self.keys])
+        logs = np.log([np.maximum([r[key] for key in self.keys], 1.0 / sizes) for r in reversed(rounds)])
+
+        def ratios(t: float) -> np.ndarray:
+            at = t * ROUNDS
+            i = min(int(at), ROUNDS - 1)
+            between = logs[i] + (at - i) * (logs[i + 1] - logs[i])
+            return np.exp(fitted_logs(problem, self.shares, np.exp(between)))
+
+        return largest_widths(problem, ratios, method)
+
     def shapes(self, widths: np.ndarray) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that change with these widths."""
         one = [*map(int, widths), 1]
@@ -378,28 +401,3 @@ def _numel(key: str, shape: tuple[int, ...], forms: Mapping[tuple[str, int], For
             pair = (min(i, j), max(i, j))
             found[pair] = found.get(pair, 0) + rest * a * b
     return found
-
-
-def _widths(
-    structure: Structure, problem: WidthProblem, method: str, model: nn.Module, example: Batch
-) -> WidthSolution:
-    if method == "programme" or not problem.fits(problem.low):
-        return solve_widths(problem)
-    if method == "uniform":
-        most = float((problem.high / problem.given).max())
-        return largest_widths(problem, lambda t: np.full(problem.groups, most * t), method)
-    if problem.fits(problem.given):
-        return largest_widths(problem, lambda t: np.ones(problem.groups), method)
-    least = float((problem.limit / problem.cost(problem.given)).min())
-    # A quarter of what is asked for, so that the answer lies within: densities of weights are not those of MACs.
-    rounds = synflow_densities(model, example, structure.keys, max(least / 4.0, 1e-4))
-    sizes = np.array([math.prod(structure.tensors[key]) for key in structure.keys])
-    logs = np.log([np.maximum([r[key] for key in structure.keys], 1.0 / sizes) for r in reversed(rounds)])
-
-    def ratios(t: float) -> np.ndarray:
-        at = t * ROUNDS
-        i = min(int(at), ROUNDS - 1)
-        between = logs[i] + (at - i) * (logs[i + 1] - logs[i])
-        return np.exp(fitted_logs(problem, structure.shares, np.exp(between)))
-
-    return largest_widths(problem, ratios, method)

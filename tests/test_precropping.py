@@ -141,6 +141,22 @@ def test_the_value_is_the_sum_of_the_layers_log_densities() -> None:
     assert found.widths == {"0": (8, widths[0]), "4": (12, widths[1]), "8": (10, widths[2])}
 
 
+def test_concatenated_inputs_count_by_their_parts() -> None:
+    """log of a sum of parts is at least the mean of their logs: value is then a lower bound on Σ log p."""
+    structure = Structure.of(Mixed(), IMAGE)
+    shares = dict(zip(structure.keys, structure.shares.tolist(), strict=True))
+    names = [v.name for v in structure.variables]
+    # The depthwise layer's channels are the stem's, and the first 6 of the 14 that are concatenated.
+    assert dict(zip(names, shares["last.weight"], strict=True)) == pytest.approx(
+        {name: {6: 6 / 14, 8: 8 / 14}[v.count] for name, v in zip(names, structure.variables, strict=True)}
+        | {names[-1]: 1.0}
+    )
+    found = precrop(Mixed, params="50%", example=IMAGE)
+    whole, small = Mixed(), found.model
+    logs = [math.log(small.get_parameter(k).numel() / whole.get_parameter(k).numel()) for k in structure.keys]
+    assert math.fsum(logs) - 0.5 < found.value <= math.fsum(logs)
+
+
 @pytest.mark.parametrize("limits", [{"params": 700}, {"macs": 15_000}, {"params": 900, "macs": 12_000}], ids=str)
 def test_brute_force_over_networks_finds_nothing_better(limits: dict[str, int]) -> None:
     """Every width of a chain built as its own network and counted."""
