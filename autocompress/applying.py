@@ -5,9 +5,9 @@ corrected.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,9 +15,10 @@ from torch import nn
 from autocompress.batches import Batch, join_batches, materialise, split_batches
 from autocompress.compressors import Realised, realise
 from autocompress.compressors.base import Parts, factor_keys, product
-from autocompress.correcting import Moments, correct_statistics
+from autocompress.correcting import Moments, correct_statistics, dense_moments
 from autocompress.errors import MismatchError
 from autocompress.factors import Halves, factorise, renamed
+from autocompress.narrowing import Groups, narrow
 from autocompress.profiling import Profile
 from autocompress.records import VectorStore, fold_norms, records, rename_vectors
 from autocompress.storage import Entry
@@ -75,13 +76,13 @@ def apply(
     data = None
     if batches is not None:
         data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
-    small = with_weights(model, profile, {n: r.parts() for n, r in weights.items()}, data)
+    small = with_weights(model, profile, {n: r.parts() for n, r in weights.items()}, data, layers=plan.layers)
     return with_records(small, plan, profile, weights)
 
 
 def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
-    """Raise MismatchError unless the plan is one of this profile, which made no weights yet, and the profile of this
-    model.
+    """Raise MismatchError unless the plan is one of this profile, which made no weights yet, of layers whose widths fit
+    together, and the profile of this model.
     """
     profile.check_model(model)
     if plan.realised:
@@ -93,6 +94,7 @@ def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
         raise MismatchError("field 'fingerprint': the plan was made from another profile")
     if other := set(plan.layers) ^ set(profile.layers):
         raise MismatchError(f"field 'layers': the plan and the profile differ in {', '.join(map(repr, sorted(other)))}")
+    profile.kept(plan.layers)  # refuses widths that do not fit together
 
 
 def with_records(small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised]) -> nn.Module:
@@ -131,28 +133,46 @@ def with_weights(
     weights: Mapping[str, Parts],
     data: Batch | None,
     moments: Moments | None = None,
+    layers: Mapping[str, Option] | None = None,
 ) -> nn.Module:
     """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will
     be stored; a layer of which there are two factors becomes two layers. `moments`: the dense model's on `data`, where
-    they are known.
+    they are known. layers: the options that the weights are of, where some are narrower: so is the copy then.
     """
-    small = copy.deepcopy(model).eval()
-    layers = {name: profile.layers[name].layer for name in weights}
+    kept = profile.kept(layers or {})
+    groups = Groups(()) if profile.widths is None else profile.widths.groups
+    small = (narrow(model, kept, groups) if kept else copy.deepcopy(model)).eval()
+    found = {}
     split = {n: parts for n, parts in weights.items() if isinstance(parts, tuple)}
     with torch.no_grad():
         for name, parts in weights.items():
-            shape = layers[name].stored_shape
-            whole = product(*parts, shape) if isinstance(parts, tuple) else parts
-            small.get_parameter(layers[name].key).copy_(torch.from_numpy(layers[name].unmatrix(whole)))
+            weight = small.get_parameter(profile.layers[name].layer.key)
+            layer = found[name] = replace(profile.layers[name].layer, shape=tuple(weight.shape))
+            whole = product(*parts, layer.stored_shape) if isinstance(parts, tuple) else parts
+            weight.copy_(torch.from_numpy(layer.unmatrix(whole)))
         fold_norms(small)
         store = VectorStore(profile.template)
         if data is not None:  # with the product, as the names of the layers are still the dense model's
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
-            correct_statistics(model, small, owners, data, store, moments)
+            reference = model
+            if kept:
+                moments = _of_channels(dense_moments(model, owners, data) if moments is None else moments, kept, groups)
+                reference = narrow(model, kept, groups)
+            correct_statistics(reference, small, owners, data, store, moments)
         store.store_rest(small)
-        factorise(small, {n: Halves(layers[n].shape[1] // p[0].shape[1], len(p[0])) for n, p in split.items()})
+        factorise(small, {n: Halves(found[n].shape[1] // p[0].shape[1], len(p[0])) for n, p in split.items()})
         rename_vectors(small, split)
         for name, parts in split.items():
-            for key, values in zip(factor_keys(layers[name].key), parts, strict=True):
+            for key, values in zip(factor_keys(found[name].key), parts, strict=True):
                 small.get_parameter(key).copy_(torch.from_numpy(values))
     return small
+
+
+def _of_channels(moments: Moments, kept: Mapping[str, Sequence[int]], groups: Groups) -> Moments:
+    """The moments of the channels that stay, for every norm and every bias."""
+    stay = {axis.key: axis.kept(units) for name, units in kept.items() for axis in groups[name].vectors}
+    found = {}
+    for name, (mean, std, calls) in moments.items():
+        index = stay.get(f"{name}.bias" if name else "bias")
+        found[name] = (mean, std, calls) if index is None else (mean[index], std[index], calls)
+    return found

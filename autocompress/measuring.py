@@ -200,7 +200,7 @@ class Context:
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
             with evaluating(self.model):
                 self._moments[key] = dense_moments(self.model, owners, data)
-        return with_weights(self.model, profile, weights, data, self._moments[key])
+        return with_weights(self.model, profile, weights, data, self._moments[key], layers)
 
     def prepare(self, profile: Profile, options: Mapping[str, Sequence[Option]]) -> None:
         """Make the weights of several options of each layer, for a search that will want many of them.
@@ -312,7 +312,11 @@ class Context:
         for level in range(len(levels)):
             alone = {n: options[level] for n, options in chosen.items() if level < len(options)}
             for layer_name, realised in realise_layers(self.model, profile, alone).items():
-                small = with_weights(self.model, profile, {layer_name: realised.weight()}, None)
+                weight = realised.weight()
+                if realised.cut is not None:  # alone, it reads zeros and makes what it made
+                    parameter = self.model.get_parameter(profile.layers[layer_name].layer.key)
+                    weight = profile.problem(layer_name, parameter).whole(realised)
+                small = with_weights(self.model, profile, {layer_name: weight}, None)
                 error = profile.layers[layer_name].row(alone[layer_name]).error
                 found[layer_name].append([error, *(max(rise, 0.0) for rise in self.judge(small, "sample"))])
         return found

@@ -7,14 +7,28 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from autocompress.errors import LayerError, MismatchError
-from autocompress.layers import CONVOLUTIONS, NORMS, RECURRENT, TRANSPOSED
+from autocompress.layers import CONVOLUTIONS, NORMS, RECURRENT, TRANSPOSED, Layer
+from autocompress.types import Option
 
-__all__ = ["Axis", "ChannelGroup", "Groups", "Heads", "heads_of", "narrow", "narrow_to", "reshape_to"]
+__all__ = [
+    "WHOLE",
+    "Axis",
+    "ChannelGroup",
+    "Groups",
+    "Heads",
+    "Widths",
+    "heads_of",
+    "narrow",
+    "narrow_to",
+    "reshape_to",
+]
 
+WHOLE = 100.0  # percent of its channels that a group has where nothing goes
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # What modules that compute attention by themselves call the number of their heads, and the width of all of them.
 HEADS = ("num_heads", "n_heads", "num_attention_heads", "heads")
@@ -117,6 +131,111 @@ class Groups:
             for axis in self[name].axes:
                 found.setdefault(axis.key, list(state[axis.key].shape))[axis.dim] = len(axis.kept(units))
         return {key: tuple(shape) for key, shape in found.items()}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What stays of each group of channels at each level: `kept[group][level]`, units in ascending order, a lower level's
+    among those of a higher one; levels in percent. `ends`: of each layer, by name, the group of its inputs and that of
+    its outputs ("": its width is fixed).
+
+    A *structure* is a level for each group; groups that it does not name are whole.
+    """
+
+    groups: Groups
+    kept: Mapping[str, Mapping[float, tuple[int, ...]]]
+    ends: Mapping[str, tuple[str, str]]
+
+    @property
+    def levels(self) -> dict[str, tuple[float, ...]]:
+        """The levels of each group, the whole first."""
+        return {name: (WHOLE, *sorted(found, reverse=True)) for name, found in self.kept.items()}
+
+    def axis(self, layer: Layer, inputs: bool) -> Axis | None:
+        """The axis of a layer's weight that is its inputs, or its outputs, where it is in a group."""
+        name = self.ends.get(layer.name, ("", ""))[0 if inputs else 1]
+        if not name:
+            return None
+        group = self.groups[name]
+        return next(axis for axis in (group.consumers if inputs else group.producers) if axis.key == layer.key)
+
+    def cuts(self, layer: Layer) -> tuple[dict[float, np.ndarray], dict[float, np.ndarray]]:
+        """The columns and the rows of a layer's matrices that stay at each level of its two groups."""
+        positions = int(np.prod(layer.shape[2:]))
+        found: list[dict[float, np.ndarray]] = []
+        for inputs in (True, False):
+            axis, levels = self.axis(layer, inputs), self.kept.get(self.ends.get(layer.name, ("", ""))[not inputs], {})
+            own = {} if axis is None else {level: np.array(axis.kept(units)) for level, units in levels.items()}
+            if inputs:
+                own = {n: (at[:, None] * positions + np.arange(positions)).reshape(-1) for n, at in own.items()}
+            found.append(own)
+        return found[0], found[1]
+
+    def coupled(self, layer: str) -> bool:
+        """Whether a layer's inputs and outputs are of one group, so that it has one level for both."""
+        inputs, outputs = self.ends.get(layer, ("", ""))
+        return bool(inputs) and inputs == outputs
+
+    def link(self, layer: str, option: Option) -> tuple[str, float, str, float]:
+        """(group of the inputs, its level, group of the outputs, its level) that an option of a layer needs."""
+        inputs, outputs = self.ends.get(layer, ("", ""))
+        below, above = option.width or (WHOLE, WHOLE)
+        return inputs, below, outputs, above
+
+    def structure_of(self, layers: Mapping[str, Option]) -> dict[str, float]:
+        """The level of each group that these options need. Raises MismatchError where two layers disagree."""
+        found: dict[str, tuple[float, str]] = {}
+        for layer, option in layers.items():
+            inputs, below, outputs, above = self.link(layer, option)
+            for group, level in ((inputs, below), (outputs, above)):
+                if not group and level != WHOLE:
+                    raise MismatchError(f"option {str(option)!r}: layer {layer!r} has a fixed width on that side")
+                if group and found.setdefault(group, (level, layer))[0] != level:
+                    other, first = found[group]
+                    raise MismatchError(
+                        f"channel group {group!r}: layer {first!r} is planned with {other:g} % of its channels and "
+                        f"{layer!r} with {level:g} %; one level for all of its layers is needed (Profile.at)"
+                    )
+        return {group: level for group, (level, _) in found.items()}
+
+    def units(self, structure: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
+        """The units that stay, of groups that are not whole. Raises MismatchError for a group or level that is none."""
+        found = {}
+        for group, level in structure.items():
+            if group not in self.kept:
+                raise MismatchError(f"there is no channel group {group!r}; there are {', '.join(self.kept) or 'none'}")
+            if level != WHOLE:
+                if level not in self.kept[group]:
+                    known = ", ".join(f"{known:g}" for known in self.levels[group])
+                    raise MismatchError(f"channel group {group!r} has no level {level:g}; it has {known}")
+                found[group] = self.kept[group][level]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Inverse of `from_json`."""
+
+        def axes(found: Sequence[Axis]) -> list[Any]:
+            return [[axis.key, axis.dim, list(axis.units)] for axis in found]
+
+        return {
+            "groups": [
+                [g.name, g.size, axes(g.producers), axes(g.consumers), axes(g.vectors), g.unit] for g in self.groups
+            ],
+            "kept": {n: [[level, list(units)] for level, units in found.items()] for n, found in self.kept.items()},
+            "ends": {layer: list(ends) for layer, ends in self.ends.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Widths:
+        def axes(found: Any) -> tuple[Axis, ...]:
+            return tuple(Axis(key, dim, tuple(units)) for key, dim, units in found)
+
+        groups = tuple(
+            ChannelGroup(name, size, axes(made), axes(taken), axes(ride), unit)
+            for name, size, made, taken, ride, unit in value["groups"]
+        )
+        kept = {n: {float(level): tuple(u) for level, u in found} for n, found in value["kept"].items()}
+        return cls(Groups(groups), kept, {layer: (ends[0], ends[1]) for layer, ends in value["ends"].items()})
 
 
 def narrow(model: nn.Module, kept: Mapping[str, Sequence[int]], groups: Groups) -> nn.Module:

@@ -222,7 +222,7 @@ def coarsest(options: Sequence[Option]) -> list[Option]:
         of_a, of_b = facts(a), facts(b)
         return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))
 
-    given = list(dict.fromkeys(options))
+    given = [o for o in dict.fromkeys(options) if o.width is None]  # narrower layers only come with a structure
     return [o for o in given if not any(coarser(other, o) for other in given)]
 
 
@@ -489,7 +489,8 @@ def single_options(profile: Profile, budget: Limits | int, undominated: bool = T
     smallest where they lack it.
     """
     reached = [layer for layer in profile.layers.values() if layer.reached] or list(profile.layers.values())
-    tables = [{row.option: row for row in layer.rows} for layer in reached]
+    # Of a narrower network, layers have the same option if it is the same on what stays of them.
+    tables = [{row.option.inner: row for row in layer.rows} for layer in reached]
     shared = [o for o in tables[0] if all(o in t for t in tables)]
     rest = [layer for layer in profile.layers.values() if layer not in reached]
     limits = Limits.of(budget)
@@ -498,7 +499,7 @@ def single_options(profile: Profile, budget: Limits | int, undominated: bool = T
     for option in shared:
         plan = {layer.layer.name: table[option] for layer, table in zip(reached, tables, strict=True)}
         for layer in rest:
-            known = {row.option: row for row in layer.rows}
+            known = {row.option.inner: row for row in layer.rows}
             plan[layer.layer.name] = known.get(option) or min(layer.rows, key=lambda row: row.bytes)
         fits = _payload(plan) <= limits.bytes and profile.template.file_bytes(plan) <= limits.bytes
         if fits and keeps({n: row.option for n, row in plan.items()}):

@@ -33,9 +33,10 @@ from autocompress.calibration import Statistics
 from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
 from autocompress.costs import Latency
 from autocompress.engines import run_tasks
-from autocompress.errors import MismatchError, StoreError
+from autocompress.errors import MismatchError, OptionError, StoreError
 from autocompress.files import atomic_path
 from autocompress.layers import Layer, Layers, find_layers, model_digest
+from autocompress.narrowing import WHOLE, Groups, Widths
 from autocompress.obs import EXACT_LIMIT, exact_operations
 from autocompress.records import Template, make_template
 from autocompress.storage import VERSION as FORMAT_VERSION
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class LayerProfile:
     """One layer of a profile: its options as rows, its pruning trace, and the energy ½ tr(W H Wᵀ) that errors are
-    compared with.
+    compared with. narrowed: rows of narrower layers, which take part in `Profile.at` a structure only.
     """
 
     layer: Layer
@@ -59,6 +60,7 @@ class LayerProfile:
     energy: float
     order: np.ndarray | None
     losses: np.ndarray | None
+    narrowed: tuple[Measured, ...] = ()
 
     @property
     def reached(self) -> bool:
@@ -70,7 +72,7 @@ class LayerProfile:
         return "exact" if exact_operations(self.layer.matrix_shape) <= exact_limit else "shared"
 
     def row(self, option: Option) -> Measured:
-        for row in self.rows:
+        for row in (*self.rows, *self.narrowed):
             if row.option == option:
                 return row
         raise MismatchError(f"layer {self.layer.name!r} has no option {str(option)!r} in this profile")
@@ -79,7 +81,8 @@ class LayerProfile:
 @dataclass(frozen=True)
 class Profile:
     """Every option of every layer. `table` is the same as a DataFrame; `fingerprint` covers all of it but the clock
-    times. `latency`: a table of times, where one was measured (`timing.timed`).
+    times. `latency`: a table of times, where one was measured (`timing.timed`). widths: where layers can be narrower,
+    which channels stay; `rows` are those of layers of full width, `at` gives the profile of a narrower structure.
     """
 
     layers: Mapping[str, LayerProfile]
@@ -89,6 +92,7 @@ class Profile:
     template: Template
     store: Store | None = field(default=None, compare=False)
     latency: Latency | None = field(default=None, compare=False)
+    widths: Widths | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -103,7 +107,7 @@ class Profile:
                         [
                             [str(r.option), r.error.hex(), r.bytes, r.width, r.nonzero]
                             + ([] if r.row_bits is None else [r.row_bits])
-                            for r in layer.rows
+                            for r in (*layer.rows, *layer.narrowed)
                         ],
                     ]
                 ).encode()
@@ -121,6 +125,53 @@ class Profile:
         if "fingerprint" in self.__dict__:  # which the template is no part of
             found.__dict__["fingerprint"] = self.fingerprint
         return found
+
+    def levels(self) -> dict[str, tuple[float, ...]]:
+        """The levels of each group of channels, in percent, the whole first; none where no layer can be narrower."""
+        return {} if self.widths is None else self.widths.levels
+
+    def links(self) -> dict[str, list[tuple[str, float, str, float]]]:
+        """What every row of every layer, those of `rows` and then those of `narrowed`, needs of the channels beside it:
+        (group of its inputs, level in percent, group of its outputs, level); "" and 100 where its width is fixed.
+
+        A choice of rows is a network if all layers of a group need the same level of it.
+        """
+        widths = self.widths or Widths(Groups(()), {}, {})
+        return {
+            name: [widths.link(name, row.option) for row in (*layer.rows, *layer.narrowed)]
+            for name, layer in self.layers.items()
+        }
+
+    def at(self, structure: Mapping[str, float]) -> Profile:
+        """The profile of a network that is narrower: levels by group, in percent; groups that are not named are whole.
+
+        Each layer has the rows of its two levels, and the file the norms and biases that stay. Plans of it are applied
+        with either profile. Raises MismatchError for a group or a level that is none, and where a layer has no row.
+        """
+        found = dataclasses.replace(self, template=self.template.narrowed(structure), layers=dict(self.layers))
+        assert self.widths is not None
+        for name, layer in self.layers.items():
+            rows = [
+                row
+                for row in (*layer.rows, *layer.narrowed)
+                if all(
+                    not group or structure.get(group, WHOLE) == level
+                    for group, level in _sides(self.widths.link(name, row.option))
+                )
+            ]
+            if not rows:
+                raise MismatchError(f"layer {name!r} has no option at these widths; profile it with family 'channels'")
+            found.layers[name] = dataclasses.replace(layer, rows=tuple(rows), narrowed=())  # type: ignore[index]
+        found.__dict__["fingerprint"] = self.fingerprint
+        return found
+
+    def kept(self, layers: Mapping[str, Option]) -> dict[str, tuple[int, ...]]:
+        """The units that stay of each group that these options narrow. Raises MismatchError where layers disagree."""
+        if self.widths is None:
+            if narrower := [name for name, option in layers.items() if option.width is not None]:
+                raise MismatchError(f"layer {narrower[0]!r} is planned narrower, and the profile has no such layers")
+            return {}
+        return self.widths.units(self.widths.structure_of(layers))
 
     def with_realised(self, plan: Plan) -> Profile:
         """The profile with what sequential mode made of a plan's layers as rows of theirs, under the plan's options."""
@@ -206,7 +257,17 @@ class Profile:
             None if stats is None else stats.row_weights,
             self.exact_limit,
             found.layer.factorable,
+            *_cuts(self.widths, found.layer),
         )
+
+
+def _sides(link: tuple[str, float, str, float]) -> tuple[tuple[str, float], tuple[str, float]]:
+    return link[:2], link[2:]
+
+
+def _cuts(widths: Widths | None, layer: Layer) -> tuple[Mapping[float, np.ndarray], Mapping[float, np.ndarray], bool]:
+    """What a layer's problem has to know of its narrower forms: columns, rows, whether they go together."""
+    return ({}, {}, False) if widths is None else (*widths.cuts(layer), widths.coupled(layer.name))
 
 
 class Store:
@@ -260,6 +321,9 @@ def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) 
     """Digest of all that a layer's profile depends on."""
     digest = hashlib.sha256(f"{versions}|{problem.exact}|{problem.shape}|{'|'.join(map(str, options))}".encode())
     digest.update(b"factorable" if problem.factorable else b"")
+    for side in (problem.inputs, problem.outputs):
+        for level, kept in sorted(side.items()):
+            digest.update(f"{level}:{kept.tolist()}".encode())
     digest.update(np.ascontiguousarray(problem.weight).tobytes())
     digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
     if problem.row_weights is not None:
@@ -321,6 +385,7 @@ def profile(
     workers: int | None = None,
     progress: Any = None,
     exact_limit: float = EXACT_LIMIT,
+    channels: Widths | None = None,
 ) -> Profile:
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
@@ -330,13 +395,16 @@ def profile(
     options and code versions; None keeps everything in memory.
     workers: processes (default: one per core); the result
     does not depend on it. progress: called with (layers done, layers in all, layer name). exact_limit: a layer whose
-    exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. Raises
-    MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
+    exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. channels:
+    which channels a narrower network keeps (`salience.widths`), which options with a width (family "channels") need.
+    Raises MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
         raise MismatchError("field 'model': the statistics were made from other weights; calibrate this model")
     wanted = _options(options)
+    if channels is None and (narrower := [option for option in wanted if option.width is not None]):
+        raise OptionError(f"option {str(narrower[0])!r} needs channels=: which ones a narrower network keeps")
     versions = code_versions()
     fields = {
         **stats.fields,
@@ -344,6 +412,8 @@ def profile(
         "exact_limit": repr(float(exact_limit)),
         **versions,
     }
+    if channels is not None:
+        fields["channels"] = hashlib.sha256(json.dumps(channels.to_json()).encode()).hexdigest()
     problems = {}
     for layer in layers:
         found = stats.layers.get(layer.name)
@@ -352,15 +422,18 @@ def profile(
             layer.stored_shape,
             layer.matrix(model.get_parameter(layer.key)),
             None if found is None else found.hessian,
-            row_weights=None if found is None else found.row_weights,
-            exact_limit=exact_limit,
-            factorable=layer.factorable,
+            None,
+            None,
+            None if found is None else found.row_weights,
+            exact_limit,
+            layer.factorable,
+            *_cuts(channels, layer),
         )
     keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
-    template = make_template(model, layers)
+    template = dataclasses.replace(make_template(model, layers), widths=channels)
     work = _Work(layers, problems, wanted, keys, default_workers() if workers is None else workers, progress)
     if store is None:
-        return Profile(work.run(None), layers.skipped, stats, fields, template)
+        return Profile(work.run(None), layers.skipped, stats, fields, template, widths=channels)
     place = Store(store)
     with place.writing():
         known = _read_head(place)
@@ -376,9 +449,10 @@ def profile(
                     for x in layers
                 ],
                 "template": template.to_json(),
+                **({} if channels is None else {"channels": channels.to_json()}),
             }
             place.write_json("profile.json", head)
-        return Profile(work.run(place), layers.skipped, stats, fields, template, place)
+        return Profile(work.run(place), layers.skipped, stats, fields, template, place, widths=channels)
 
 
 def code_versions() -> dict[str, str]:
@@ -401,6 +475,7 @@ def _check_fields(known: Mapping[str, str], wanted: Mapping[str, str], path: Pat
         "damping": "another damping",
         "options": "other options",
         "exact_limit": "another limit of exact work on a layer",
+        "channels": "other channels kept",
         "compressors": "other versions of the compressors",
         "calibration_version": "another version of the calibration",
         "format_version": "another version of the file format",
@@ -450,7 +525,8 @@ class _Work:
 
 def _layer_profile(layer: Layer, found: tuple[Any, ...]) -> LayerProfile:
     rows, order, losses, energy = found
-    return LayerProfile(layer, tuple(rows), energy, order, losses)
+    own, narrowed = (tuple(r for r in rows if (r.option.width is None) == whole) for whole in (True, False))
+    return LayerProfile(layer, own, energy, order, losses, narrowed)
 
 
 def _read_head(store: Store) -> dict[str, Any] | None:
@@ -478,7 +554,8 @@ def load_profile(store: str | Path) -> Profile:
     known: Any = _read_head(place)
     _check_fields(known["fields"], {**known["fields"], **code_versions()}, path)
     try:
-        template = Template.from_json(known["template"])
+        widths = Widths.from_json(known["channels"]) if "channels" in known else None
+        template = dataclasses.replace(Template.from_json(known["template"]), widths=widths)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged_head(place) from error
     profiles = {}
@@ -491,4 +568,4 @@ def load_profile(store: str | Path) -> Profile:
         layer = Layer(name, tuple(owners), tuple(shape), groups, parameter, swapped, factorable)
         profiles[name] = _layer_profile(layer, kept)
     stats = Statistics.load(path / "statistics.npz")
-    return Profile(profiles, known["skipped"], stats, known["fields"], template, place)
+    return Profile(profiles, known["skipped"], stats, known["fields"], template, place, widths=widths)

@@ -18,8 +18,10 @@ from torch import nn
 from autocompress.compressors import Measured
 from autocompress.compressors.base import factor_keys
 from autocompress.costs import factor_shapes
+from autocompress.errors import MismatchError
 from autocompress.factors import renamed
 from autocompress.layers import NORMS, Layers, dense_file_bytes, stored_tensors
+from autocompress.narrowing import WHOLE, Widths
 from autocompress.storage import Entry, file_size, float_entry, grid_codes, grid_entry, grid_size
 
 __all__ = [
@@ -189,7 +191,7 @@ class Template:
     `entries` are the records of all stored tensors in file order (payloads of the right length, not of the right
     bytes); `keys` maps each layer that can be compressed to its record; `half` and `grid`: see `vector_keys`; `bits`
     per value of those on a grid (16: none is). dense_bytes: see `layers.dense_file_bytes`; parameters: floating-point
-    values.
+    values. widths: where layers can be narrower, what then stays.
     """
 
     entries: tuple[Entry, ...]
@@ -199,6 +201,7 @@ class Template:
     dense_bytes: int
     parameters: int
     bits: int = HALF_BITS
+    widths: Widths | None = None
 
     def on_grid(self, key: str, count: int) -> bool:
         """Whether the tensor of that name and size is stored on a grid: where that is shorter than binary16."""
@@ -217,11 +220,37 @@ class Template:
 
         return dataclasses.replace(made, entries=tuple(map(entry, self.entries)))
 
+    def narrowed(self, structure: Mapping[str, float]) -> Template:
+        """The template of the model with these levels of its groups of channels; other groups are whole."""
+        if self.widths is None:
+            raise MismatchError("this profile has no narrower layers; profile with `channels`")
+        sizes: dict[str, dict[int, int]] = {}
+        for name, units in self.widths.units(structure).items():
+            for axis in self.widths.groups[name].axes:
+                sizes.setdefault(axis.key, {})[axis.dim] = len(axis.kept(units))
+
+        def entry(e: Entry) -> Entry:
+            if e.name not in sizes:
+                return e
+            shape = list(e.shape)
+            for dim, size in sizes[e.name].items():
+                shape[1 - dim if e.params.get("swapped") else dim] = size  # a swapped weight is stored rows first
+            length = e.bytes // e.numel * int(np.prod(shape))
+            return dataclasses.replace(e, shape=tuple(shape), payload=bytes(length))
+
+        exact = self.at(HALF_BITS)  # in which every value of a tensor takes the same number of bytes
+        made = dataclasses.replace(exact, entries=tuple(map(entry, exact.entries)), widths=None)
+        return made.at(self.bits)
+
     def file_bytes(self, choice: Mapping[str, Measured]) -> int:
         """Exact length of the file when each layer (by name) takes the given row of its profile.
 
         The header is compressed, so its length depends on the options' names; payloads enter by their length alone.
         """
+        if self.widths is not None:
+            structure = self.widths.structure_of({name: row.option for name, row in choice.items()})
+            if any(level != WHOLE for level in structure.values()):
+                return self.narrowed(structure).file_bytes(choice)
         rows = {self.keys[name]: row for name, row in choice.items()}
         split = [name for name, row in choice.items() if row.first_bytes]
         names = renamed((entry.name for entry in self.entries), split)

@@ -18,6 +18,7 @@ from autocompress.errors import AutocompressError, BudgetError, MismatchError
 from autocompress.factors import Halves, factorise, split_shapes
 from autocompress.files import atomic_path
 from autocompress.layers import stored_tensors, swap, swapped_shape
+from autocompress.narrowing import narrow_to
 from autocompress.packed import fixed_width, pack, packable
 from autocompress.records import foldable_norms
 from autocompress.storage import Entry, FormatError, file_size, read, write
@@ -28,6 +29,7 @@ __all__ = [
     "SaveInfo",
     "fill",
     "halves_of",
+    "is_narrower",
     "load",
     "save",
     "state_dict_of",
@@ -150,13 +152,12 @@ def load(
     if packed not in (False, True, "bits"):
         raise MismatchError(f"packed is {packed!r}; it is False, True or 'bits'")
     with read(path) as archive:
-        halves = halves_of(archive)
+        halves, narrower = halves_of(archive), is_narrower(archive)
         if packed and model is not None:
             entries = dict(archive)
             for entry in entries.values():
                 entry.dequantise()  # one at a time: what is damaged shows before the model is touched
-            _check_shapes(model, _shapes(entries), str(path), halves)
-            factorise(model, halves)
+            _reshape(model, _shapes(entries), str(path), halves, narrower)
             weights = {name: entry for name, entry in entries.items() if packable(entry, model)}
             if packed == "bits":
                 weights = {name: fixed_width(entry) for name, entry in weights.items()}
@@ -168,17 +169,46 @@ def load(
         if packed:
             raise MismatchError("packed=True needs the model whose layers decode their weights; got none")
         return tensors
-    return fill(model, tensors, str(path), halves)
+    return fill(model, tensors, str(path), halves, narrower)
 
 
 def fill(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], place: str, halves: Mapping[str, Halves] | None = None
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    place: str,
+    halves: Mapping[str, Halves] | None = None,
+    narrower: bool = False,
 ) -> nn.Module:
     """Put a file's tensors into a model of the same architecture, in eval mode; layers that the file has as two
-    (`halves`) become two. Raises MismatchError before it is touched.
+    (`halves`) become two, and those that it has `narrower` lose channels. Raises MismatchError before it is touched.
     """
-    _check_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, place, halves or {})
-    return _copy_in(factorise(model, halves or {}), tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return _copy_in(_reshape(model, shapes, place, halves or {}, narrower), tensors)
+
+
+def is_narrower(archive: Mapping[str, Entry]) -> bool:
+    """Whether some layer of a file has fewer channels than its architecture: its option begins with its widths."""
+    return any(str(entry.params.get("option", "")).startswith("n") for entry in archive.values())
+
+
+def _reshape(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    place: str,
+    halves: Mapping[str, Halves],
+    narrower: bool,
+) -> nn.Module:
+    """The model with the layers that a file has. Raises MismatchError before it is touched."""
+    own = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
+    smaller = {n: shapes[n] for n in own if narrower and n in shapes and _fits(shapes[n], own[n])}
+    _check_shapes(model, shapes, place, halves, {**own, **smaller})
+    return factorise(narrow_to(model, smaller), halves)
+
+
+def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a tensor can be what is left of another: fewer channels, the same kernel."""
+    channels = zip(shape[:2], whole[:2], strict=False)
+    return len(shape) == len(whole) and shape[2:] == whole[2:] and all(1 <= a <= b for a, b in channels)
 
 
 def halves_of(archive: Mapping[str, Entry]) -> dict[str, Halves]:
@@ -234,11 +264,16 @@ def _shapes(entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], place: str, halves: Mapping[str, Halves]
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    place: str,
+    halves: Mapping[str, Halves],
+    own: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise MismatchError, naming what differs, unless the model has exactly these tensors once it is split so."""
-    tensors = stored_tensors(model)
-    wanted = split_shapes(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, halves)
+    """Raise MismatchError, naming what differs, unless a model of tensors of its `own` shapes has exactly these once it
+    is split so.
+    """
+    wanted = split_shapes(model, own, halves)
     missing, extra = sorted(set(wanted) - set(shapes)), sorted(set(shapes) - set(wanted))
     differ = [n for n in wanted if n in shapes and wanted[n] != shapes[n]]
     if missing or extra or differ:

@@ -61,6 +61,8 @@ def apply_sequentially(
     layers in another order than the dense one. Source: OBC, arXiv 2208.11580 (sequential mode, refit to dense outputs).
     """
     check_plan(model, plan, profile)
+    if profile.kept(plan.layers):
+        raise CalibrationError("layers of a narrower network are not compressed one after another yet; apply the plan")
     profile = profile.with_vectors(plan.vector_bits)
     fit = split_batches(materialise(batches), seed=seed)[0]
     pieces = [piece for batch in fit for piece in chunk_batch(batch, PASS_SAMPLES)]

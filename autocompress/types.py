@@ -27,6 +27,7 @@ def _number(value: float) -> str:
 
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _OPTION = re.compile(
+    rf"(?:n(?P<width_in>{_NUM})/(?P<width_out>{_NUM}))?"
     rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
     rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
@@ -64,6 +65,9 @@ class Option:
                  `obs.trellis_codes`); goes with no structure
       `mix25/0/25/50/0`  percentages of the output rows at 0, 2, 4, 6 and 8 bits, the least important rows first; a row
                  at 0 bits is pruned, the others have a grid each, as `w4` has; goes with no structure
+    Channels, in front of all that, unless a low-rank option or `mix` follows:
+      `n75/50` `width`: the layer is really narrower, with 75 % of its input channels, the rest refitted, and 50 % of its
+                 outputs (100: all; rounded, see `channels.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats
     Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
     does not hold.
 
@@ -91,13 +95,15 @@ class Option:
     fp8: bool = False
     mix: tuple[float, ...] | None = None
     plain: bool = False
+    width: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         self._validate(str(self))
 
     def __str__(self) -> str:
         coder = "tcq" if self.trellis else "rd"
-        text = f"{coder}({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
+        text = "" if self.width is None else f"n{_number(self.width[0])}/{_number(self.width[1])}"
+        text += f"{coder}({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
         if self.nm is not None:
             text += f"{self.nm[0]}:{self.nm[1]}"
         elif self.block is not None:
@@ -126,8 +132,13 @@ class Option:
         return self == DENSE
 
     @property
+    def inner(self) -> Option:
+        """What is done to the layer that stays: the option without its width."""
+        return self if self.width is None else dataclasses.replace(self, width=None)
+
+    @property
     def structure(self) -> Option:
-        """What is kept, alone: the option without its representation of values."""
+        """Which weights are kept, alone: the option without its representation of values, and without its width."""
         return Option(
             sparsity=self.sparsity,
             nm=self.nm,
@@ -180,6 +191,7 @@ class Option:
             trellis=got["coder"] == "tcq",
             mix=None if got["mix"] is None else tuple(map(float, got["mix"].split("/"))),
             plain=got["plain"] is not None,
+            width=None if got["width_in"] is None else (float(got["width_in"]), float(got["width_out"])),
         )
 
     def _validate(self, text: str) -> None:
@@ -216,6 +228,12 @@ class Option:
             need(len(self.mix) == len(MIXED_WIDTHS), f"mix needs a percentage for each of {widths} bits")
             total = math.fsum(self.mix)
             need(min(self.mix) >= 0 and abs(total - 100) <= 1e-9, f"percentages sum to {total:g}, needed 100")
+        if self.width is not None:
+            need(
+                len(self.width) == 2 and all(0 < w <= 100 for w in self.width), "widths are above 0, up to 100 percent"
+            )
+            need(self.width != (100, 100), "a layer of full width has no width, as in w4")
+            need(self.rank is None and self.mix is None, "a narrower layer takes no rank and no mix")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
         need(self.out is None or 0 <= self.out < 100, "out must be at least 0 and below 100 percent")

@@ -222,7 +222,7 @@ def _layer_of(entry: Entry) -> str:
 
 def _macs(entries: Sequence[Entry], layer_macs: int, positions: Sequence[int] | None) -> int:
     """MACs of a layer, from what the file holds of it and how often calibration used it (positions, samples)."""
-    if "factor" not in entries[0].params:
+    if "factor" not in entries[0].params and Option.parse(str(entries[0].params["option"])).width is None:
         return layer_macs
     if positions is None:
         raise MismatchError("metrics.json does not say how often the layer is used")

@@ -44,6 +44,7 @@ ORDER = [
     "measuring",
     "tuning",
     "strategies",
+    "salience",
     "comparing",
     "packed",
     "saving",

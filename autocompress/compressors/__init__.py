@@ -11,6 +11,7 @@ from autocompress.compressors.base import Compressor, LayerProblem, Measured, Re
 from autocompress.compressors.fp8 import Fp8
 from autocompress.compressors.lowrank import LowRank, lowrank_grid
 from autocompress.compressors.mixed import MixedRows, mixed_grid
+from autocompress.compressors.narrow import Narrow, narrow_grid
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
 from autocompress.compressors.pruned import Pruned
@@ -45,6 +46,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "tcq": TrellisCoded(),
     "lowrank": LowRank(),
     "mixed": MixedRows(),
+    "narrow": Narrow(lambda option: compressor_of(option)[1]),
 }
 
 
@@ -86,7 +88,8 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "sparse": lambda: _named(*(f"s{p}{v}" for p in _PERCENT for v in ("", "fp16", "w8", "w4"))),
     "nm": lambda: _named(*(f"{p}{v}" for p in ("1:4", "2:4", "4:8") for v in ("", "fp16", "w8", "w4"))),
     "blocks": lambda: _named(*(f"blk{b}@{p}{v}" for b in ("4", "4x4") for p in _PERCENT for v in ("", "fp16", "w8"))),
-    "channels": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
+    "channels": narrow_grid,
+    "units": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "lowrank": lowrank_grid,
     "mixed": mixed_grid,
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),

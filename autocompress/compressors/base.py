@@ -31,7 +31,9 @@ class LayerProblem:
     (see `LayerStatistics`). `shape` is the shape of what is stored, rows first. `order` (int32) and `losses` (float32,
     in units of the layer's largest loss) are the pruning trace in the shape of `weight`; they are computed when first
     asked for, and handed in when a profile has them. factorable: whether two layers can take the place of this one
-    (see `Layer`).
+    (see `Layer`). inputs, outputs: for each level, in percent of a group of channels, the columns that a narrower layer
+    keeps, of all d, and the rows, of all that are stored; empty where it has no narrower inputs, or outputs. coupled:
+    whether both are of one group, and so of one level.
     """
 
     name: str
@@ -43,6 +45,9 @@ class LayerProblem:
     row_weights: np.ndarray | None = None
     exact_limit: float = obs.EXACT_LIMIT
     factorable: bool = True
+    inputs: Mapping[float, np.ndarray] = field(default_factory=dict)
+    outputs: Mapping[float, np.ndarray] = field(default_factory=dict)
+    coupled: bool = False
     _found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -174,6 +179,29 @@ class LayerProblem:
             self.weight, hessian, order, counts, grid, threads=1, scales=scales, passes=passes
         )
 
+    def cut(self, width: tuple[float, float]) -> tuple[np.ndarray, np.ndarray] | None:
+        """The columns and the rows that stay of a layer of these widths, in percent; None where it has no such one."""
+        if self.coupled and width[0] != width[1]:
+            return None
+        groups, rows, columns = self.weight.shape
+        every = (np.arange(columns), np.arange(groups * rows))
+        sides = zip(width, (self.inputs, self.outputs), every, strict=True)
+        kept = [all_of_it if level == 100 else levels.get(level) for level, levels, all_of_it in sides]
+        return None if kept[0] is None or kept[1] is None else (kept[0], kept[1])
+
+    def whole(self, realised: Realised) -> np.ndarray:
+        """The weight of an option in the layer's own size, (groups, rows, d): of a narrower one, rows that went are as
+        they were, since what they cost is an error of the layers that read them, and columns that went are zeros.
+        """
+        found = realised.weight()
+        if realised.cut is None:
+            return found.reshape(self.weight.shape)
+        columns, rows = realised.cut
+        weight = self.weight.reshape(-1, self.weight.shape[-1]).copy()
+        weight[rows] = 0.0
+        weight[np.ix_(rows, columns)] = found.reshape(len(rows), len(columns))
+        return weight.reshape(self.weight.shape)
+
     def error(self, weight: np.ndarray) -> float:
         """½ tr(ΔW H ΔWᵀ) of a weight of the layer's size."""
         return obs.layer_error(self.weight, weight.reshape(self.weight.shape), self.known_hessian())
@@ -203,7 +231,8 @@ class Realised:
 
     step: one number, one per row, or (rows, groups) where each `group` consecutive weights of a row share one.
     factors: of a low-rank weight the two layers that take its place, the one that is applied first in front, each of a
-    shape of `costs.factor_shapes`; nothing else is stored then.
+    shape of `costs.factor_shapes`; nothing else is stored then. cut: of a narrower layer, the columns and the rows that
+    stay; `shape` is that of what stays.
     """
 
     shape: tuple[int, ...]
@@ -214,6 +243,7 @@ class Realised:
     group: int | None = None
     factors: tuple[Realised, Realised] | None = None
     mixed: bool = False
+    cut: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def step_kind(self) -> str:
@@ -379,11 +409,11 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
             continue
         start = time.perf_counter()
         weight = realised.weight()
-        error = 0.0 if problem.hessian is None else problem.error(weight)
+        error = 0.0 if problem.hessian is None else problem.error(problem.whole(realised))
         factors = realised.factors
         nonzero = realised.nonzero if factors else int(np.count_nonzero(weight))
         size, first = realised.bytes(), factors[0].bytes() if factors else 0
-        changed = realised.multiplied if factors else None
+        changed = realised.multiplied if factors or realised.cut is not None else None
         seconds = each + time.perf_counter() - start
         how = realised.codec, realised.step_kind
         width, bits = realised.width, realised.row_bits

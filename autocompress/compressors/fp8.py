@@ -24,7 +24,7 @@ class Fp8:
     source = "FP8 formats for deep learning, arXiv 2209.05433"
 
     def offers(self, option: Option) -> bool:
-        return option.fp8 and option.rank is None
+        return option.fp8 and option.rank is None and option.width is None
 
     def needs_data(self, option: Option) -> bool:
         return True

@@ -27,7 +27,7 @@ class RateDistortion:
     source = "this project: entropy-constrained quantisation inside OBS"
 
     def offers(self, option: Option) -> bool:
-        return option.step is not None and not option.trellis and option.rank is None
+        return option.step is not None and not option.trellis and option.rank is None and option.width is None
 
     def needs_data(self, option: Option) -> bool:
         return True

@@ -28,7 +28,7 @@ from autocompress.exporting.compressed_tensors import CompressedTensors
 from autocompress.exporting.onnx import Onnx
 from autocompress.exporting.safetensors import Safetensors
 from autocompress.layers import dense_file_bytes, stored_tensors
-from autocompress.saving import OutputError, fill, halves_of, state_dict_of
+from autocompress.saving import OutputError, fill, halves_of, is_narrower, state_dict_of
 from autocompress.storage import Entry, read
 from autocompress.types import Budget
 
@@ -84,7 +84,9 @@ def export(
     tensors = state_dict_of(entries)
     place = "the applied model" if isinstance(source, nn.Module) else str(source)
     halves = halves_of(entries)
-    shell = None if model is None else fill(in_float32(copy.deepcopy(model)), tensors, place, halves)
+    shell = None
+    if model is not None:
+        shell = fill(in_float32(copy.deepcopy(model)), tensors, place, halves, is_narrower(entries))
     exporter.check(_Tensors(tensors) if shell is None else shell, example)
     aliases = aliases_of(shell) if shell is not None else {name: name for name in entries}
     held: dict[str, Held] = {}

@@ -65,7 +65,7 @@ def realised_weights(
             part = group[start : start + at_once]
             for option, found in zip(part, COMPRESSORS[compressor].realise_all(problem, part), strict=True):
                 assert found is not None, f"{option} has a row in the profile"
-                yield option, layer.unmatrix(found.weight())
+                yield option, layer.unmatrix(problem.whole(found).astype(np.float32))
 
 
 def losses_of_changes(
