@@ -25,6 +25,7 @@ from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
 from autocompress.strategies.erk import erk
 from autocompress.strategies.evopress import EvoPress
 from autocompress.strategies.fisher import Fisher
+from autocompress.strategies.ft import ft, ft_global
 from autocompress.strategies.galen import Galen
 from autocompress.strategies.hawq import Hawq
 from autocompress.strategies.itpruner import ItPruner
@@ -33,6 +34,7 @@ from autocompress.strategies.loss import LayerLoss
 from autocompress.strategies.magnitude import magnitude
 from autocompress.strategies.nsga2 import Nsga2
 from autocompress.strategies.opq import opq, opq_energy
+from autocompress.strategies.pfp import pfp
 from autocompress.strategies.ranks import lrank, pca, svd, svd_energy
 from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, Solved
 from autocompress.strategies.spdy import Spdy
@@ -74,6 +76,9 @@ STRATEGIES: dict[str, Strategy] = {
     "svd_energy": svd_energy,
     "pca": pca,
     "lrank": lrank,
+    "ft": ft,
+    "ft_global": ft_global,
+    "pfp": pfp,
     "itpruner": ItPruner(),
     "itpruner_quadratic": ItPruner(quadratic=True),
     "ajpq": Ajpq(),
@@ -136,7 +141,8 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
         return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
 
     limits = limits_of(budget, profile)
-    near = RIVALS * max(loss({n: profile.layers[n].row(o) for n, o in found.layers.items()}), NOISE)
+    errors = {n: (profile.layers[n].row(o).error, profile.layers[n].energy) for n, o in found.layers.items()}
+    near = RIVALS * max(sum(error / energy for error, energy in errors.values() if energy > 0), NOISE)
     best_of_all = single_options(profile, limits)
     chosen = best_of_all + [
         rows
