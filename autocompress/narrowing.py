@@ -135,9 +135,9 @@ class Groups:
 
 @dataclass(frozen=True)
 class Widths:
-    """What stays of each group of channels at each level: `kept[group][level]`, units in ascending order, a lower level's
-    among those of a higher one; levels in percent. `ends`: of each layer, by name, the group of its inputs and that of
-    its outputs ("": its width is fixed).
+    """What stays of each group of channels at each level: `kept[group][level]`, units in ascending order, those of a
+    lower level among those of a higher one; levels in percent. `ends`: of each layer, by name, the group of its inputs
+    and that of its outputs ("": its width is fixed).
 
     A *structure* is a level for each group; groups that it does not name are whole.
     """

@@ -28,9 +28,19 @@ from autocompress.doctor import environment, writable
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
-from autocompress.planning import allocate, coarsest, cost_facts, energy_losses, least_bytes, limit_bytes, within
+from autocompress.planning import (
+    allocate,
+    coarsest,
+    cost_facts,
+    energy_losses,
+    least_bytes,
+    limit_bytes,
+    relative_error,
+    within,
+)
 from autocompress.profiling import Profile, profile
 from autocompress.records import make_template
+from autocompress.salience import widths
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
@@ -108,7 +118,7 @@ def compress(
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
     if wanted.latency_ms is not None:
-        require_forms(named_options(options or []))
+        require_forms([option for option in named_options(options or []) if option.width is None])
     if sequential and (limits := _other_limits(wanted)):
         raise StrategyError(f"sequential mode keeps to a size only, and the budget limits {', '.join(limits)} too")
     say = _Clock(progress)
@@ -121,7 +131,7 @@ def compress(
             # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        found = _profiled(model, stats, store or folder / "profile", options, workers, say)
+        found = _profiled(model, data, stats, store or folder / "profile", options, workers, say)
         given = data[0] if example is None else example
         if wanted.latency_ms is not None:
             with say.stage("time layers"):
@@ -234,7 +244,6 @@ def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict
     held-out slice and, where it is known, on all of the data. Of equal plans the first stays.
     """
     profile = within(profile, limit)
-    losses = energy_losses(profile)
     found: dict[str, dict[str, Any]] = {}
     for trial in context.log:
         rows = {name: profile.layers[name].row(option) for name, option in trial.layers.items()}
@@ -243,7 +252,7 @@ def _measured_plans(context: Context, profile: Profile, limit: int) -> list[dict
             {
                 "name": trial.label,
                 "bytes": profile.template.file_bytes(rows),
-                "relative_error": float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items())),
+                "relative_error": relative_error(profile, trial.layers),
                 "kl": _json_number(trial.kl),
                 "kl_all": None if trial.kl_all is None else _json_number(trial.kl_all),
             },
@@ -286,7 +295,8 @@ def profiled(
 ) -> Profile:
     """Calibrate and profile. Raises the errors of both."""
     say = _Clock(progress)
-    return _profiled(model, _calibrated(model, data, seed, None, options, workers, say), store, options, workers, say)
+    stats = _calibrated(model, data, seed, None, options, workers, say)
+    return _profiled(model, data, stats, store, options, workers, say)
 
 
 def compare_seeds(
@@ -315,7 +325,7 @@ def compare_seeds(
             folder = Path(out) / f"seed{seed}"
             model, data = task.build_model(), task.calibration_batches(seed)
             stats = _calibrated(model, data, seed, None, options, workers, say)
-            found = _profiled(model, stats, folder / "profile", options, workers, say)
+            found = _profiled(model, data, stats, folder / "profile", options, workers, say)
             if latency:
                 with say.stage("time layers"):
                     found = timed(found, model, data[0] if task.example_input is None else task.example_input())
@@ -406,15 +416,20 @@ def _calibrated(
 
 def _profiled(
     model: nn.Module,
+    data: list[Batch],
     stats: Statistics,
     store: str | Path | None,
     options: list[Option | str] | None,
     workers: int | None,
     say: _Clock,
 ) -> Profile:
+    channels = None
+    if any(option.width is not None for option in named_options(options or [])):
+        with say.stage("channels"):
+            channels = widths(model, data[0], stats)
     with say.stage("profile", len(stats.layers) + len(stats.unreached)) as advance:
         return profile(
-            model, stats, store=store, options=options, workers=workers, progress=lambda done, *_: advance(done)
+            model, stats, store, options, workers, progress=lambda done, *_: advance(done), channels=channels
         )
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "make_plan",
     "problem",
     "problem_of",
+    "relative_error",
     "row_costs",
     "running_cost",
     "single_options",
@@ -101,20 +102,23 @@ def row_costs(profile: Profile, name: str) -> dict[str, np.ndarray]:
 
     Raises BudgetError where there is no table of times.
     """
+    cost = _row_cost(profile, name)
+    return {n: np.array([cost(n, row) for row in x.rows], np.int64) for n, x in profile.layers.items()}
+
+
+def _row_cost(profile: Profile, name: str) -> Callable[[str, Measured], int]:
+    """What a row of a layer takes of a running cost, in the units of `row_costs`."""
     if name == "macs":
-        return {n: np.array([profile.macs(n, row) for row in x.rows], np.int64) for n, x in profile.layers.items()}
+        return profile.macs
     if name == "bops":
-        return {n: np.array([profile.bops(n, row) for row in x.rows], np.int64) for n, x in profile.layers.items()}
+        return profile.bops
     if profile.latency is None:
         raise BudgetError(
             "a budget in milliseconds needs a measured table of times: compress makes one, plan with --task too, "
             "and in Python timing.timed(profile, model, example)"
         )
     extra = profile.latency.extra_ms
-    return {
-        n: np.array([math.ceil(NANOSECONDS * extra[n][row.option]) for row in x.rows], np.int64)
-        for n, x in profile.layers.items()
-    }
+    return lambda layer, row: math.ceil(NANOSECONDS * extra[layer][row.option])
 
 
 def fixed_cost(profile: Profile, name: str) -> int:
@@ -154,9 +158,11 @@ def cost_facts(profile: Profile, budget: Budget, layers: Mapping[str, Option]) -
 
 def _total_of(profile: Profile, name: str) -> Callable[[Mapping[str, Option]], int]:
     """What choices of options take of a running cost, in the units of `row_costs`."""
-    found, fixed = row_costs(profile, name), fixed_cost(profile, name)
+    cost, fixed = _row_cost(profile, name), fixed_cost(profile, name)
+    # There are no times of narrower layers.
+    narrowed = name != "latency_ms"
     table = {
-        n: {row.option: int(cost) for row, cost in zip(x.rows, found[n], strict=True)}
+        n: {row.option: cost(n, row) for row in (*x.rows, *(x.narrowed if narrowed else ()))}
         for n, x in profile.layers.items()
     }
     return lambda layers: fixed + sum(table[n][option] for n, option in layers.items())
@@ -316,6 +322,12 @@ def energy_losses(profile: Profile) -> dict[str, np.ndarray]:
         name: np.array([row.error / layer.energy if layer.energy > 0 else 0.0 for row in layer.rows])
         for name, layer in profile.layers.items()
     }
+
+
+def relative_error(profile: Profile, layers: Mapping[str, Option]) -> float:
+    """The sum over layers of error over energy of a choice of options, of layers that are narrower too."""
+    rows = [(layer, layer.row(layers[name])) for name, layer in profile.layers.items()]
+    return float(sum(row.error / layer.energy for layer, row in rows if layer.energy > 0))
 
 
 def allocate(

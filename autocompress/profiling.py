@@ -146,22 +146,27 @@ class Profile:
         """The profile of a network that is narrower: levels by group, in percent; groups that are not named are whole.
 
         Each layer has the rows of its two levels, and the file the norms and biases that stay. Plans of it are applied
-        with either profile. Raises MismatchError for a group or a level that is none, and where a layer has no row.
+        with either profile. There is no table of times of a narrower network. Raises MismatchError for a group or a
+        level that is none, and where a layer has no row.
         """
-        found = dataclasses.replace(self, template=self.template.narrowed(structure), layers=dict(self.layers))
-        assert self.widths is not None
+        template, widths = self.template.narrowed(structure), self.widths
+        assert widths is not None
+        layers = {}
         for name, layer in self.layers.items():
             rows = [
                 row
                 for row in (*layer.rows, *layer.narrowed)
                 if all(
                     not group or structure.get(group, WHOLE) == level
-                    for group, level in _sides(self.widths.link(name, row.option))
+                    for group, level in _sides(widths.link(name, row.option))
                 )
             ]
             if not rows:
                 raise MismatchError(f"layer {name!r} has no option at these widths; profile it with family 'channels'")
-            found.layers[name] = dataclasses.replace(layer, rows=tuple(rows), narrowed=())  # type: ignore[index]
+            layers[name] = dataclasses.replace(layer, rows=tuple(rows), narrowed=())
+        narrower = any(level != WHOLE for level in structure.values())
+        latency = None if narrower else self.latency
+        found = dataclasses.replace(self, template=template, layers=layers, latency=latency)
         found.__dict__["fingerprint"] = self.fingerprint
         return found
 
@@ -397,7 +402,8 @@ def profile(
     does not depend on it. progress: called with (layers done, layers in all, layer name). exact_limit: a layer whose
     exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. channels:
     which channels a narrower network keeps (`salience.widths`), which options with a width (family "channels") need.
-    Raises MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown option.
+    Raises MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown
+    option.
     """
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):

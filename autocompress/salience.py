@@ -38,13 +38,14 @@ def widths(
 ) -> Widths:
     """What stays of each group of channels of a model at each level, in percent, for `profile(..., channels=)`.
 
-    score, which says what goes first: "obs" (default), the error of losing a whole input channel of the layers that read
-    it, the rest refitted, over their energies, greedily (`obs_order`); "l1", the norm of the weights that make a channel
-    (arXiv 1608.08710); "taylor", (Σ w ∂L/∂w)² of them on labelled `batches` with `loss` (arXiv 1906.10771, equation 8);
-    "cka", how alike a channel is to the others of its group on `batches`, ITPruner's measure between layers
-    (arXiv 2105.13649) between channels: what others say too goes first. round_to: channels of a group that stay are a
-    multiple of it, where the group has so many. Left out are groups that reach beyond the linear layers that calibration
-    reached. Raises LayerError where no group can lose channels, saying why.
+    score, which says what goes first: "obs" (default), the error of losing a whole input channel of the layers that
+    read it, the rest refitted, over their energies, greedily (`obs_order`); "l1", the norm of the weights that make a
+    channel (arXiv 1608.08710); "taylor", (Σ w ∂L/∂w)² of them on labelled `batches` with `loss` (arXiv 1906.10771,
+    equation 8); "cka", how alike a channel is to the others of its group on `batches`, ITPruner's measure between
+    layers (arXiv 2105.13649) between channels: what others say too goes first. round_to: channels of a group that stay
+    are a multiple of it, where the group has so many. Left out are groups that reach beyond the linear layers that
+    calibration reached. Raises LayerError where no group can lose channels, saying why; OptionError for a score or a
+    level that is none, or a score that lacks its data.
     """
     if score not in SCORES:
         raise OptionError(f"score is {score!r}; it is one of {', '.join(SCORES)}")
@@ -139,9 +140,9 @@ def _obs(data: _Data, group: ChannelGroup) -> list[int]:
 def obs_order(readers: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], size: int) -> list[int]:
     """The units 0 ... size - 1, the one that costs least first: greedy OBS on all columns of a unit, over its readers.
 
-    readers: W (rows, d), H (d, d) and the unit of each column (d,), -1 where it is of none. The cost of a unit is Σ over
-    readers of ½ tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) / (½ tr(W H Wᵀ)); when it goes, the rest of each W makes up for it. Source: OBC,
-    arXiv 2208.11580, section 4 (blocks), summed over layers as relative errors.
+    readers: W (rows, d), H (d, d) and the unit of each column (d,), -1 where it is of none. The cost of a unit is Σ
+    over readers of ½ tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ) / (½ tr(W H Wᵀ)); when it goes, the rest of each W makes up for it.
+    Source: OBC, arXiv 2208.11580, section 4 (blocks), summed over layers as relative errors.
     """
     states = []
     for W, H, units in readers:

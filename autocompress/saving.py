@@ -17,7 +17,7 @@ from autocompress.applying import encoded_of
 from autocompress.errors import AutocompressError, BudgetError, MismatchError
 from autocompress.factors import Halves, factorise, split_shapes
 from autocompress.files import atomic_path
-from autocompress.layers import stored_tensors, swap, swapped_shape
+from autocompress.layers import CONVOLUTIONS, TRANSPOSED, stored_tensors, swap, swapped_shape
 from autocompress.narrowing import narrow_to
 from autocompress.packed import fixed_width, pack, packable
 from autocompress.records import foldable_norms
@@ -200,15 +200,23 @@ def _reshape(
 ) -> nn.Module:
     """The model with the layers that a file has. Raises MismatchError before it is touched."""
     own = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
-    smaller = {n: shapes[n] for n in own if narrower and n in shapes and _fits(shapes[n], own[n])}
+    smaller = {
+        n: shapes[n]
+        for n in own
+        if narrower and n in shapes and _fits(model.get_submodule(n.rpartition(".")[0]), shapes[n], own[n])
+    }
     _check_shapes(model, shapes, place, halves, {**own, **smaller})
     return factorise(narrow_to(model, smaller), halves)
 
 
-def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether a tensor can be what is left of another: fewer channels, the same kernel."""
-    channels = zip(shape[:2], whole[:2], strict=False)
-    return len(shape) == len(whole) and shape[2:] == whole[2:] and all(1 <= a <= b for a, b in channels)
+def _fits(module: nn.Module, shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a tensor of a module can be what is left of another: fewer channels, the same kernel."""
+    kernel = 2 if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else len(whole)
+    return len(shape) == len(whole) and shape[kernel:] == whole[kernel:] and all(map(_less, shape, whole))
+
+
+def _less(size: int, whole: int) -> bool:
+    return 1 <= size <= whole
 
 
 def halves_of(archive: Mapping[str, Entry]) -> dict[str, Halves]:

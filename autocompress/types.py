@@ -66,8 +66,8 @@ class Option:
       `mix25/0/25/50/0`  percentages of the output rows at 0, 2, 4, 6 and 8 bits, the least important rows first; a row
                  at 0 bits is pruned, the others have a grid each, as `w4` has; goes with no structure
     Channels, in front of all that, unless a low-rank option or `mix` follows:
-      `n75/50` `width`: the layer is really narrower, with 75 % of its input channels, the rest refitted, and 50 % of its
-                 outputs (100: all; rounded, see `channels.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats
+      `n75/50` `width`: the layer is really narrower, with 75 % of its input channels, what stays refitted, and 50 % of
+                 its outputs (100: all; see `narrowing.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats
     Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
     does not hold.
 
@@ -229,9 +229,7 @@ class Option:
             total = math.fsum(self.mix)
             need(min(self.mix) >= 0 and abs(total - 100) <= 1e-9, f"percentages sum to {total:g}, needed 100")
         if self.width is not None:
-            need(
-                len(self.width) == 2 and all(0 < w <= 100 for w in self.width), "widths are above 0, up to 100 percent"
-            )
+            need(all(0 < w <= 100 for w in self.width), "widths are above 0 and at most 100 percent")
             need(self.width != (100, 100), "a layer of full width has no width, as in w4")
             need(self.rank is None and self.mix is None, "a narrower layer takes no rank and no mix")
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")

@@ -6,6 +6,7 @@ offers none; the laws are those of compressors/base.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -40,7 +41,9 @@ OPTIONS = [
         "s75 s75fp16 s100 2:4 1:4fp16 3:5 2:4w4 4:8w4a blk4@50 blk4@50w4 blk2x4@50fp16 blk3x2@70w3g5 ch50 ch50w4 "
         "out50 out50w4t w4g8 w1 w1a w1t w1g4 s50w1 w2a w3a w8a w4t w4m w8m w4am w4ta w4tm w2g5 w4g4a w3g32am w4g1000 "
         "s60w4a s50w4g4 fp8 s50fp8 2:4fp8 tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2) "
-        "mix25/0/25/50/0 mix0/0/0/0/100 mix100/0/0/0/0 mix12.5/37.5/50/0/0"
+        "mix25/0/25/50/0 mix0/0/0/0/100 mix100/0/0/0/0 mix12.5/37.5/50/0/0 "
+        "n50/50w4 n50/100 n100/50w8 n50/100fp16 n100/50tcq(0.3,0.4) n50/50tcq(0.3,0.4) n50/50rd(0.5,0.3)s60 n50/100w2a "
+        "n50/50s50w4 n100/50w2g4 n50/50fp8"
     ).split()
 ]
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
@@ -108,6 +111,13 @@ def table(head: bool = False, scale: float = 1.0) -> LayerProblem:
     return LayerProblem(p.name, p.shape, p.weight, p.hessian if head else p.hessian[:0], row_weights=weights)
 
 
+def narrower(groups: int = 1) -> LayerProblem:
+    """A convolution that can lose two of four input channels and three outputs; or, grouped, three whole groups."""
+    p = problem(rows=6 // groups, d=16, groups=groups)
+    inputs = {50.0: np.r_[4:8, 12:16]} if groups == 1 else {}
+    return dataclasses.replace(p, shape=(6, 4, 2, 2), inputs=inputs, outputs={50.0: np.array([0, 1, 4])})
+
+
 PROBLEMS: dict[str, Callable[[], LayerProblem]] = {
     "random": problem,
     "dead columns": lambda: problem(dead=7),
@@ -126,6 +136,8 @@ PROBLEMS: dict[str, Callable[[], LayerProblem]] = {
     "table": table,
     "table, 1e-20": lambda: table(scale=1e-20),
     "table and head": lambda: table(head=True),
+    "narrower": narrower,
+    "narrower, grouped": lambda: narrower(6),
 }
 
 OFFERED = [
@@ -202,27 +214,36 @@ def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option) 
         if again is None:  # a float format cannot hold the weights, or a table has no such structure
             assert rows == []
             beyond = np.abs(p.weight).max() > np.finfo(np.float16).max
-            assert p.row_weights is not None or beyond or (option.rank and not splits(p, option)), case
+            assert (
+                p.row_weights is not None
+                or beyond
+                or (option.rank and not splits(p, option))
+                or (option.width is not None and p.cut(option.width) is None)
+            ), case
             continue
         (row,) = rows
         entries = again.entries("layer.weight", option)
         stored = again.weight()
-        assert stored.shape == p.shape
+        assert stored.shape == again.shape
+        assert again.shape == p.shape or again.cut is not None
         assert stored.dtype == np.float32
         for part, entry in zip(again.factors or (again,), entries, strict=True):
             np.testing.assert_array_equal(entry.dequantise(), part.weight())
-        assert abs(row.error - reference_error(p, stored)) <= 1e-4 * row.error + FLOOR * energy, case
+        assert abs(row.error - reference_error(p, p.whole(again))) <= 1e-4 * row.error + FLOOR * energy, case
         assert row.bytes == sum(len(entry.payload) for entry in entries) == again.bytes()
         assert (row.codec, row.step) == (entries[-1].codec, ",".join(entry.step for entry in entries))
         assert row.first_bytes == (entries[0].bytes if again.factors else 0)
         assert len(serialise(entries)) > row.bytes
         # Handed the trace of the profile, as `apply` is, the same weight comes out bit for bit.
         told = LayerProblem(p.name, p.shape, p.weight, p.hessian, order, losses, p.row_weights)
+        told = dataclasses.replace(told, inputs=p.inputs, outputs=p.outputs)
         np.testing.assert_array_equal(realise(told, option).weight(), stored)
         assert realise(told, option).entries("layer.weight", option) == entries
 
 
-@pytest.mark.parametrize("case", ["random", "rank 2", "grouped kernel", "zero row", "1e-20", "table", "table and head"])
+@pytest.mark.parametrize(
+    "case", ["random", "rank 2", "grouped kernel", "zero row", "1e-20", "table", "table and head", "narrower"]
+)
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_options_do_not_influence_each_other(name: str, case: str) -> None:
     mine = [option for option in OPTIONS if COMPRESSORS[name].offers(option)]
@@ -243,14 +264,14 @@ def test_an_option_never_costs_more_than_losing_the_layer(name: str, option: Opt
     for case in PROBLEMS:
         p, found = shared(case), found_on(name, option, case)
         if found is not None and (option.bits != 1 or option.asymmetric):  # between -1 and 1 there is no zero
-            assert p.error(found.weight()) <= 1.05 * p.energy + FLOOR * p.energy, case
+            assert p.error(p.whole(found)) <= 1.05 * p.energy + FLOOR * p.energy, case
 
 
 QUANTISED = [
     pytest.param(name, option, id=f"{name}-{option}")
     for name, compressor in COMPRESSORS.items()
     for option in OPTIONS
-    if compressor.offers(option) and (option.bits or option.fp8) and not option.rank
+    if compressor.offers(option) and (option.bits or option.fp8) and not option.rank and not option.width
 ]
 
 
@@ -308,7 +329,7 @@ def test_more_bits_lose_less(case: str) -> None:
     assert errors[-1] < 1e-3
 
 
-STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None]
+STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None and o.width is None]
 
 
 @pytest.mark.parametrize("option", STRUCTURES, ids=str)
@@ -398,6 +419,28 @@ def test_without_curvature_pruning_is_by_magnitude(option: Option, shape: tuple[
     expected = np.where(smallest(p, option), 0, p.weight[0])
     expected = expected.astype(np.float16) if option.half else expected
     np.testing.assert_allclose(weight, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["narrower", "narrower, grouped"])
+def test_a_narrower_layer_is_the_best_one_on_its_inputs_and_rows_are_those_of_the_whole(case: str) -> None:
+    p = PROBLEMS[case]()
+    assert p.hessian is not None
+    rows = p.outputs[50.0]
+    floats = realise(p, Option.parse("n100/50"))
+    np.testing.assert_array_equal(floats.weight(), p.weight.reshape(p.shape)[rows].astype(np.float32))
+    assert profile_layer(p, [Option.parse("n100/50")])[0][0].multiplied == floats.weight().size
+    if "grouped" in case:
+        with pytest.raises(OptionError, match="cannot have option 'n50/50w4'"):
+            realise(p, Option.parse("n50/50w4"))
+        return
+    # The least squares problem itself, with a root of the Hessian for inputs.
+    root = np.linalg.cholesky(p.hessian[0]).T
+    columns = p.inputs[50.0]
+    best = np.linalg.lstsq(root[:, columns], root @ p.weight[0].T, rcond=None)[0].T
+    np.testing.assert_allclose(realise(p, Option.parse("n50/100")).weight().reshape(6, 8), best, rtol=1e-5)
+    for inner in ("w4", "tcq(0.3,0.4)", "rd(0.5,0.3)s60"):
+        whole, part = (realise(p, Option.parse(f"n50/{level}{inner}")).weight() for level in (100, 50))
+        np.testing.assert_array_equal(part, whole[rows])
 
 
 MIXED = [o for o in OPTIONS if o.mix is not None]
@@ -515,7 +558,8 @@ def test_families_are_lists_of_options_that_compressors_offer() -> None:
     for name in FAMILIES:
         found = named_options([name])
         assert found
-        assert set(found) <= set(everything)
+        # Which narrower layers there are is a question to the network.
+        assert set(found) <= set(everything) or all(option.width for option in found)
         with pytest.raises(OptionError):  # no name means two things
             Option.parse(name)
     assert named_options(["default"]) == default_options()

@@ -38,7 +38,14 @@ values: st.SearchStrategy[dict[str, Any]] = st.one_of(
 )
 percentages = st.lists(st.integers(0, 800), min_size=4, max_size=4).map(lambda ends: sorted([0, *ends, 800]))
 mixes = percentages.map(lambda ends: Option(mix=tuple((b - a) / 8 for a, b in itertools.pairwise(ends))))
-options = st.one_of(st.builds(lambda structure, value: Option(**structure, **value), structures, values), mixes)
+widths = st.one_of(st.none(), st.tuples(percent, percent).filter(lambda pair: pair != (100, 100)))
+
+
+def made(structure: dict[str, Any], value: dict[str, Any], width: tuple[float, float] | None) -> Option:
+    return Option(**structure, **value, width=None if "rank" in structure else width)
+
+
+options = st.one_of(st.builds(made, structures, values, widths), mixes)
 budgets = st.fixed_dictionaries(
     {},
     optional={
@@ -157,6 +164,9 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"bits": 4, "group": 32, "per_tensor": True}, "exclude each other"),
         ({"block_rows": 2}, "rows of a block need its columns"),
         ({"mix": (0, 0, 100, 0, 0), "bits": 4}, "at most one representation of the values"),
+        ({"width": (100, 100), "bits": 4}, "a layer of full width has no width"),
+        ({"width": (0, 50)}, "widths are above 0 and at most 100 percent"),
+        ({"width": (50, 50), "rank": 4}, "a narrower layer takes no rank and no mix"),
         ({"mix": (-25, 25, 50, 50, 0)}, "percentages"),
     ],
 )

@@ -93,7 +93,8 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "lowrank": lowrank_grid,
     "mixed": mixed_grid,
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
-    "all": lambda: list(dict.fromkeys(o for name, make in FAMILIES.items() if name != "all" for o in make())),
+    # Narrower layers need more than their names: which channels go together.
+    "all": lambda: list(dict.fromkeys(o for n, f in FAMILIES.items() if n not in ("channels", "all") for o in f())),
 }
 
 

@@ -151,7 +151,7 @@ class LayerProblem:
 
     def _units(self, columns: np.ndarray, rows: int) -> obs.Units:
         """One trace serves every sparsity of the same blocks."""
-        key = (columns.shape, rows)
+        key = (columns.tobytes(), rows)  # blocks and channels may have one shape
         if key not in self._found:
             self._found[key] = obs.unit_trace(self.weight, self.shared_hessian(), columns, rows, threads=1)
         return self._found[key]

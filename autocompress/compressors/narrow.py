@@ -1,5 +1,5 @@
-"""Narrower layers: `n75/50`, `n75/50w4`, `n50/100tcq(0.34,0.4)`. Input channels go and the rest makes up for them, outputs
-go, and what stays is compressed as any layer is.
+"""Narrower layers: `n75/50`, `n75/50w4`, `n50/100tcq(0.34,0.4)`. Input channels go and the rest makes up for them,
+outputs go, and what stays is compressed as any layer is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LEVELS = (100.0, 75.0, 50.0, 25.0)  # percent of a group's channels that stay
 class Narrow:
     """Another option on a layer of which the columns A and the rows B stay.
 
-    Columns R go at once, with the exact refit of the rest, W'_A = W_A + W_R H_RA H_AA⁻¹ (OBS for a block of weights); W'_A
-    with its Hessian H_AA is a layer of its own, whose optimum it is. It is compressed by the inner option, and rows B are
-    taken of that, so that one refit and one pass serve every width of the output. The error of removal and the error of
-    compression add up: ½ tr(ΔW H ΔWᵀ) over the rows that stay. Rows that go cost nothing here: layers that read them pay.
-    Which columns and rows stay at a level is the problem's (`inputs`, `outputs`). Source: OBC, arXiv 2208.11580, section
-    4, with the structure of DepGraph, arXiv 2301.12900.
+    Columns R go at once, with the exact refit of the rest, W'_A = W_A + W_R H_RA H_AA⁻¹ (OBS for a block of weights);
+    W'_A with its Hessian H_AA is a layer of its own, whose optimum it is. It is compressed by the inner option, and
+    rows B are taken of that, so that one refit and one pass serve every width of the output. The error of removal and
+    the error of compression add up: ½ tr(ΔW H ΔWᵀ) over the rows that stay. Rows that go cost nothing here: layers that
+    read them pay. Which columns and rows stay at a level is the problem's (`inputs`, `outputs`). Source: OBC, arXiv
+    2208.11580, section 4, with the structure of DepGraph, arXiv 2301.12900.
     """
 
     version = 1

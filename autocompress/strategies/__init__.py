@@ -12,6 +12,7 @@ from autocompress.planning import (
     budget_bytes,
     energy_losses,
     limits_of,
+    relative_error,
     single_options,
     within,
 )
@@ -135,14 +136,12 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
     What a single option leaves of the budget is spent where no layer gets worse, if that measures no worse either.
     """
     kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers, found.strategy)
-    losses = energy_losses(profile)
 
     def loss(rows: Mapping[str, Measured]) -> float:
-        return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
+        return relative_error(profile, {n: row.option for n, row in rows.items()})
 
     limits = limits_of(budget, profile)
-    errors = {n: (profile.layers[n].row(o).error, profile.layers[n].energy) for n, o in found.layers.items()}
-    near = RIVALS * max(sum(error / energy for error, energy in errors.values() if energy > 0), NOISE)
+    near = RIVALS * max(relative_error(profile, found.layers), NOISE)
     best_of_all = single_options(profile, limits)
     chosen = best_of_all + [
         rows

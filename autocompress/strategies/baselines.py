@@ -43,7 +43,7 @@ def _sparse(profile: Profile) -> Profile:
         profile,
         lambda row: (
             row.option.structure == Option(sparsity=row.option.sparsity)
-            and dataclasses.replace(row.option, sparsity=0.0) in values
+            and dataclasses.replace(row.option.inner, sparsity=0.0) in values
         ),
     )
 

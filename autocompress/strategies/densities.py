@@ -55,7 +55,7 @@ def sparse_families(profile: Profile, strategy: str) -> list[SparseFamily]:
     for name, layer in reached.items():
         for row in layer.rows:
             if row.option.structure == Option(sparsity=row.option.sparsity):
-                value = dataclasses.replace(row.option, sparsity=0.0)
+                value = dataclasses.replace(row.option.inner, sparsity=0.0)
                 by_value.setdefault(value, {}).setdefault(name, []).append(row)
     smallest = {name: min(layer.rows, key=lambda row: row.bytes) for name, layer in profile.layers.items()}
     found = []

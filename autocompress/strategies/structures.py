@@ -11,7 +11,7 @@ from autocompress.compressors import Measured
 from autocompress.errors import MismatchError
 from autocompress.measuring import Context
 from autocompress.narrowing import WHOLE, Widths
-from autocompress.planning import energy_losses, limits_of, within_limits
+from autocompress.planning import limits_of, relative_error, within_limits
 from autocompress.profiling import Profile
 from autocompress.strategies.base import chosen_plan, refused
 from autocompress.types import DENSE, Budget, Option, Plan
@@ -111,7 +111,8 @@ class WidthRule:
                             low = best = middle
                         else:
                             high = middle
-                found.append((total_error(shaped(best), rows_of(shaped(best), value)), value, best))
+                options = {n: row.option for n, row in rows_of(shaped(best), value).items()}
+                found.append((relative_error(shaped(best), options), value, best))
         if not found:
             least = [rows_of(shaped(0.0), value) for value in values]
             raise refused(shaped(0.0), budget, least, f"no choice of strategy {self.name!r}")
@@ -131,9 +132,3 @@ def nearest_levels(widths: Widths, shares: Shares) -> dict[str, float]:
         # Of levels with equal parts the largest, as it is the plainer name.
         found[name] = min(sorted(parts, reverse=True), key=lambda level: abs(math.log(parts[level]) - wanted))
     return found
-
-
-def total_error(profile: Profile, rows: Mapping[str, Measured]) -> float:
-    """Σ error / layer energy of a choice."""
-    losses = energy_losses(profile)
-    return float(sum(losses[n][profile.layers[n].rows.index(row)] for n, row in rows.items()))
