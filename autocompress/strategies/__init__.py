@@ -23,6 +23,7 @@ from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
 from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
+from autocompress.strategies.cc import cc
 from autocompress.strategies.erk import erk
 from autocompress.strategies.evopress import EvoPress
 from autocompress.strategies.fisher import Fisher
@@ -80,6 +81,7 @@ STRATEGIES: dict[str, Strategy] = {
     "ft": ft,
     "ft_global": ft_global,
     "pfp": pfp,
+    "cc": cc,
     "itpruner": ItPruner(),
     "itpruner_quadratic": ItPruner(quadratic=True),
     "ajpq": Ajpq(),

@@ -72,7 +72,7 @@ def unit_sensitivities(
             if axis.key in largest:
                 units = np.array(axis.units)
                 np.maximum.at(s, units[units >= 0], largest[axis.key][units >= 0])
-                kernel = int(np.prod(readers[axis.key].weight.shape[2:]))  # type: ignore[arg-type]
+                kernel = int(np.prod(readers[axis.key].weight.shape[2:]))
                 logs.append(2.0 * np.log(8.0 * (positions[axis.key] + 1) * kernel / FAILURE))
         found[name] = s, float(max(logs))
     return found
@@ -86,7 +86,7 @@ def _parts(module: Any, x: torch.Tensor) -> tuple[np.ndarray, int]:
     else:
         dims = len(module.kernel_size)
         x = x if x.ndim == dims + 2 else x[None]
-        weight, convolve = module.weight.detach(), (F.conv1d, F.conv2d, F.conv3d)[dims - 1]  # type: ignore[assignment]
+        weight, convolve = module.weight.detach(), (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         geometry = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
     f, c = weight.shape[:2]
     each = weight.transpose(0, 1).reshape(c * f, 1, *weight.shape[2:])  # the outputs of every input by itself
@@ -96,7 +96,7 @@ def _parts(module: Any, x: torch.Tensor) -> tuple[np.ndarray, int]:
             if not bool(inputs.any()):
                 continue
             for kernel in (each.clamp(min=0.0), (-each).clamp(min=0.0)):
-                made = convolve(inputs, kernel, groups=c, **geometry).reshape(len(inputs), c, f, -1)  # type: ignore[arg-type]
+                made = convolve(inputs, kernel, groups=c, **geometry).reshape(len(inputs), c, f, -1)
                 count = made.shape[-1]
                 total = made.sum(dim=1, keepdim=True)
                 share = torch.where(total > 0.0, made / total, 0.0)

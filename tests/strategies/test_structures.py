@@ -32,12 +32,10 @@ def context() -> ac.Context:
 
 
 def channels_of(layers: Mapping[str, Option]) -> int:
-    found = grid_profile()[2]
-    return sum(map(len, found.kept(layers).values())) + sum(
-        found.widths.groups[name].size
-        for name in found.levels()
-        if name not in found.kept(layers)  # type: ignore[union-attr]
-    )
+    """Units that stay in all groups together."""
+    kept, known = grid_profile()[2].kept(layers), grid_profile()[2].widths
+    assert known is not None
+    return sum(len(kept[group.name]) if group.name in kept else group.size for group in known.groups)
 
 
 def structure_of(plan: ac.Plan) -> dict[str, float]:
