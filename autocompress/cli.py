@@ -481,6 +481,57 @@ def costs(
 
 
 @command(cls=_Command)
+def precrop(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="Where widths.json and model.safetensors, untrained, go.")],
+    params: Annotated[str | None, typer.Option(metavar="N", help="At most so many parameters, or 50%.")] = None,
+    macs: MacsOption = None,
+    budget: Annotated[str | None, typer.Option(help="Bytes, or a ratio (2x), of the network as float32.")] = None,
+    method: Annotated[str, typer.Option(help="programme, synflow or uniform.")] = "programme",
+    round_to: Annotated[int, typer.Option(min=1, help="Widths are multiples of so many channels.")] = 1,
+    widest: Annotated[float, typer.Option(help="Largest ratio of a width; above 1 layers may grow (PreConfig).")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the weights.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a narrower network to train: widths within a budget, the weights new."""
+    from safetensors.torch import save_file
+
+    from autocompress.files import atomic_path
+    from autocompress.precropping import precrop as precropped
+    from autocompress.saving import write_text
+    from autocompress.tasks import load_task
+
+    found = precropped(
+        load_task(task),
+        budget,
+        params=params,
+        macs=macs,
+        method=method,
+        round_to=round_to,
+        widest=widest,
+        seed=seed,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / "model.safetensors") as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in found.model.state_dict().items()}, scratch)
+    write_text(out / "widths.json", found.to_json())
+    facts = {
+        **{name: f"{getattr(found, name):,} of {dense:,}" for name, dense in found.dense.items()},
+        "widths": {name: f"{now} of {given}" for name, (given, now) in found.widths.items()},
+        "keep their width": dict(found.kept),
+        "value": found.value,
+        "found by": found.method,
+        "written": f"{out}/: widths.json, model.safetensors",
+    }
+    if math.isfinite(found.bound):
+        facts["no widths are above"] = found.bound
+    if as_json:
+        print(found.to_json(), end="")
+    else:
+        _show_facts(facts, False)
+
+
+@command(cls=_Command)
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine offers: versions, cores, caches, the data folder."""
     from autocompress.doctor import diagnose

@@ -359,7 +359,7 @@ class Budget:
         none.
         """
         value = getattr(self, name)
-        return float(value[:-1]) * dense / 100.0 if isinstance(value, str) else value
+        return None if value is None else amount(name, value, dense)
 
     def bytes(self, dense_bytes: int, parameters: int) -> int | None:
         """The tightest limit on the file in bytes, rounded down; None if only other costs are limited.
@@ -388,6 +388,16 @@ def _share(name: str, text: str) -> float | str:
     if match is None or not math.isfinite(value) or value <= 0:
         raise BudgetError(f"budget {name} is {text!r}; needed a positive number, or a percentage such as 60%")
     return f"{_number(value)}%" if match[2] else value
+
+
+def amount(name: str, value: float | str, dense: float) -> float:
+    """A limit as a number: the value itself, or that percentage of what the dense model takes. Raises BudgetError.
+
+    >>> amount("params", "50%", dense=1000), amount("params", 300, dense=1000)
+    (500.0, 300.0)
+    """
+    known = _share(name, value if isinstance(value, str) else repr(value))
+    return float(known[:-1]) * dense / 100.0 if isinstance(known, str) else known
 
 
 def _whole(value: float, text: object) -> int:

@@ -30,6 +30,8 @@ ORDER = [
     "calibration",
     "storage",
     "costs",
+    "synflow",
+    "precropping",
     "obs",
     "compressors",
     "records",
