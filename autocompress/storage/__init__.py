@@ -18,6 +18,7 @@ from autocompress.storage.entropy import MAX_CODE, coded_size, decode_codes, enc
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import E4M3, round_small
 from autocompress.storage.integers import nm_pattern
+from autocompress.storage.vectors import encode_codebook
 
 __all__ = [
     "CODECS",
@@ -32,6 +33,7 @@ __all__ = [
     "codec_named",
     "coded_size",
     "decode_codes",
+    "encode_codebook",
     "encode_codes",
     "file_size",
     "float_entry",

@@ -1,0 +1,132 @@
+"""Codebooks: `pq4x64w6`, `pq4x64@1w6`, `pq4x64pw6`. Runs of consecutive weights become one of a few vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from autocompress import obs
+from autocompress.compressors.base import LayerProblem, Realised
+from autocompress.obs import Assignment, Runs
+from autocompress.types import Option
+
+__all__ = ["ProductQuantised", "pq_grid"]
+
+ROUNDS = 2  # of assignment and refit, before the price of a bit is known
+PRICED = 4  # the same with it
+UNSEEN = 0.3  # added to how often a word was taken: none is forbidden
+
+
+class ProductQuantised:
+    """One codebook for the runs of a layer, of integers of `bits` bits times one step; indices are coded.
+
+    Of least error on the inputs: runs are assigned one after the other with OBS error feedback, and words refitted to
+    all assignments at once (`obs.Runs`). `words` counts those that have an index: half of them less one are stored, the
+    others are their negatives and the vector of zeros. The price of a bit is in units of the error of a weight without
+    one: a run takes the word of least error + price · -log2(how frequent it is). Plain: k-means on the weights, all
+    words stored, each run the nearest, as the papers have it. None where there are more words than runs, or runs do
+    not fill a row.
+    Sources: And the bit goes down, arXiv 1907.05686, and Quant-Noise, arXiv 2004.07320 (one codebook of a layer);
+    GPTVQ, arXiv 2402.15319 (error feedback); ECVQ (Chou, Lookabaugh, Gray 1989) for the price.
+    """
+
+    version = 1
+    source = "Quant-Noise, arXiv 2004.07320; GPTVQ, arXiv 2402.15319"
+
+    def offers(self, option: Option) -> bool:
+        return option.vector is not None and (option.bits or 0) >= 2
+
+    def needs_data(self, option: Option) -> bool:
+        return True
+
+    def length(self, problem: LayerProblem, option: Option) -> int:
+        """Weights of a run of that option."""
+        return option.vector or 1
+
+    def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
+        found: dict[Option, Realised | None] = dict.fromkeys(options)
+        lengths = {o: self.length(problem, o) for o in options}
+        for length in sorted(set(lengths.values())):
+            if length < 2 or problem.weight.shape[-1] % length or (problem.row_weights is not None) > problem.is_table:
+                continue
+            books = _Books(problem, length)
+            for o in options:
+                if lengths[o] == length and (o.words or 0) <= books.runs.vectors.size // length:
+                    found[o] = books.plain(o) if o.plain else books.fitted(o)
+        return [found[o] for o in options]
+
+
+class _Books:
+    """Codebooks of the runs of one length of a layer; what options share is made once."""
+
+    def __init__(self, problem: LayerProblem, length: int) -> None:
+        self.shape, self.length = problem.shape, length
+        self.magnitude = float(np.abs(problem.weight).max(initial=0.0)) or 1.0
+        hessian = None if problem.is_table else problem.shared_hessian()
+        heavy = problem.row_weights
+        self.runs = Runs(
+            problem.weight / self.magnitude, hessian, length, None if heavy is None else heavy / heavy.max()
+        )
+        self.known: dict[tuple[int, float | None], tuple[np.ndarray, np.ndarray, float]] = {}
+
+    def plain(self, option: Option) -> Realised:
+        words, step = _rounded(self.runs.clustered(option.words or 0, plain=True, signed=False), option)
+        return self._realised(words, step, self.runs.nearest(words * step))
+
+    def fitted(self, option: Option) -> Realised:
+        book, bits, price = self._priced(option.words or 0, option.price)
+        ways = []
+        for _ in range(2):  # rounded; and refitted to what the rounded one was given, and rounded again
+            words, step = _rounded(book, option)
+            chosen = self.runs.assigned(words * step, price * bits)
+            cost = self.runs.error(chosen.words(words * step) - self.runs.vectors)
+            ways.append((cost + price * float(bits[chosen.index + len(book)].sum()), words, step, chosen))
+            book = self.runs.refitted(chosen, words * step)
+        return self._realised(*min(ways, key=lambda way: way[0])[1:])
+
+    def _priced(self, words: int, price: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """(codebook, bits of each index, price of a bit in units of the layer error)."""
+        if (words, price) not in self.known:
+            if (words, None) not in self.known:
+                book = self.runs.clustered((words - 1) // 2, plain=False, signed=True)
+                self.known[words, None] = self._rounds(book, np.zeros(2 * len(book) + 1), 0.0, ROUNDS)
+            book, bits, error = self.known[words, None]
+            unit = price * error / self.runs.vectors.size
+            self.known[words, price] = *self._rounds(book, bits, unit, PRICED)[:2], unit
+        return self.known[words, price]
+
+    def _rounds(
+        self, book: np.ndarray, bits: np.ndarray, price: float, rounds: int
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """(codebook, bits of each index, layer error) after so many assignments and refits."""
+        for _ in range(rounds):
+            chosen = self.runs.assigned(book, price * bits)
+            book = self.runs.refitted(chosen, book)
+            counts = np.bincount((chosen.index + len(book)).reshape(-1), minlength=len(bits)) + UNSEEN
+            bits = -np.log2(0.5 * (counts + counts[::-1]) / counts.sum())
+        return book, bits, self.runs.error(chosen.words(book) - self.runs.vectors)
+
+    def _realised(self, words: np.ndarray, step: float, chosen: Assignment) -> Realised:
+        codes = chosen.words(words).astype(np.int32).reshape(self.shape)
+        return Realised(self.shape, "codebook", codes=codes, step=step * self.magnitude, vector=self.length)
+
+
+def _rounded(book: np.ndarray, option: Option) -> tuple[np.ndarray, float]:
+    """Integers of the option's bits, whose negatives are some too, and their step, as `obs.search_scale` finds it."""
+    bits = option.bits or 8
+    step = float(np.float32(obs.search_scale(book.reshape(1, -1), bits)[0]))
+    most = 2 ** (bits - 1) - 1
+    return np.clip(np.rint(book / step), -most, most), step
+
+
+def pq_grid() -> list[Option]:
+    """Runs of 2, 4, 8 and 18 weights; a layer has those that fill its rows."""
+    sizes = {2: (8, 16, 32, 64), 4: (8, 16, 32, 64, 128), 8: (8, 16, 32, 64, 128), 18: (8, 16, 32)}
+    return [
+        Option(words=words, vector=length, price=price, bits=bits)
+        for length, counts in sizes.items()
+        for words in counts
+        for price in (0.0, 1.0)
+        for bits in (4, 6)
+    ]
