@@ -55,9 +55,9 @@ class Option:
                  singular vectors of the weight alone
       `pq4x64w6`  a codebook: each `vector` = 4 consecutive weights of a row, as they are stored, become one of
                  `words` = 64 vectors, the same for the whole layer, of least error on the inputs; their numbers are on
-                 the grid of the bits that follow.  `pq4x64@1w6`: `price` of a bit of their indices, in units of the error that a
-                 weight has without one.  `kq64w6`: of the weights of one kernel.  `pq4x64pw6`, `kq64pw6`: `plain`, by
-                 distance alone
+                 the grid of the bits that follow.  `pq4x64@1w6`: `price` of a bit of their indices, in units of the
+                 error that a weight has without one.  `kq64w6`: of the weights of one kernel.  `pq4x64pw6`, `kq64pw6`:
+                 `plain`, by distance alone
     Values, at most one:
       `w4`       `bits`: uniform grid of 2^bits levels, symmetric around 0 (codes -8 ... 7; `w1`: -1 and 1), one scale
                  per output row, found by its error. Suffixes, in this order: `t` one scale for the layer, or `g128` one

@@ -32,7 +32,7 @@ def kq_grid() -> list[Option]:
     """Sizes x prices x bits of a kernel's numbers (experiments/codebooks_layers.py)."""
     return [
         Option(words=words, price=price, bits=bits)
-        for words in (8, 16, 32, 64, 128)
+        for words in (8, 16, 32, 64, 128, 256)
         for price in (0.0, 1.0, 2.0)
         for bits in (4, 6)
     ]

@@ -14,7 +14,7 @@ from autocompress.types import Option
 __all__ = ["ProductQuantised", "pq_grid"]
 
 ROUNDS = 2  # of assignment and refit, before the price of a bit is known
-PRICED = 4  # the same with it
+PRICED = 3  # the same with it
 UNSEEN = 0.3  # added to how often a word was taken: none is forbidden
 
 
@@ -71,25 +71,27 @@ class _Books:
         self.known: dict[tuple[int, float | None], tuple[np.ndarray, np.ndarray, float]] = {}
 
     def plain(self, option: Option) -> Realised:
-        words, step = _rounded(self.runs.clustered(option.words or 0, plain=True, signed=False), option)
+        words, step = _rounded(self.runs.clustered(option.words or 0, plain=True), option)
         return self._realised(words, step, self.runs.nearest(words * step))
 
     def fitted(self, option: Option) -> Realised:
         book, bits, price = self._priced(option.words or 0, option.price)
-        ways = []
-        for _ in range(2):  # rounded; and refitted to what the rounded one was given, and rounded again
+
+        def rounded(book: np.ndarray) -> tuple[float, np.ndarray, float, Assignment]:
             words, step = _rounded(book, option)
             chosen = self.runs.assigned(words * step, price * bits)
             cost = self.runs.error(chosen.words(words * step) - self.runs.vectors)
-            ways.append((cost + price * float(bits[chosen.index + len(book)].sum()), words, step, chosen))
-            book = self.runs.refitted(chosen, words * step)
-        return self._realised(*min(ways, key=lambda way: way[0])[1:])
+            return cost + price * float(bits[chosen.index + len(book)].sum()), words, step, chosen
+
+        first = rounded(book)
+        second = rounded(self.runs.refitted(first[3], first[1] * first[2]))
+        return self._realised(*min(first, second, key=lambda way: way[0])[1:])
 
     def _priced(self, words: int, price: float) -> tuple[np.ndarray, np.ndarray, float]:
         """(codebook, bits of each index, price of a bit in units of the layer error)."""
         if (words, price) not in self.known:
             if (words, None) not in self.known:
-                book = self.runs.clustered((words - 1) // 2, plain=False, signed=True)
+                book = self.runs.clustered((words - 1) // 2, plain=False)
                 self.known[words, None] = self._rounds(book, np.zeros(2 * len(book) + 1), 0.0, ROUNDS)
             book, bits, error = self.known[words, None]
             unit = price * error / self.runs.vectors.size
@@ -122,11 +124,10 @@ def _rounded(book: np.ndarray, option: Option) -> tuple[np.ndarray, float]:
 
 def pq_grid() -> list[Option]:
     """Runs of 2, 4, 8 and 18 weights; a layer has those that fill its rows."""
-    sizes = {2: (8, 16, 32, 64), 4: (8, 16, 32, 64, 128), 8: (8, 16, 32, 64, 128), 18: (8, 16, 32)}
+    sizes = {2: (8, 16, 32), 4: (8, 16, 32, 64, 128), 8: (8, 16, 32, 64, 128), 18: (8, 16, 32)}
     return [
-        Option(words=words, vector=length, price=price, bits=bits)
+        Option(words=words, vector=length, price=price, bits=4)
         for length, counts in sizes.items()
         for words in counts
         for price in (0.0, 1.0)
-        for bits in (4, 6)
     ]

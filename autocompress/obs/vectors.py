@@ -18,7 +18,7 @@ __all__ = ["Assignment", "Runs"]
 LLOYD = 12  # rounds of k-means
 SAMPLE = 1 << 16  # runs that k-means sees at most
 CHUNK = 1 << 22  # distances that are held at once
-STEPS = 12  # of conjugate gradients in a refit
+STEPS = 4  # of conjugate gradients in a refit
 FAINT = 1e-9  # of a mean diagonal: added where a block may be singular
 
 
@@ -74,12 +74,9 @@ class Runs:
                 uppers.append(lower[::-1, ::-1])
         return np.stack(orders), np.stack(uppers)
 
-    @cached_property
-    def pivots(self) -> np.ndarray:
+    def _pivots(self) -> np.ndarray:
         """U_ss of every run, (groups, runs, length, length), runs in their stored order."""
         groups, _, runs, length = self.shape
-        if self.hessian is None:
-            return np.broadcast_to(np.eye(length), (groups, runs, length, length))
         order, upper = self.factors
         found = np.empty((groups, runs, length, length))
         for g in range(groups):
@@ -99,18 +96,19 @@ class Runs:
             return change * self.row_weights[:, None]
         return change if self.hessian is None else change @ self.hessian
 
-    def clustered(self, count: int, plain: bool, signed: bool) -> np.ndarray:
-        """A codebook (count, length) by k-means: of least Σ ‖w - c‖² where plain; else every run weighs what its U_ss
-        says, and distances are those of the mean U_ss U_ssᵀ. Signed: of w up to its sign.
+    def clustered(self, count: int, plain: bool) -> np.ndarray:
+        """A codebook (count, length) by k-means: of least Σ ‖w - c‖² where plain; else for words up to their sign, every
+        run weighs what its U_ss says, and distances are those of the mean U_ss U_ssᵀ.
 
-        Seeds are runs evenly spaced in the order of their length, as in GPTVQ (section 3.2).
+        Seeds are runs evenly spaced in the order of their length, as GPTVQ has them.
         """
         groups, rows, runs, length = self.shape
         weights, metric = np.ones((groups, rows, runs)), np.eye(length)
         if not plain and self.row_weights is not None:
             weights *= self.row_weights[None, :, None]
         elif not plain and self.hessian is not None:
-            squares = self.pivots @ self.pivots.swapaxes(-1, -2)
+            pivots = self._pivots()
+            squares = pivots @ pivots.swapaxes(-1, -2)
             weights *= np.trace(squares, axis1=-2, axis2=-1)[:, None, :]
             metric = np.linalg.cholesky(squares.mean(axis=(0, 1)))
         total = groups * rows * runs
@@ -119,7 +117,7 @@ class Runs:
         sizes = np.argsort((points**2).sum(axis=1), kind="stable")
         book = points[sizes[((np.arange(count) + 0.5) * len(points) / count).astype(int)]]
         for _ in range(LLOYD):
-            which, sign = _unsigned(_nearest(points, book, signed), signed)
+            which, sign = _unsigned(_nearest(points, book, not plain), not plain)
             book_mass = _sums(which, mass[:, None], count)
             sums = _sums(which, (mass * sign)[:, None] * points, count)
             book = np.where(book_mass > 0.0, sums / np.where(book_mass > 0.0, book_mass, 1.0), book)
