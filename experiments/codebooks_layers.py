@@ -4,9 +4,9 @@
     python experiments/codebooks_layers.py --solve         # results/codebooks_solved.csv
 
 Layers of ResNet-20 and ResNet-56 (CIFAR-10, Hessians of 819 unaugmented training images) and of the digits network.
-`plain`: k-means on the weights, words of 6 bits, as the papers have it; `output`: of least output error, without a price
-of a bit and with one. Relative error is ½ tr(ΔW H ΔWᵀ) / energy; bits per weight are of the whole payload, codebook
-included. `default_error`: the least that an option of the family `default` has in no more bytes; `finer_error`: the
+`plain`: k-means on the weights, words of 6 bits, as the papers have it; `output`: of least output error, without a
+price of a bit and with one. Relative error is ½ tr(ΔW H ΔWᵀ) / energy; bits per weight are of the whole payload,
+codebook included. `default_error`: the least that an option of the family `default` has in no more bytes; `finer_error`: the
 same with the default's own kinds of options on a finer grid of coarse steps, as the default has few below half a bit.
 `bytes_ratio`: bytes over the fewest of an option of either whose error is no larger; below 1 the codebook is ahead.
 
@@ -35,13 +35,14 @@ from autocompress.types import Budget, Option
 KEYS = ("network", "layer", "option")
 SOLVED_KEYS = ("budget", "family")
 RESNET20 = ROOT / "experiments" / "tasks" / "resnet20_cifar10.py"
-NETWORKS = {
+NETWORKS: dict[str, tuple[str | Path, tuple[str, ...]]] = {
     "resnet20": (RESNET20, ("layer1.1.conv1", "layer2.1.conv2", "layer3.0.conv1", "layer3.1.conv1", "linear")),
     "resnet56": (ROOT / "experiments" / "tasks" / "resnet56_cifar10.py", ("layer2.4.conv1", "layer3.5.conv1")),
     "digits": ("digits", ()),  # all of its layers
 }
-SHAPES = [f"{v}{k}" for v in ("kq", "pq2x", "pq4x", "pq8x", "pq9x", "pq18x") for k in (8, 16, 32, 64, 128, 256)]
-CODEBOOKS = [f"{shape}{how}" for shape in SHAPES for how in ("pw6", "w4", "w6", "@1w4", "@2w4")]
+SHAPES = [f"{v}{k}" for v in ("kq", "pq2x", "pq3x", "pq4x", "pq8x", "pq18x") for k in (8, 16, 32, 64, 128, 256)]
+CODEBOOKS = [f"{shape}{how}" for shape in SHAPES for how in ("pw6", "w6", "w4", "@2w4", "@4w4", "@8w4")]
+DEFAULT = frozenset(default_options())
 BUDGETS = ("12x", "16x", "20x", "24x", "32x")
 FAMILIES: dict[str, Callable[[Option], bool]] = {
     "default": lambda o: o in DEFAULT,
@@ -64,9 +65,6 @@ def finer() -> list[Option]:
         for lam in (0.1, 0.3, 0.7)
     ]
     return dependent + sparse
-
-
-DEFAULT = frozenset(default_options())
 
 
 def of_layers(given: argparse.Namespace) -> None:

@@ -29,10 +29,6 @@ class KernelQuantised(ProductQuantised):
 
 
 def kq_grid() -> list[Option]:
-    """Sizes x prices x bits of a kernel's numbers (experiments/codebooks_layers.py)."""
-    return [
-        Option(words=words, price=price, bits=bits)
-        for words in (8, 16, 32, 64, 128, 256)
-        for price in (0.0, 1.0, 2.0)
-        for bits in (4, 6)
-    ]
+    """Sizes x prices, numbers of 4 bits: experiments/codebooks_layers.py compares more."""
+    counts = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+    return [Option(words=words, price=price, bits=4) for words in counts for price in (2.0, 4.0, 8.0)]

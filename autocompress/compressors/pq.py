@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,17 +14,17 @@ from autocompress.types import Option
 
 __all__ = ["ProductQuantised", "pq_grid"]
 
-ROUNDS = 2  # of assignment and refit, before the price of a bit is known
-PRICED = 3  # the same with it
+ROUNDS = 3  # of improving the assignment and refitting the codebook
+SWEEPS = 2  # over the runs, once words are rounded
 UNSEEN = 0.3  # added to how often a word was taken: none is forbidden
 
 
 class ProductQuantised:
     """One codebook for the runs of a layer, of integers of `bits` bits times one step; indices are coded.
 
-    Of least error on the inputs: runs are assigned one after the other with OBS error feedback, and words refitted to
-    all assignments at once (`obs.Runs`). `words` counts those that have an index: half of them less one are stored, the
-    others are their negatives and the vector of zeros. The price of a bit is in units of the error of a weight without
+    Of least error on the inputs: runs are assigned one after the other with OBS error feedback; then assignments are
+    improved, and words refitted to all of them at once, in turns (`obs.Runs`). `words` counts those that have an index:
+    half of them less one are stored, the others are their negatives and the vector of zeros. The price of a bit is in units of the error of a weight without
     one: a run takes the word of least error + price · -log2(how frequent it is). Plain: k-means on the weights, all
     words stored, each run the nearest, as the papers have it. None where there are more words than runs, or runs do
     not fill a row.
@@ -57,6 +58,15 @@ class ProductQuantised:
         return [found[o] for o in options]
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """A codebook that is not rounded yet, the assignment it was fitted to, and the bits of each index."""
+
+    book: np.ndarray
+    chosen: Assignment
+    bits: np.ndarray
+
+
 class _Books:
     """Codebooks of the runs of one length of a layer; what options share is made once."""
 
@@ -68,46 +78,44 @@ class _Books:
         self.runs = Runs(
             problem.weight / self.magnitude, hessian, length, None if heavy is None else heavy / heavy.max()
         )
-        self.known: dict[tuple[int, float | None], tuple[np.ndarray, np.ndarray, float]] = {}
+        self.known: dict[tuple[int, float], _Fit] = {}
 
     def plain(self, option: Option) -> Realised:
         words, step = _rounded(self.runs.clustered(option.words or 0, plain=True), option)
         return self._realised(words, step, self.runs.nearest(words * step))
 
     def fitted(self, option: Option) -> Realised:
-        book, bits, price = self._priced(option.words or 0, option.price)
+        fit, price = self._priced(option.words or 0, option.price)
 
-        def rounded(book: np.ndarray) -> tuple[float, np.ndarray, float, Assignment]:
+        def rounded(book: np.ndarray, chosen: Assignment) -> tuple[float, np.ndarray, float, Assignment]:
             words, step = _rounded(book, option)
-            chosen = self.runs.assigned(words * step, price * bits)
+            chosen = self.runs.improved(chosen, words * step, price * fit.bits, SWEEPS)
             cost = self.runs.error(chosen.words(words * step) - self.runs.vectors)
-            return cost + price * float(bits[chosen.index + len(book)].sum()), words, step, chosen
+            return cost + price * float(fit.bits[chosen.index + len(book)].sum()), words, step, chosen
 
-        first = rounded(book)
-        second = rounded(self.runs.refitted(first[3], first[1] * first[2]))
+        first = rounded(fit.book, fit.chosen)
+        second = rounded(self.runs.refitted(first[3], first[1] * first[2]), first[3])
         return self._realised(*min(first, second, key=lambda way: way[0])[1:])
 
-    def _priced(self, words: int, price: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """(codebook, bits of each index, price of a bit in units of the layer error)."""
+    def _priced(self, words: int, price: float) -> tuple[_Fit, float]:
+        """(codebook and assignment, price of a bit in units of the layer error)."""
+        free = self.known.get((words, 0.0))
+        if free is None:
+            book = self.runs.clustered((words - 1) // 2, plain=False)
+            free = self.known[words, 0.0] = self._fit(book, np.zeros(2 * len(book) + 1), 0.0)
+        unit = price * self.runs.error(free.chosen.words(free.book) - self.runs.vectors) / self.runs.vectors.size
         if (words, price) not in self.known:
-            if (words, None) not in self.known:
-                book = self.runs.clustered((words - 1) // 2, plain=False)
-                self.known[words, None] = self._rounds(book, np.zeros(2 * len(book) + 1), 0.0, ROUNDS)
-            book, bits, error = self.known[words, None]
-            unit = price * error / self.runs.vectors.size
-            self.known[words, price] = *self._rounds(book, bits, unit, PRICED)[:2], unit
-        return self.known[words, price]
+            self.known[words, price] = self._fit(free.book, free.bits, unit)
+        return self.known[words, price], unit
 
-    def _rounds(
-        self, book: np.ndarray, bits: np.ndarray, price: float, rounds: int
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """(codebook, bits of each index, layer error) after so many assignments and refits."""
-        for _ in range(rounds):
-            chosen = self.runs.assigned(book, price * bits)
+    def _fit(self, book: np.ndarray, bits: np.ndarray, price: float) -> _Fit:
+        chosen = self.runs.assigned(book, price * bits)
+        for _ in range(ROUNDS):
+            chosen = self.runs.improved(chosen, book, price * bits)
             book = self.runs.refitted(chosen, book)
             counts = np.bincount((chosen.index + len(book)).reshape(-1), minlength=len(bits)) + UNSEEN
             bits = -np.log2(0.5 * (counts + counts[::-1]) / counts.sum())
-        return book, bits, self.runs.error(chosen.words(book) - self.runs.vectors)
+        return _Fit(book, chosen, bits)
 
     def _realised(self, words: np.ndarray, step: float, chosen: Assignment) -> Realised:
         codes = chosen.words(words).astype(np.int32).reshape(self.shape)
@@ -123,11 +131,11 @@ def _rounded(book: np.ndarray, option: Option) -> tuple[np.ndarray, float]:
 
 
 def pq_grid() -> list[Option]:
-    """Runs of 2, 4, 8 and 18 weights; a layer has those that fill its rows."""
-    sizes = {2: (8, 16, 32), 4: (8, 16, 32, 64, 128), 8: (8, 16, 32, 64, 128), 18: (8, 16, 32)}
+    """Runs of 2, 3, 4, 8 and 18 weights; a layer has those that fill its rows."""
+    sizes = {2: (8, 16), 3: (8, 16, 32), 4: (16, 32, 64), 8: (16, 32, 64), 18: (8, 16)}
     return [
         Option(words=words, vector=length, price=price, bits=4)
         for length, counts in sizes.items()
         for words in counts
-        for price in (0.0, 1.0)
+        for price in (2.0, 4.0)
     ]

@@ -1,11 +1,12 @@
 """Codebooks: every run of consecutive weights of a row becomes one of a few vectors that all rows of a layer share.
 
-Assignments are made one run of columns after the other, each against the error of those before it, and the codebook is
-what has the least error for all assignments at once.
+Assignments are made one run of columns after the other, each against the error of those before it, and then once more
+against that of all others; the codebook is what has the least error for all assignments at once.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,8 +98,8 @@ class Runs:
         return change if self.hessian is None else change @ self.hessian
 
     def clustered(self, count: int, plain: bool) -> np.ndarray:
-        """A codebook (count, length) by k-means: of least Σ ‖w - c‖² where plain; else for words up to their sign, every
-        run weighs what its U_ss says, and distances are those of the mean U_ss U_ssᵀ.
+        """A codebook (count, length) by k-means: of least Σ ‖w - c‖² where plain; else of words up to their sign, where
+        every run weighs what its U_ss says, and distances are those of the mean U_ss U_ssᵀ.
 
         Seeds are runs evenly spaced in the order of their length, as GPTVQ has them.
         """
@@ -152,6 +153,37 @@ class Runs:
                 errors[:, at] = words[index[g, :, place] + len(book)] - self.vectors[g, :, place]
         return Assignment(index, True)
 
+    def improved(
+        self, assignment: Assignment, book: np.ndarray, bits: np.ndarray | None = None, sweeps: int = 1
+    ) -> Assignment:
+        """A signed assignment after each run, in turn, became what is best beside the others as they are: with g =
+        Σ_t≠s e_t H_ts, the nearest to w - g H_ss⁻¹ under H_ss. Error plus bits never rises. Source: coordinate descent
+        as in QuantEase (arXiv 2309.01885), here on vectors.
+        """
+        if self.hessian is None:  # each run is the best already
+            return assignment
+        groups, length = len(self.weight), self.length
+        words, index = _extended(book), assignment.index.copy()
+        changes = (assignment.words(book) - self.vectors).reshape(self.weight.shape)
+        for g, _ in itertools.product(range(groups), range(sweeps)):
+            change, h = changes[g], self.hessian[g]
+            for s in self.factors[0][g]:
+                at = slice(s * length, (s + 1) * length)
+                lower, inverse = self._own[g][s]
+                pull = change @ h[:, at] - change[:, at] @ h[at, at]
+                target = self.vectors[g, :, s] - pull @ inverse
+                index[g, :, s] = _nearest(target @ lower, book @ lower, True, bits)
+                change[:, at] = words[index[g, :, s] + len(book)] - self.vectors[g, :, s]
+        return Assignment(index, True)
+
+    @cached_property
+    def _own(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """(lower factor, inverse) of H_ss of every run."""
+        assert self.hessian is not None
+        length = self.length
+        blocks = [[h[s : s + length, s : s + length] for s in range(0, len(h), length)] for h in self.hessian]
+        return [[(np.linalg.cholesky(block), np.linalg.inv(block)) for block in each] for each in blocks]
+
     def refitted(self, assignment: Assignment, book: np.ndarray, steps: int = STEPS) -> np.ndarray:
         """The codebook of least error ½ tr(ΔW H ΔWᵀ) for an assignment, from `book` on by conjugate gradients, with the
         diagonal blocks as preconditioner; words that no run has stay as they are. Its error is never above that of
@@ -173,7 +205,7 @@ class Runs:
         r = -product(assignment.words(x) - self.vectors)
         z = np.einsum("kij,kj->ki", inverse, r)
         p, rz = z, float(np.vdot(r, z))
-        limit = 1e-8 * rz
+        limit = 1e-16 * rz
         for _ in range(steps):
             if not rz > limit:
                 break

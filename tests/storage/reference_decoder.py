@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
 
-Entries in raw floats, fp16, packed, entropy-coded, trellis-coded, masked, fp8 and codebooks, which is what `autocompress compress`
-writes; slow, and meant to be read.
+Entries in raw floats, fp16, packed, entropy-coded, trellis-coded, masked, fp8 and codebooks, which is what
+`autocompress compress` writes; slow, and meant to be read.
 """
 
 import math
