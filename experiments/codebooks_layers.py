@@ -6,8 +6,8 @@
 Layers of ResNet-20 and ResNet-56 (CIFAR-10, Hessians of 819 unaugmented training images) and of the digits network.
 `plain`: k-means on the weights, words of 6 bits, as the papers have it; `output`: of least output error, without a
 price of a bit and with one. Relative error is ½ tr(ΔW H ΔWᵀ) / energy; bits per weight are of the whole payload,
-codebook included. `default_error`: the least that an option of the family `default` has in no more bytes; `finer_error`: the
-same with the default's own kinds of options on a finer grid of coarse steps, as the default has few below half a bit.
+codebook included. `default_error`: the least that an option of the family `default` has in no more bytes;
+`finer_error`: the same with its own kinds of options on a finer grid of coarse steps too, of which it has few.
 `bytes_ratio`: bytes over the fewest of an option of either whose error is no larger; below 1 the codebook is ahead.
 
 --solve: the exact solver's plans for ResNet-20 over `default`, `default` and codebooks, and `default` and the finer
@@ -40,8 +40,8 @@ NETWORKS: dict[str, tuple[str | Path, tuple[str, ...]]] = {
     "resnet56": (ROOT / "experiments" / "tasks" / "resnet56_cifar10.py", ("layer2.4.conv1", "layer3.5.conv1")),
     "digits": ("digits", ()),  # all of its layers
 }
-SHAPES = [f"{v}{k}" for v in ("kq", "pq2x", "pq3x", "pq4x", "pq8x", "pq18x") for k in (8, 16, 32, 64, 128, 256)]
-CODEBOOKS = [f"{shape}{how}" for shape in SHAPES for how in ("pw6", "w6", "w4", "@2w4", "@4w4", "@8w4")]
+KERNELS = [f"kq{k}{how}" for k in (8, 16, 32, 64, 128, 256) for how in ("pw6", "w4", "@4w4", "@8w4")]
+VECTORS = [f"pq{v}x{k}{how}" for v in (2, 3, 4, 8, 18) for k in (16, 64, 256) for how in ("pw6", "w4", "@4w4")]
 DEFAULT = frozenset(default_options())
 BUDGETS = ("12x", "16x", "20x", "24x", "32x")
 FAMILIES: dict[str, Callable[[Option], bool]] = {
@@ -52,17 +52,12 @@ FAMILIES: dict[str, Callable[[Option], bool]] = {
 
 
 def finer() -> list[Option]:
-    """Coarse steps of the trellis and of sparse rate-distortion codes, closer together than the default has them."""
-    dependent = [
-        Option(step=round(1.2 * 2 ** (k / 4), 3), lam=lam, trellis=True)
-        for k in range(10)
-        for lam in (0.1, 0.25, 0.55, 1.0)
-    ]
+    """Coarse steps of the trellis and of sparse rate-distortion codes, beyond and between those of the default."""
+    steps = [round(1.2 * 2 ** (k / 4), 3) for k in range(9)]
+    dependent = [Option(step=step, lam=lam, trellis=True) for step in steps for lam in (0.1, 0.25, 0.55)]
+    steps = [round(1.6 * 2 ** (k / 2), 3) for k in range(4)]
     sparse = [
-        Option(sparsity=float(s), step=round(0.8 * 2 ** (k / 2), 3), lam=lam)
-        for s in (70, 80, 85, 90, 93, 95)
-        for k in range(6)
-        for lam in (0.1, 0.3, 0.7)
+        Option(sparsity=s, step=step, lam=lam) for s in (80.0, 86.0, 93.0) for step in steps for lam in (0.1, 0.3)
     ]
     return dependent + sparse
 
@@ -82,7 +77,7 @@ def of_layers(given: argparse.Namespace) -> None:
             problem = LayerProblem(name, layer.stored_shape, weight, stats.layers[name].hessian)
             others = list(dict.fromkeys([*default_options(), *finer()]))
             rest = profile_layer(problem, others)[0]
-            for row in profile_layer(problem, named_options(CODEBOOKS))[0]:
+            for row in profile_layer(problem, named_options(KERNELS + VECTORS))[0]:
                 option = row.option
                 figures = {
                     "network": network,

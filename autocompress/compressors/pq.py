@@ -24,10 +24,10 @@ class ProductQuantised:
 
     Of least error on the inputs: runs are assigned one after the other with OBS error feedback; then assignments are
     improved, and words refitted to all of them at once, in turns (`obs.Runs`). `words` counts those that have an index:
-    half of them less one are stored, the others are their negatives and the vector of zeros. The price of a bit is in units of the error of a weight without
-    one: a run takes the word of least error + price · -log2(how frequent it is). Plain: k-means on the weights, all
-    words stored, each run the nearest, as the papers have it. None where there are more words than runs, or runs do
-    not fill a row.
+    half of them less one are stored, the others are their negatives and the vector of zeros. The price of a bit is in
+    units of the error of a weight without one: a run takes the word of least error + price · -log2(how frequent it is).
+    Plain: k-means on the weights, all words stored, each run the nearest, as the papers have it. None where there are
+    more words than runs, or runs do not fill a row.
     Sources: And the bit goes down, arXiv 1907.05686, and Quant-Noise, arXiv 2004.07320 (one codebook of a layer);
     GPTVQ, arXiv 2402.15319 (error feedback); ECVQ (Chou, Lookabaugh, Gray 1989) for the price.
     """

@@ -13,6 +13,7 @@ from autocompress.storage.entries import (
     step_bytes,
     weight_entry,
     weight_size,
+    with_fixed_fields,
 )
 from autocompress.storage.entropy import MAX_CODE, coded_size, decode_codes, encode_codes, order0_bits
 from autocompress.storage.errors import FormatError
@@ -48,5 +49,6 @@ __all__ = [
     "step_bytes",
     "weight_entry",
     "weight_size",
+    "with_fixed_fields",
     "write",
 ]

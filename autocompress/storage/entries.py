@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from autocompress.storage.codecs import codec_named
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import DTYPES, round_small
 from autocompress.storage.integers import encode_packed, packed_length
-from autocompress.storage.vectors import codebook_size, encode_codebook
+from autocompress.storage.vectors import codebook_length, codebook_size, encode_codebook
 
 __all__ = [
     "Entry",
@@ -25,6 +25,7 @@ __all__ = [
     "step_bytes",
     "weight_entry",
     "weight_size",
+    "with_fixed_fields",
 ]
 
 _CHUNK = 1 << 16  # codes dequantised at once
@@ -194,6 +195,13 @@ def weight_entry(
     entry = Entry(name, codes.shape, "float32", codec, raw + body, kind, dict(params or {}))
     entry.check()
     return entry
+
+
+def with_fixed_fields(entry: Entry) -> Entry:
+    """The entry of a codebook with words and indices in packed fields, where 16 bits hold them."""
+    start = step_bytes(entry.shape, entry.step)
+    body = encode_codebook(entry.codes(), codebook_length(entry.payload[start:]), fixed=True)
+    return replace(entry, payload=entry.payload[:start] + body)
 
 
 def weight_size(

@@ -11,10 +11,10 @@ from autocompress.storage.bits import Cursor, least_bytes, put_uint
 from autocompress.storage.entropy import coded_size, decode_codes, encode_codes
 from autocompress.storage.integers import decode_packed, encode_packed, packed_size
 
-__all__ = ["codebook_size", "decode_codebook", "encode_codebook"]
+__all__ = ["codebook_length", "codebook_size", "decode_codebook", "encode_codebook"]
 
 _SIGNED, _PACKED_INDEX, _PACKED_WORDS = 1, 2, 4  # bits of the first byte
-_MOST_INDEX = 2**15  # of words whose index fits into packed fields
+_MOST_PACKED = 2**15  # the magnitude at which packed fields end
 
 
 def codebook_size(codes: np.ndarray, length: int | None = None) -> int:
@@ -27,20 +27,20 @@ def codebook_size(codes: np.ndarray, length: int | None = None) -> int:
     return max(len(head) + words_bytes + index_bytes, least_bytes(np.size(codes)))
 
 
-def encode_codebook(codes: np.ndarray, length: int | None = None) -> bytes:
+def encode_codebook(codes: np.ndarray, length: int | None = None, fixed: bool = False) -> bytes:
     """Store the distinct vectors of `length` consecutive codes, by falling frequency, and the index of each vector.
 
-    Words, a matrix, and indices, of a row for each output, are entropy-coded or packed, whichever is shorter. Without
-    a length, vectors are the positions of a kernel, and single codes in a matrix. Layout: flags u8, then as uint
-    length, number of words, bytes of the words, bytes of the indices; words; indices. Raises ValueError where the
-    codes are not whole vectors.
+    Words, a matrix, and indices, of a row for each output, are entropy-coded or packed, whichever is shorter; with
+    `fixed` both are packed, if 16 bits hold them, which is decoded faster. Without a length, vectors are the positions
+    of a kernel, and single codes in a matrix. Layout: flags u8, then as uint length, number of words, bytes of the
+    words, bytes of the indices; words; indices. Raises ValueError where the codes are not whole vectors.
     """
     if np.size(codes) == 0:
         return b""
     words, index, flags = _split(codes, length)
     parts = []
     for values, bit in ((words, _PACKED_WORDS), (index, _PACKED_INDEX)):
-        packed, _ = _shorter(values)
+        packed = _fits(values) if fixed else _shorter(values)[0]
         flags |= bit * packed
         parts.append(encode_packed(values) if packed else encode_codes(values))
     return (_head(flags, words, *map(len, parts)) + b"".join(parts)).ljust(least_bytes(np.size(codes)), b"\0")
@@ -73,6 +73,11 @@ def decode_codebook(payload: bytes, shape: Sequence[int]) -> np.ndarray:
     return words[index.reshape(-1) - low].reshape(tuple(shape))
 
 
+def codebook_length(payload: bytes) -> int:
+    """How many codes a word has. Raises FormatError."""
+    return Cursor(payload[1:], "codebook").uint()
+
+
 def _head(flags: int, words: np.ndarray, words_bytes: int, index_bytes: int) -> bytes:
     counts = words.shape[1], len(words), words_bytes, index_bytes
     return bytes([flags]) + b"".join(map(put_uint, counts))
@@ -81,9 +86,13 @@ def _head(flags: int, words: np.ndarray, words_bytes: int, index_bytes: int) -> 
 def _shorter(values: np.ndarray) -> tuple[bool, int]:
     """Whether packed fields are shorter than entropy coding, and the bytes of what is shorter."""
     coded = coded_size(values)
-    small = values.size and max(-int(values.min()), int(values.max())) < _MOST_INDEX
-    packed = packed_size(values) if small else coded + 1
+    packed = packed_size(values) if _fits(values) else coded + 1
     return packed < coded, min(packed, coded)
+
+
+def _fits(values: np.ndarray) -> bool:
+    """Whether packed fields hold the values."""
+    return values.size > 0 and max(-int(values.min()), int(values.max())) < _MOST_PACKED
 
 
 def _layout(shape: Sequence[int], length: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from autocompress.storage import (
     order0_bits,
     round_small,
     weight_entry,
+    with_fixed_fields,
 )
 from autocompress.storage.bits import pack_bits, unpack_bits
 from autocompress.storage.vectors import codebook_size
@@ -257,6 +258,17 @@ def test_a_codebook_is_stored_once(shape: tuple[int, ...], length: int, count: i
     # Without signs the words would be stored twice, and the zeros too.
     assert payload[0] & 1 == signed
     assert payload[2] == count
+
+
+def test_a_codebook_with_fixed_fields_is_the_same_weight() -> None:
+    for codes, flags in ((spelled((64, 32, 3, 3), 9, 15), 7), (spelled((4, 40), 4, 3) * 2**16, 2 + 1)):
+        entry = weight_entry(
+            "w", codes, 0.5, codec="codebook", vector=codes.shape[-1] // 3 * 9 if codes.ndim > 2 else 4
+        )
+        fixed = with_fixed_fields(entry)
+        np.testing.assert_array_equal(fixed.dequantise(), entry.dequantise())
+        assert fixed.bytes >= entry.bytes
+        assert fixed.payload[4] == flags  # behind one step
 
 
 def test_a_codebook_wants_whole_vectors_of_integers() -> None:
