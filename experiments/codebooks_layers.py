@@ -36,8 +36,8 @@ KEYS = ("network", "layer", "option")
 SOLVED_KEYS = ("budget", "family")
 RESNET20 = ROOT / "experiments" / "tasks" / "resnet20_cifar10.py"
 NETWORKS: dict[str, tuple[str | Path, tuple[str, ...]]] = {
-    "resnet20": (RESNET20, ("layer1.1.conv1", "layer2.1.conv2", "layer3.0.conv1", "layer3.1.conv1", "linear")),
-    "resnet56": (ROOT / "experiments" / "tasks" / "resnet56_cifar10.py", ("layer2.4.conv1", "layer3.5.conv1")),
+    "resnet20": (RESNET20, ("layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1", "linear")),
+    "resnet56": (ROOT / "experiments" / "tasks" / "resnet56_cifar10.py", ("layer2.4.conv1", "layer3.4.conv1")),
     "digits": ("digits", ()),  # all of its layers
 }
 KERNELS = [f"kq{k}{how}" for k in (8, 16, 32, 64, 128, 256) for how in ("pw6", "w4", "@4w4", "@8w4")]

@@ -131,6 +131,15 @@ def test_k_means_of_output_error_minds_the_hessian_and_plain_does_not() -> None:
     spread = [np.abs(book).mean(axis=0) for book in (ours, plain)]
     assert spread[0][0] > 5 * spread[0][2]  # words differ where it matters
     assert spread[1][0] < 3 * spread[1][2]
+    uneven = np.kron(np.diag([1.0] * 4 + [1e-4] * 4), np.eye(3))
+    weight = np.random.default_rng(0).standard_normal((1, 64, 24)) * np.repeat([1.0, 5.0], 12)
+    found = Runs(weight, uneven[None], 3)
+    ours, plain = (
+        Assignment(found.nearest(np.concatenate([book, -book])).index, False).words(np.concatenate([book, -book]))
+        for book in (found.clustered(6, plain=p) for p in (False, True))
+    )
+    lost = [((x - found.vectors)[:, :, :4] ** 2).mean() for x in (ours, plain)]
+    assert lost[0] < 0.7 * lost[1]  # and runs weigh what they cause
 
 
 def test_groups_are_layers_of_their_own_that_share_the_words() -> None:

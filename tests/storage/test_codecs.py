@@ -282,7 +282,8 @@ def test_a_codebook_wants_whole_vectors_of_integers() -> None:
 
 def test_words_of_large_numbers_are_told_apart() -> None:
     """More digits than one number holds: nine codes of thirty bits."""
-    codes = np.random.default_rng(1).integers(-(2**30), 2**30, (4, 9))[[0, 1, 2, 0, 3, 1]]
+    codes = np.full((6, 9), -(2**30))  # numbers that span 31 bits
+    codes[1], codes[2, 0], codes[3:5, 1] = 2**30 - 1, 5, 7
     payload = encode_codebook(codes, 9)
     assert payload[2] == 4
     np.testing.assert_array_equal(CODECS["codebook"].decode(payload, codes.shape, "int32"), codes)
