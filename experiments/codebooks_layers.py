@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from common import RESULTS, ROOT, done_keys, environment, keep_row
 
 import autocompress as ac
 from autocompress.comparing import task_context
-from autocompress.compressors import LayerProblem, default_options, named_options, profile_layer
+from autocompress.compressors import LayerProblem, Measured, default_options, named_options, profile_layer
+from autocompress.files import atomic_path
 from autocompress.layers import find_layers
 from autocompress.tasks import load_task
 from autocompress.types import Budget, Option
@@ -43,6 +45,7 @@ NETWORKS: dict[str, tuple[str | Path, tuple[str, ...]]] = {
 KERNELS = [f"kq{k}{how}" for k in (8, 16, 32, 64, 128, 256) for how in ("pw6", "w4", "@4w4", "@8w4")]
 VECTORS = [f"pq{v}x{k}{how}" for v in (2, 3, 4, 8, 18) for k in (16, 64, 256) for how in ("pw6", "w4", "@4w4")]
 DEFAULT = frozenset(default_options())
+AT_ONCE = 24  # options of a layer that are made before they are kept
 BUDGETS = ("12x", "16x", "20x", "24x", "32x")
 FAMILIES: dict[str, Callable[[Option], bool]] = {
     "default": lambda o: o in DEFAULT,
@@ -62,6 +65,17 @@ def finer() -> list[Option]:
     return dependent + sparse
 
 
+def measured(problem: LayerProblem, options: list[Option], path: Path) -> list[Measured]:
+    """Rows of a layer, some options at a time, kept in a file so that a run that is stopped goes on there."""
+    known: dict[Option, Measured | None] = pickle.loads(path.read_bytes()) if path.exists() else {}
+    while missing := [option for option in options if option not in known][:AT_ONCE]:
+        found = {row.option: row for row in profile_layer(problem, missing)[0]}
+        known |= {option: found.get(option) for option in missing}
+        with atomic_path(path) as scratch:
+            scratch.write_bytes(pickle.dumps(known))
+    return [row for option in options if (row := known[option]) is not None]
+
+
 def of_layers(given: argparse.Namespace) -> None:
     for network, (spec, names) in NETWORKS.items():
         task = load_task(spec)
@@ -70,14 +84,19 @@ def of_layers(given: argparse.Namespace) -> None:
         wanted = [n for n in names or layers if not any(k[:2] == (network, n) for k in done_keys(given.results, KEYS))]
         if not wanted:
             continue
-        stats = ac.calibrate(model, task.calibration_batches(0), seed=0)
+        given.store.mkdir(parents=True, exist_ok=True)
+        kept = given.store / f"{network}.npz"
+        if not kept.exists():
+            ac.calibrate(model, task.calibration_batches(0), seed=0).save(kept)
+        stats = ac.Statistics.load(kept)
         for name in wanted:
             layer = layers[name]
             weight = layer.matrix(model.get_parameter(layer.key))
             problem = LayerProblem(name, layer.stored_shape, weight, stats.layers[name].hessian)
+            path = given.store / f"{network} {name}.pickle"
             others = list(dict.fromkeys([*default_options(), *finer()]))
-            rest = profile_layer(problem, others)[0]
-            for row in profile_layer(problem, named_options(KERNELS + VECTORS))[0]:
+            rest = measured(problem, others, path)
+            for row in measured(problem, named_options(KERNELS + VECTORS), path):
                 option = row.option
                 figures = {
                     "network": network,
