@@ -10,10 +10,10 @@ codebook included. `default_error`: the least that an option of the family `defa
 `finer_error`: the same with its own kinds of options on a finer grid of coarse steps too, of which it has few.
 `bytes_ratio`: bytes over the fewest of an option of either whose error is no larger; below 1 the codebook is ahead.
 
---solve: the exact solver's plans for ResNet-20 over `default`, `default` and codebooks, and `default` and the finer
-grid. `loss` is the sum of relative errors, `bound` its proof; statistics are corrected, nothing is compressed again or
-tuned. `kl` is on the held-out fifth of 1,024 training images; top-1 on 2,000 other training images (`top1_score`), and
-on the 10,000 test images (`top1`) for reporting only. Dense: 91.73. Nothing here is timed.
+--solve: the exact solver's plans for ResNet-20 over `default`, and over `default` and `codebooks`. `loss` is the sum of
+relative errors, `bound` its proof; statistics are corrected, nothing is compressed again or tuned. `kl` is on the
+held-out fifth of 1,024 training images; top-1 on 2,000 other training images (`top1_score`), and on the 10,000 test
+images (`top1`) for reporting only. Dense: 91.73. Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ KERNELS = [f"kq{k}{how}" for k in (8, 16, 32, 64, 128, 256) for how in ("pw6", "
 VECTORS = [f"pq{v}x{k}{how}" for v in (2, 3, 4, 8, 18) for k in (16, 64, 256) for how in ("pw6", "w4", "@4w4")]
 DEFAULT = frozenset(default_options())
 AT_ONCE = 24  # options of a layer that are made before they are kept
-BUDGETS = ("12x", "16x", "20x", "24x", "32x")
+BUDGETS = ("24x", "32x", "16x", "12x")
 FAMILIES: dict[str, Callable[[Option], bool]] = {
     "default": lambda o: o in DEFAULT,
-    "codebooks": lambda o: o in DEFAULT or o.words is not None,
-    "finer": lambda o: o.words is None,
+    "codebooks": lambda o: True,
 }
 
 
@@ -109,9 +108,9 @@ def of_layers(given: argparse.Namespace) -> None:
                     "bits_per_weight": f"{8 * row.bytes / weight.size:.3f}",
                     "relative_error": f"{row.error / problem.energy:.5f}",
                 }
-                for kind, belongs in (("default", FAMILIES["default"]), ("finer", FAMILIES["finer"])):
-                    fits = [r.error for r in rest if belongs(r.option) and r.bytes <= row.bytes]
-                    as_good = [r.bytes for r in rest if belongs(r.option) and r.error <= row.error]
+                for kind, beside in (("default", [r for r in rest if r.option in DEFAULT]), ("finer", rest)):
+                    fits = [r.error for r in beside if r.bytes <= row.bytes]
+                    as_good = [r.bytes for r in beside if r.error <= row.error]
                     figures[f"{kind}_error"] = f"{min(fits) / problem.energy:.5f}" if fits else ""
                     figures[f"bytes_ratio_{kind}"] = f"{row.bytes / min(as_good):.3f}"
                 keep_row(given.results, figures | environment(), KEYS)
@@ -124,7 +123,7 @@ def in_one_solve(given: argparse.Namespace) -> None:
     assert task.evaluate is not None
     context = task_context(task, 0, "normal")
     stats = ac.calibrate(context.model, task.calibration_batches(0), seed=0)
-    profile = ac.profile(context.model, stats, given.store, [*default_options(), "codebooks", *finer()])
+    profile = ac.profile(context.model, stats, given.store, ["default", "codebooks"])
     for text in given.budgets.split(";"):
         budget = Budget.of(text)
         for family, belongs in FAMILIES.items():

@@ -47,9 +47,11 @@ class ProductQuantised:
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
         found: dict[Option, Realised | None] = dict.fromkeys(options)
+        if problem.row_weights is not None and not problem.is_table:
+            return [None] * len(options)  # a table that is the head too: rows would need a factorisation each
         lengths = {o: self.length(problem, o) for o in options}
         for length in sorted(set(lengths.values())):
-            if length < 2 or problem.weight.shape[-1] % length or (problem.row_weights is not None) > problem.is_table:
+            if length < 2 or problem.weight.shape[-1] % length:
                 continue
             books = _Books(problem, length)
             for o in options:

@@ -20,6 +20,7 @@ LLOYD = 12  # rounds of k-means
 SAMPLE = 1 << 16  # runs that k-means sees at most
 CHUNK = 1 << 22  # distances that are held at once
 STEPS = 4  # of conjugate gradients in a refit
+LEAST = 1e-20  # that a row weighs beside a price: float32 holds the quotient
 FAINT = 1e-9  # of a mean diagonal: added where a block may be singular
 
 
@@ -274,6 +275,7 @@ def _nearest(
     for i in range(0, len(points), step):
         cost = half - (points[i : i + step] / magnitude).astype(np.float32) @ words.T
         if price is not None:
-            cost += price if weights is None else price / weights[i : i + step, None].astype(np.float32)
+            own = 1.0 if weights is None else np.maximum(weights[i : i + step, None], LEAST).astype(np.float32)
+            cost += price / own
         found[i : i + step] = cost.argmin(axis=1)
     return found - len(book) if signed else found
