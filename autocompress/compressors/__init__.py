@@ -9,11 +9,13 @@ import numpy as np
 
 from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
 from autocompress.compressors.fp8 import Fp8
+from autocompress.compressors.kq import KernelQuantised, kq_grid
 from autocompress.compressors.lowrank import LowRank, lowrank_grid
 from autocompress.compressors.mixed import MixedRows, mixed_grid
 from autocompress.compressors.narrow import Narrow, narrow_grid
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
+from autocompress.compressors.pq import ProductQuantised, pq_grid
 from autocompress.compressors.pruned import Pruned
 from autocompress.compressors.rd import RateDistortion, default_grid
 from autocompress.compressors.tcq import TrellisCoded, trellis_grid
@@ -47,6 +49,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "lowrank": LowRank(),
     "mixed": MixedRows(),
     "narrow": Narrow(lambda option: compressor_of(option)[1]),
+    "kq": KernelQuantised(),
+    "pq": ProductQuantised(),
 }
 
 
@@ -57,7 +61,7 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0)"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0, kq64w6)"
     )
 
 
@@ -92,6 +96,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "units": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "lowrank": lowrank_grid,
     "mixed": mixed_grid,
+    "codebooks": lambda: [*kq_grid(), *pq_grid()],
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
     # Narrower layers need more than their names: which channels go together.
     "all": lambda: list(dict.fromkeys(o for n, f in FAMILIES.items() if n not in ("channels", "all") for o in f())),
