@@ -109,6 +109,9 @@ SequentialOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; the result does not depend on it.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="inline, processes or ray: where layers are computed; the result is the same.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 OptionsOption = Annotated[
@@ -176,14 +179,17 @@ def compress(
     options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
     """Calibrate, profile, plan, apply, and write a file within the budget, with its account."""
     from autocompress import pipeline
+    from autocompress.engines import check_engine
     from autocompress.tasks import load_task
 
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
+    check_engine(engine)
     offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
@@ -203,6 +209,7 @@ def compress(
             store=store,
             options=offered,
             workers=workers,
+            engine=engine,
             loss=found.loss,
             progress=progress,
             task=task,
@@ -219,14 +226,17 @@ def profile(
     options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
     """Measure error and bytes of every option of every layer, once for all budgets and strategies."""
     from autocompress import pipeline
+    from autocompress.engines import check_engine
     from autocompress.planning import size_range
     from autocompress.tasks import load_task
 
+    check_engine(engine)
     offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
@@ -234,7 +244,7 @@ def profile(
         _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
         return
     with _progress() as progress:
-        made = pipeline.profiled(model, data, seed, store, offered, workers=workers, progress=progress)
+        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine)
     low, high = size_range(made)
     facts = {
         "layers": len(made.layers),

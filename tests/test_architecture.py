@@ -31,6 +31,7 @@ ORDER = [
     "obs",
     "compressors",
     "records",
+    "workloads",
     "engines",
     "profiling",
     "planning",
