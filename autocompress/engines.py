@@ -34,6 +34,7 @@ from autocompress.errors import AutocompressError
 __all__ = ["ENGINES", "EngineError", "WorkerError", "check_engine", "run_tasks"]
 
 ENGINES = ("inline", "processes", "ray")
+RETRIES = 3  # of a task on Ray whose worker or node dies: nodes that are lent come and go
 ATTEMPTS = 2  # at a task whose worker dies under it: a second time is no accident
 MUST_AGREE = ("autocompress", "python", "numpy", "scipy", "numba", "machine")  # on all nodes, for the bits to agree
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run_tasks(
     engine: one of `ENGINES`; None is `processes` where there are several workers and tasks, else `inline`, which runs
     everything in order. workers: how many tasks may run at a time; on Ray, that many processes are started here unless
     this process is connected to a cluster already, or RAY_ADDRESS names one, whose cores then are the limit. Raises
-    WorkerError, with the task's own traceback, if a task fails in a worker, or its worker dies `ATTEMPTS` times;
+    WorkerError, with the task's own traceback, if a task fails in a worker, or its workers die one after another;
     EngineError as `check_engine`.
     """
     if check_engine(engine) is None:
@@ -168,7 +169,7 @@ def _on_ray(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -> Iter
     if own:
         _start_ray(ray, workers)
     try:
-        remote = ray.remote(num_cpus=1, max_retries=ATTEMPTS)(_ray_task)
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_ray_task)
         here = _must_agree()
         todo = iter(range(len(tasks)))
         running: dict[Any, int] = {}

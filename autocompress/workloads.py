@@ -6,12 +6,14 @@ leaves m = (1 - s) d columns of each; S = min(R, 16) rows are what a rate table 
     trace      multiply-adds of the greedy order        R d³/3; d³ for a layer that shares one order
     factor     of triangular factors                    Σ over structures of m³/3 per row (and once more for the refit
                                                         of uniform grids); d³/3 for a layer that shares one
-    feedback   of each code's error on the next ones    Σ over cells of m²/2 per row; the gather of a factor is another
-    product    of products with the whole Hessian       d² per row for each error and each step of a refit
-    coded      weights that are rounded and coded       R d per option
-    searched   grid points tried for a step             R d per uniform width
+    feedback   of each code's error on the next ones    m²/2 per row and cell, and for the gather of a factor; 64 d
+                                                        for a layer that shares one, whose other errors are products
+    product    of products of whole matrices            d² per row for each error and each step of a shared refit;
+                                                        d²/2 per row and cell for a layer that shares one factor
+    coded      weights that are rounded and coded       m per row and cell, rounded; R d per option, coded
+    searched   weights that a step is searched for      R d per uniform width
     trellis    weights that a trellis walks             R d per (step, λ), and three times S d
-    option     options, whose arrays and headers cost the same whatever the layer's size
+    option     options that are quantised, whose arrays cost the same whatever the layer's size
 """
 
 from __future__ import annotations
@@ -45,17 +47,15 @@ def counts(
     found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     structures: dict[tuple[str, float], int] = Counter()
     for option in options:
-        found["option"] += 1
-        found["coded"] += R * d
-        if option.is_dense or option.half:
+        if option.is_dense or option.half or (option.trellis and (table or not exact)):
             continue
+        found["option"] += 1
         if not table:
             found["product"] += R * d * d
         if option.trellis:
-            if not table and exact:
-                found["trellis"] += (R + (3 * S if option.lam else 0)) * d
-                found["feedback"] += (R + (3 * S if option.lam else 0)) * d * d // 2
+            found["trellis"] += (R + (3 * S if option.lam else 0)) * d
             continue
+        found["coded"] += R * d
         if option.step is None:
             found["searched"] += R * d
         structures["rd" if option.step is not None else "grid", option.sparsity] += 1
@@ -67,19 +67,21 @@ def counts(
         found["factor"] += groups * d**3 // 3
     for (kind, sparsity), cells in structures.items():
         m = max(0.0, (1.0 - sparsity / 100.0) * d)
+        walked = cells * (R + (S if kind == "rd" else 0))
+        found["coded"] += round(walked * m)
         passes = R * (1 + (kind == "grid" and sparsity > 0)) + (S if kind == "rd" else 0)
         if exact:
             found["factor"] += round(passes * m**3 / 3)
-            found["feedback"] += round(passes * m * m / 2)
+            found["feedback"] += round((passes + walked) * m * m / 2)
         else:
             found["factor"] += groups * d**3 // 3 * (1 + (kind == "rd"))
-            found["product"] += (REFITS * passes * d * d) if sparsity > 0 else 0
-        found["feedback"] += round(cells * (R + (S if kind == "rd" else 0)) * m * m / 2)
+            found["product"] += (REFITS * passes * d * d if sparsity > 0 else 0) + walked * d * d // 2
+            found["feedback"] += 64 * walked * d
     return found
 
 
-# Seconds per operation of each kind on one thread, as `experiments/bench_engines.py` measured them on the machine of its
-# results; `estimating.measured_rates` measures those of the machine at hand.
+# Seconds per operation of each kind on one thread, as `experiments/bench_engines.py` measured them on the machine of
+# its results; `estimating.measured_rates` measures those of the machine at hand.
 REFERENCE: Mapping[str, float] = {
     "trace": 5e-11,
     "factor": 5e-11,

@@ -50,6 +50,7 @@ ORDER = [
     "training",
     "reporting",
     "pipeline",
+    "estimating",
     "demo",
     "cli",
     "__main__",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from networks import OPTIONS, small_profile
 
+from autocompress import engines
 from autocompress.calibration import calibrate
 from autocompress.engines import WorkerError, run_tasks
 from autocompress.profiling import profile
@@ -20,6 +21,7 @@ ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 # Workers import tasks by module and name, from the folder that the fixture puts on their path.
 HERE = Path(__file__).parent
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 def matrix(seed: int, size: int) -> np.ndarray:
@@ -60,9 +62,10 @@ def cluster() -> Iterator[Any]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-        found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False}, connect=True)
-        found.node = node
+        patch.setenv("RAY_worker_niceness", "0")  # of 15 by default: beside other tests its workers hardly run
+        config = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
+        head = {**NODE, "include_dashboard": False, "_system_config": config}
+        found = Cluster(initialize_head=True, head_node_args=head, connect=True)
         try:
             yield found
         finally:
@@ -77,7 +80,8 @@ def test_the_cluster_gives_the_same_bits_as_inline(cluster: Any) -> None:
     assert list(run_tasks(matrix, [], 1, "ray")) == []
 
 
-def test_failures_of_tasks_and_of_workers_are_reported(cluster: Any) -> None:
+def test_failures_of_tasks_and_of_workers_are_reported(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "RETRIES", 0)  # each takes a new worker, and so seconds
     with pytest.raises(WorkerError, match=r"(?s)task 1 failed in a worker: index 1 is bad\n.*in fail_at"):
         list(run_tasks(fail_at, [(i, 1) for i in range(3)], 1, "ray"))
     with pytest.raises(WorkerError, match=r"task 0 failed .*ended unexpectedly \(WorkerCrashedError\)"):
@@ -85,10 +89,10 @@ def test_failures_of_tasks_and_of_workers_are_reported(cluster: Any) -> None:
 
 
 def test_a_node_is_killed_in_the_middle(cluster: Any, tmp_path: Path) -> None:
-    second = cluster.add_node(**cluster.node)
+    second = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     payload = np.arange(50_000.0)
-    tasks = [(str(tmp_path), i, 0.5, payload) for i in range(10)]
+    tasks = [(str(tmp_path), i, 0.3, payload) for i in range(10)]
     finished: dict[int, Any] = {}
     begun: dict[int, int] = {}
     for index, value in run_tasks(noted, tasks, 1, "ray"):
