@@ -1,7 +1,8 @@
 """Minutes, memory and disk of a run, predicted before anything starts: counted work times rates measured here.
 
     calibrate   samples · (seconds of a forward pass with its products, of some samples) for a task, on its own model;
-                for shapes, positions · (weights + Σ d²/2 of the inputs) multiply-adds at the rate of a product
+                for shapes, positions · (weights + Σ d²/2 of the inputs) multiply-adds at the rate of a product, on
+                the cores of this machine: it is the calling process that calibrates
     profile     Σ over layers of Σ over kinds of operations · rate (`workloads`), dealt to the workers largest first
     memory      of the calling process: libraries + 4 bytes per parameter, 16 per weight of a layer (float64, order,
                 loss) + calibration data + Hessians; of a worker: libraries + its largest task (`task_bytes`)
@@ -31,7 +32,18 @@ from autocompress.threads import default_workers, single_threaded
 from autocompress.types import DENSE, Option
 from autocompress.workloads import KINDS, START_SECONDS, counts, schedule, seconds
 
-__all__ = ["Estimate", "Network", "Unit", "estimate", "llama", "measured_rates", "network_of"]
+__all__ = [
+    "Estimate",
+    "EstimateError",
+    "Network",
+    "Unit",
+    "bench_layer",
+    "estimate",
+    "families",
+    "llama",
+    "measured_rates",
+    "network_of",
+]
 
 LIBRARIES = 400 << 20  # of a process with torch and the compiled kernels; see results/estimates.csv
 CODES_HELD = 1 << 28  # bytes of codes that a task holds at once (compressors.base), made and copied
@@ -125,7 +137,7 @@ def estimate(
     passes = network.pass_seconds
     if passes is None:
         products = {u.input: u.shape[0] * u.shape[2] ** 2 / 2 * u.positions for u in network.units if not u.table}
-        passes = (sum(u.macs for u in network.units) + sum(products.values())) * rates["product"] / workers
+        passes = (sum(u.macs for u in network.units) + sum(products.values())) * rates["product"] / default_workers()
     held = 4 * network.parameters + network.data_bytes + 16 * sum(u.weights for u in network.units)
     largest = max((task_bytes(u, offered, exact_limit) for u in network.units), default=0)
     memory = LIBRARIES + held + network.hessian_bytes() + (largest if alone else 0)
@@ -241,10 +253,10 @@ def measured_rates() -> dict[str, float]:
     Products, factors and traces are timed by themselves, at a size where their own rate shows; the other kinds are what
     fits the times of small layers best: non-negative least squares of relative errors (`fit`).
     """
-    problems = [(shape, options, limit) for shape, limit in BENCHES for options in _families(shape)]
+    problems = [(shape, options, limit) for shape, limit in BENCHES for options in families(shape)]
     for limit in (EXACT_LIMIT, 0.0):
-        profile_layer(_problem((1, 2, 8), limit), default_options())  # compiles, or loads what is compiled
-    times = [_least(lambda s=s, o=o, m=m: profile_layer(_problem(s, m), o)) for s, o, m in problems]
+        profile_layer(bench_layer((1, 2, 8), limit), default_options())  # compiles, or loads what is compiled
+    times = [_least(lambda s=s, o=o, m=m: profile_layer(bench_layer(s, m), o)) for s, o, m in problems]
     return fit([counts(s, o, exact_limit=m) for s, o, m in problems], times, basic_rates())
 
 
@@ -258,7 +270,7 @@ BENCHES = (
 )
 
 
-def _families(shape: Sequence[int]) -> list[list[Option]]:
+def families(shape: Sequence[int]) -> list[list[Option]]:
     """The default options by what realises them; the trellis, which is slow, on the smaller layers only."""
     found = default_options()
     grids, steps = [o for o in found if o.bits], [o for o in found if o.step is not None and not o.trellis]
@@ -308,7 +320,7 @@ def _least(run: Any) -> float:
     return best
 
 
-def _problem(shape: tuple[int, int, int], exact_limit: float) -> LayerProblem:
+def bench_layer(shape: tuple[int, int, int], exact_limit: float) -> LayerProblem:
     """A layer whose inputs have some structure, as a trained network's have."""
     groups, rows, d = shape
     generator = np.random.default_rng(0)

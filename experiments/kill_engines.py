@@ -112,7 +112,7 @@ def killed(run: Run, victim: str, moment: float, seed: int) -> Trial:
             os.kill(random.Random(seed).choice(targets), signal.SIGKILL)
     output, _ = process.communicate()
     survived = process.returncode == 0
-    if not survived and not gone(family, 30.0):
+    if not survived and not gone(family, 180.0):
         raise RuntimeError(f"processes outlived their driver: {sorted(filter(alive, family))}")
     before = run.layers()
     found = run.finish()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autocompress.engines import WorkerError, run_tasks
+from autocompress.engines import EngineError, WorkerError, check_engine, run_tasks
 
 # Workers import tasks by module and name; this file is one on their path because the test puts its folder there.
 
@@ -58,8 +58,8 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
-def collect(function: Any, tasks: list[tuple[Any, ...]], workers: int) -> list[Any]:
-    found = dict(run_tasks(function, tasks, workers))
+def collect(function: Any, tasks: list[tuple[Any, ...]], workers: int, engine: str | None = None) -> list[Any]:
+    found = dict(run_tasks(function, tasks, workers, engine))
     assert sorted(found) == list(range(len(tasks)))
     return [found[i] for i in range(len(tasks))]
 
@@ -94,6 +94,19 @@ def test_inline_runs_in_this_process_and_workers_in_others() -> None:
     assert len(workers) <= 2
     assert gone(workers, 1.0)
     assert collect(process_id, [], 2) == []
+
+
+def test_engines_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [(i,) for i in range(2)]
+    assert [value for _, value in run_tasks(process_id, tasks, 2, "inline")] == [os.getpid()] * 2
+    one = {value for _, value in run_tasks(process_id, tasks, 1, "processes")}
+    assert len(one) == 1
+    assert os.getpid() not in one
+    with pytest.raises(EngineError, match="there is no engine 'dask'; there are inline, processes, ray"):
+        collect(process_id, [], 1, "dask")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"needs Ray, which is not installed: pip install 'autocompress\[ray\]'"):
+        check_engine("ray")
 
 
 def test_a_task_that_raises_is_reported_with_its_traceback() -> None:

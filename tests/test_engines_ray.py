@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -86,6 +87,30 @@ def test_failures_of_tasks_and_of_workers_are_reported(cluster: Any, monkeypatch
         list(run_tasks(fail_at, [(i, 1) for i in range(3)], 1, "ray"))
     with pytest.raises(WorkerError, match=r"task 0 failed .*ended unexpectedly \(WorkerCrashedError\)"):
         list(run_tasks(die_at, [(0, 0)], 1, "ray"))
+
+
+def die_once(folder: str, index: int) -> int:
+    """The first that gets number 1 is killed."""
+    import signal
+
+    with contextlib.suppress(FileExistsError):
+        if index == 1:
+            Path(folder, "died").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return index
+
+
+def test_a_worker_that_is_killed_is_replaced(cluster: Any, tmp_path: Path) -> None:
+    tasks = [(str(tmp_path), i) for i in range(3)]
+    assert dict(run_tasks(die_once, tasks, 1, "ray")) == {i: i for i in range(3)}
+    assert (tmp_path / "died").exists()
+
+
+def test_a_node_of_other_versions_is_refused(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = engines._must_agree()
+    monkeypatch.setattr(engines, "_must_agree", lambda: {**here, "numba": "0.1"})
+    with pytest.raises(WorkerError, match=rf"has numba {here['numba']} \(needed 0.1\); install the same on every node"):
+        list(run_tasks(fail_at, [(0, 1)], 1, "ray"))
 
 
 def test_a_node_is_killed_in_the_middle(cluster: Any, tmp_path: Path) -> None:
