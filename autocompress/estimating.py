@@ -57,7 +57,7 @@ class EstimateError(AutocompressError):
 @dataclass(frozen=True)
 class Unit:
     """A layer as the estimate sees it: matrix (groups, rows, d), the input that it shares with others by name, and how
-    many positions of a sample it multiplies; table: rows that are only looked up.
+    many positions of a sample it multiplies; table: rows that are only looked up; reached: whether calibration uses it.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Unit:
     input: str
     positions: float
     table: bool = False
+    reached: bool = True
 
     @property
     def weights(self) -> int:
@@ -145,7 +146,7 @@ def estimate(
     if network.block:
         inside = sum(u.weights for u in network.units if u.name in network.block)
         streaming = 4 * inside + network.hessian_bytes(network.block) + round(1.5 * 2**30)
-    ordered = sum(u.weights for u in network.units if any(o.bits or o.step for o in offered))
+    ordered = sum(u.weights for u in network.units if u.reached and any(o.bits or o.step for o in offered))
     return Estimate(
         passes * network.samples,
         profile,
@@ -222,9 +223,9 @@ def network_of(model: Any, data: Sequence[Any]) -> Network:
     for layer in find_layers(model):
         found = stats.layers.get(layer.name)
         reads = layer.name if found is None else str(id(found.hessian))
-        table = found is not None and found.row_weights is not None and not len(found.hessian)
+        table = found is None or (found.row_weights is not None and not len(found.hessian))
         positions = 0.0 if found is None else found.positions / stats.samples
-        units.append(Unit(layer.name, layer.matrix_shape, reads, positions, table))
+        units.append(Unit(layer.name, layer.matrix_shape, reads, positions, table, found is not None))
     tensors = {t.data_ptr(): t.numel() for t in (*model.parameters(), *model.buffers())}
     kept = [t for batch in data for t in _tensors(batch)]
     samples = sum(batch_samples(batch) for batch in split_batches(list(data))[0])

@@ -83,14 +83,14 @@ def counts(
 # Seconds per operation of each kind on one thread, as `experiments/bench_engines.py` measured them on the machine of
 # its results; `estimating.measured_rates` measures those of the machine at hand.
 REFERENCE: Mapping[str, float] = {
-    "trace": 5e-11,
-    "factor": 5e-11,
-    "feedback": 2e-10,
-    "product": 2e-11,
-    "coded": 3e-8,
-    "searched": 1e-7,
-    "trellis": 1e-6,
-    "option": 1e-3,
+    "trace": 5.3e-11,
+    "factor": 1.1e-11,
+    "product": 1.8e-11,
+    "feedback": 1.1e-9,
+    "coded": 8.0e-8,
+    "searched": 3.6e-7,
+    "trellis": 1.9e-6,
+    "option": 2.1e-4,
 }
 START_SECONDS = 4.0  # of one core, for a worker to be there with its libraries
 

@@ -55,7 +55,8 @@ def wait(path: str, index: int) -> int:
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))
 
 
 def collect(function: Any, tasks: list[tuple[Any, ...]], workers: int, engine: str | None = None) -> list[Any]:

@@ -64,9 +64,7 @@ def cluster() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("RAY_worker_niceness", "0")  # of 15 by default: beside other tests its workers hardly run
-        config = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
-        head = {**NODE, "include_dashboard": False, "_system_config": config}
-        found = Cluster(initialize_head=True, head_node_args=head, connect=True)
+        found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False}, connect=True)
         try:
             yield found
         finally:
