@@ -109,6 +109,9 @@ SequentialOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; the result does not depend on it.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="inline, processes or ray: where layers are computed; the result is the same.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 OptionsOption = Annotated[
@@ -176,14 +179,17 @@ def compress(
     options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
     """Calibrate, profile, plan, apply, and write a file within the budget, with its account."""
     from autocompress import pipeline
+    from autocompress.engines import check_engine
     from autocompress.tasks import load_task
 
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
+    check_engine(engine)
     offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
@@ -203,6 +209,7 @@ def compress(
             store=store,
             options=offered,
             workers=workers,
+            engine=engine,
             loss=found.loss,
             progress=progress,
             task=task,
@@ -220,14 +227,17 @@ def profile(
     options: OptionsOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
     """Measure error and bytes of every option of every layer, once for all budgets and strategies."""
     from autocompress import pipeline
+    from autocompress.engines import check_engine
     from autocompress.planning import size_range
     from autocompress.tasks import load_task
 
+    check_engine(engine)
     offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(seed)
@@ -235,7 +245,7 @@ def profile(
         _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
         return
     with _progress() as progress:
-        made = pipeline.profiled(model, data, seed, store, offered, workers=workers, progress=progress)
+        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine)
     low, high = size_range(made)
     facts = {
         "layers": len(made.layers),
@@ -532,11 +542,26 @@ def precrop(
 
 
 @command(cls=_Command)
-def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine offers: versions, cores, caches, the data folder."""
+def doctor(
+    estimate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK", help="Minutes, memory and disk of a profile of TASK, or of a Llama's config.json."
+        ),
+    ] = None,
+    options: OptionsOption = None,
+    workers: WorkersOption = None,
+    samples: Annotated[int, typer.Option(min=1, help="With a config.json: texts of the calibration.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="With a config.json: tokens of each.")] = 2048,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine offers: versions, cores, caches, the data folder. With --estimate: what a profile takes."""
     from autocompress.doctor import diagnose
     from autocompress.reporting.tables import facts_table
 
+    if estimate is not None:
+        _show_facts(_estimated(estimate, _offered(options), workers, samples, tokens), as_json)
+        return
     found = diagnose()
     if as_json:
         _print_json({name: {"good": good, "found": text} for name, (good, text) in found.items()})
@@ -546,6 +571,35 @@ def doctor(as_json: JsonOption = False) -> None:
         )
     if bad := [name for name, (good, _) in found.items() if not good]:
         fail(f"{', '.join(bad)}: see above", 1)
+
+
+def _estimated(task: str, offered: list[Any] | None, workers: int | None, samples: int, tokens: int) -> dict[str, Any]:
+    from autocompress import estimating
+    from autocompress.tasks import load_task
+
+    if task.endswith(".json"):
+        network = estimating.llama(task, samples, tokens)
+    else:
+        found = load_task(task)
+        network = estimating.network_of(found.build_model(), found.calibration_batches(0))
+    with _progress() as progress:
+        progress("measure this machine", 0, 1)
+        rates = estimating.measured_rates()
+        progress("measure this machine", 1, 1)
+    expected = estimating.estimate(network, rates, workers, offered)
+    return {
+        "layers": len(network.units),
+        "weights": sum(unit.weights for unit in network.units),
+        "calibration_samples": network.samples,
+        "workers": expected.workers,
+        "minutes": round(expected.minutes, 3),
+        "minutes_calibrating": round(expected.calibrate_seconds / 60.0, 3),
+        "minutes_of_largest_layer": round(expected.tasks[0] / 60.0, 3) if expected.tasks else 0.0,
+        "memory_bytes": expected.memory_bytes,
+        "memory_bytes_of_each_worker": expected.worker_bytes,
+        **({} if expected.streaming_bytes is None else {"memory_bytes_block_by_block": expected.streaming_bytes}),
+        "disk_bytes": expected.disk_bytes,
+    }
 
 
 def _limits(budget: str, macs: str | None, bops: str | None, latency_ms: str | None) -> str:

@@ -25,6 +25,7 @@ from autocompress.calibration import Statistics, calibrate
 from autocompress.comparing import compare, task_context, write_comparison
 from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
+from autocompress.engines import check_engine
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
@@ -96,6 +97,7 @@ def compress(
     store: str | Path | None = None,
     options: list[Option | str] | None = None,
     workers: int | None = None,
+    engine: str | None = None,
     loss: Callable[[nn.Module, Batch], Any] | None = None,
     progress: Progress | None = None,
     task: str | None = None,
@@ -119,6 +121,7 @@ def compress(
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
+    check_engine(engine)
     if wanted.latency_ms is not None:
         require_forms([option for option in named_options(options or []) if option.width is None])
     if sequential and (limits := _other_limits(wanted)):
@@ -133,7 +136,7 @@ def compress(
             # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        found = _profiled(model, data, stats, store or folder / "profile", options, workers, say)
+        found = _profiled(model, data, stats, store or folder / "profile", options, workers, say, engine)
         given = data[0] if example is None else example
         if wanted.latency_ms is not None:
             with say.stage("time layers"):
@@ -294,11 +297,13 @@ def profiled(
     options: list[Option | str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    engine: str | None = None,
 ) -> Profile:
     """Calibrate and profile. Raises the errors of both."""
+    check_engine(engine)
     say = _Clock(progress)
     stats = _calibrated(model, data, seed, None, options, workers, say)
-    return _profiled(model, data, stats, store, options, workers, say)
+    return _profiled(model, data, stats, store, options, workers, say, engine)
 
 
 def compare_seeds(
@@ -424,6 +429,7 @@ def _profiled(
     options: list[Option | str] | None,
     workers: int | None,
     say: _Clock,
+    engine: str | None = None,
 ) -> Profile:
     channels = None
     if any(option.width is not None for option in named_options(options or [])):
@@ -431,7 +437,7 @@ def _profiled(
             channels = widths(model, data[0], stats)
     with say.stage("profile", len(stats.layers) + len(stats.unreached)) as advance:
         return profile(
-            model, stats, store, options, workers, progress=lambda done, *_: advance(done), channels=channels
+            model, stats, store, options, workers, lambda done, *_: advance(done), channels=channels, engine=engine
         )
 
 
