@@ -208,6 +208,7 @@ def compress(
             task=task,
             sequential=sequential,
             example=None if found.example_input is None else found.example_input(),
+            embedding=found.embedding,
         )
     _show_result(result, as_json)
 
@@ -277,7 +278,7 @@ def plan(
 
         found = load_task(task)
         model, data = found.build_model(), found.calibration_batches(seed)
-        context = Context(model, data, loss=found.loss, seed=seed, effort=effort)
+        context = Context(model, data, loss=found.loss, seed=seed, effort=effort, embedding=found.embedding)
         if wanted.latency_ms is not None:
             from autocompress.timing import timed
 

@@ -125,7 +125,8 @@ class _Training:
 def task_context(task: Task, seed: int = 0, effort: str = "normal") -> Context:
     """The context of a task: its model, its calibration batches of a seed, its loss and labelled batches, if any."""
     training = None if task.training is None else _Training(task, seed)
-    return Context(task.build_model(), task.calibration_batches(seed), task.loss, seed, effort, training)
+    model, data = task.build_model(), task.calibration_batches(seed)
+    return Context(model, data, task.loss, seed, effort, training, task.embedding)
 
 
 def _named(
