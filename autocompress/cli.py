@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from autocompress.profiling import Profile
+    from autocompress.tasks import Task
     from autocompress.types import Plan
 
 __all__ = ["app", "main"]
@@ -82,7 +83,12 @@ app = typer.Typer(
 command = app.command
 
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="A Python file or module with model() and calibration(), or `digits`.")
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="A Python file or module with model() and calibration(), or `digits`; with --text, the folder of a model "
+        "that transformers loads.",
+    ),
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `autocompress compress` wrote.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.acz.")]
@@ -115,6 +121,13 @@ OptionsOption = Annotated[
     str | None,
     typer.Option("--options", help="What a layer may become: names (s75,2:4w8) or families (int8, nm, ..., all)."),
 ]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="For a model folder: the text to calibrate on.")
+]
+LengthOption = Annotated[
+    int | None, typer.Option(min=1, help="For a model folder: tokens of one calibration sample (default: 128).")
+]
+SamplesOption = Annotated[int, typer.Option(min=2, help="For a model folder: how many calibration samples.")]
 TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
 
 
@@ -138,6 +151,23 @@ def _offered(options: str | None) -> list[Any] | None:
     from autocompress.compressors import named_options
 
     return None if options is None else list(named_options([options]))
+
+
+def _task(spec: str, text: Path | None = None, length: int | None = None, samples: int = 256) -> Task:
+    """The task of a file, a module or a model folder. Raises TaskError."""
+    from autocompress.tasks import load_task
+
+    if text is None and not (Path(spec).is_dir() or _looks_like_hub(spec)):
+        return load_task(spec)
+    from autocompress.hf import model_task
+
+    return model_task(spec, text, length, samples)
+
+
+def _looks_like_hub(spec: str) -> bool:
+    """Whether a name that is no file may be that of a model on the hub, owner/name."""
+    parts = spec.split("/")
+    return len(parts) == 2 and all(parts) and not spec.endswith(".py") and not Path(parts[0]).exists()
 
 
 def _counted(offered: list[Any] | None) -> dict[str, int]:
@@ -174,6 +204,12 @@ def compress(
     effort: EffortOption = "normal",
     sequential: SequentialOption = None,
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A Python file with evaluate(model), instead of the task's own.")
+    ] = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -181,11 +217,12 @@ def compress(
 ) -> None:
     """Calibrate, profile, plan, apply, and write a file within the budget, with its account."""
     from autocompress import pipeline
-    from autocompress.tasks import load_task
+    from autocompress.tasks import load_evaluate
 
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
     offered = _offered(options)
-    found = load_task(task)
+    found = _task(task, text, length, samples)
+    metric = found.evaluate if evaluate is None else load_evaluate(evaluate)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, wanted, out, store) | _counted(offered), as_json)
@@ -195,7 +232,7 @@ def compress(
             model,
             data,
             wanted,
-            evaluate=found.evaluate,
+            evaluate=metric,
             strategy=strategy,
             effort=effort,
             seed=seed,
@@ -218,6 +255,9 @@ def profile(
     task: TaskArgument,
     store: Annotated[Path, typer.Option(help="Where the profile is kept; a begun one is taken up again.")],
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -226,10 +266,9 @@ def profile(
     """Measure error and bytes of every option of every layer, once for all budgets and strategies."""
     from autocompress import pipeline
     from autocompress.planning import size_range
-    from autocompress.tasks import load_task
 
     offered = _offered(options)
-    found = load_task(task)
+    found = _task(task, text, length, samples)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
@@ -262,6 +301,9 @@ def plan(
     effort: EffortOption = "normal",
     seed: SeedOption = 0,
     task: TaskOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
     out: Annotated[Path | None, typer.Option(help="Write the plan there, as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -274,9 +316,8 @@ def plan(
     context = None
     if task is not None:
         from autocompress.measuring import Context
-        from autocompress.tasks import load_task
 
-        found = load_task(task)
+        found = _task(task, text, length, samples)
         model, data = found.build_model(), found.calibration_batches(seed)
         context = Context(model, data, loss=found.loss, seed=seed, effort=effort, embedding=found.embedding)
         if wanted.latency_ms is not None:
@@ -344,10 +385,9 @@ def compare(
 def verify(folder: FolderArgument, task: TaskOption = None, as_json: JsonOption = False) -> None:
     """Check a result: budget, checksums, options, figures. With --task: that it loads and scores the same."""
     from autocompress.reporting.tables import facts_table
-    from autocompress.tasks import load_task
     from autocompress.verifying import verify as verified
 
-    found = verified(folder, None if task is None else load_task(task))
+    found = verified(folder, None if task is None else _task(task))
     if as_json:
         _print_json({"good": found.good, "checks": [vars(c) for c in found.checks]})
     else:
@@ -385,9 +425,8 @@ def export(
 
     from autocompress.exporting import CompressedTensors, ExportWarning, Onnx, exporter_named
     from autocompress.exporting import export as exported
-    from autocompress.tasks import load_task
 
-    found = None if task is None else load_task(task)
+    found = None if task is None else _task(task)
     exporter = exporter_named(format)
     if isinstance(exporter, Onnx):
         exporter = Onnx(weights=weights, matmul_nbits=matmul_nbits)

@@ -7,39 +7,33 @@ tokenizer beside them. Needs the extra `hf` (transformers), which is imported wh
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from autocompress.batches import Batch
 from autocompress.errors import TaskError
 from autocompress.tasks import Task
 
-__all__ = ["is_model_folder", "mean_embedding", "model_task", "perplexity", "pretrained", "window_batches", "windows"]
+__all__ = ["mean_embedding", "model_task", "perplexity", "pretrained", "window_batches", "windows"]
 
 TAIL = 0.1  # of the windows of a text, its last ones: what a causal model's perplexity is reported on
 BATCH = 32  # windows of one batch
-
-
-def is_model_folder(spec: str | Path) -> bool:
-    """Whether a task's name is a model folder, or the name of a model on the hub, which `model_task` refuses."""
-    path = Path(spec)
-    if path.exists():
-        return path.is_dir()
-    return path.suffix != ".py" and re.fullmatch(r"[\w.-]+/[\w.-]+", str(spec)) is not None
+LENGTH = 128  # tokens of a window, unless told otherwise
 
 
 def model_task(
     folder: str | Path,
     text: str | Path | None = None,
-    length: int = 128,
+    length: int | None = None,
     samples: int = 256,
 ) -> Task:
     """The task of a model folder: `samples` windows of `length` tokens of a text to calibrate on, drawn by the seed.
+    By default a window has 128 tokens, or what the model takes if that is less.
 
     A model with a head for causal language modelling in `architectures` of config.json is one, and reports
     `evaluate` = -exp(mean cross-entropy per token) on the last tenth of the text, which calibration never sees; any
@@ -60,12 +54,13 @@ def model_task(
         if text is None:
             raise TaskError(f"{path} is a model folder, and calibration needs a text: give one (--text FILE)")
         limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise TaskError(f"windows of {length} tokens are longer than the model takes, {limit}; give a lower length")
-        found = windows(_tokenizer(path), _read(Path(text)), length)
+        size = min(LENGTH, limit or LENGTH) if length is None else length
+        if limit is not None and size > limit:
+            raise TaskError(f"windows of {size} tokens are longer than the model takes, {limit}; give a lower length")
+        found = windows(_tokenizer(path), _read(Path(text)), size)
         tail = max(1, round(TAIL * len(found))) if causal else 0
         if len(found) - tail < 2:
-            raise TaskError(f"{text} has {len(found)} windows of {length} tokens; needed are {2 + tail} at least")
+            raise TaskError(f"{text} has {len(found)} windows of {size} tokens; needed are {2 + tail} at least")
         return found[: len(found) - tail], found[len(found) - tail :]
 
     def calibration(seed: int = 0) -> list[Batch]:
@@ -95,7 +90,7 @@ def pretrained(kind: Any, folder: Path, **arguments: Any) -> nn.Module:
     logging.disable_progress_bar()
     try:
         return kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **arguments).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise TaskError(f"the model in {folder} cannot be loaded: {_line(error)}") from error
     finally:
         logging.set_verbosity(level)

@@ -35,7 +35,7 @@ from autocompress.errors import AutocompressError, CalibrationError, TaskError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BUILTIN_TASKS", "Task", "load_task"]
+__all__ = ["BUILTIN_TASKS", "Task", "load_evaluate", "load_task"]
 
 BUILTIN_TASKS = {"digits": "autocompress.digits"}
 _REQUIRED = ("model", "calibration")
@@ -134,6 +134,16 @@ def load_task(spec: str | Path) -> Task:
         if functions[what] is not None:
             functions[what] = _returning_float(functions[what], what, name)
     return Task(name=name, source=source, folder=folder, **functions)
+
+
+def load_evaluate(path: str | Path) -> Callable[[torch.nn.Module], float]:
+    """The function evaluate(model) of a Python file, which needs nothing else. Raises TaskError as `load_task` does."""
+    file = Path(path)
+    function = getattr(_import_file(file), "evaluate", None)
+    if not callable(function):
+        raise TaskError(f"{path} does not define evaluate(model); needed a function that returns one number")
+    guarded = _guarded(function, "evaluate", file.stem, file.resolve().parent)
+    return _returning_float(guarded, "evaluate", file.stem)
 
 
 def _import_file(path: Path) -> ModuleType:
