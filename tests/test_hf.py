@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -45,6 +46,7 @@ def tiny_llama() -> Any:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,
+        initializer_range=0.4,  # so that blocks count beside the tied embedding, which alone repeats its input
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
@@ -221,3 +223,34 @@ def test_loading_says_nothing_and_leaves_the_library_as_it_was(bert: Path, capfd
     hf.model_task(bert).build_model()
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_query_key_and_value_share_one_hessian_and_a_tied_head_is_one_layer(llama: Path, text: Path) -> None:
+    task = hf.model_task(llama, text, length=16)
+    stats = ac.calibrate(task.build_model(), task.calibration_batches(0))
+    for block in range(2):
+        q, k, v, o = (stats.layers[f"model.layers.{block}.self_attn.{n}_proj"].hessian for n in "qkvo")
+        assert q is k
+        assert k is v
+        assert not np.array_equal(q, o)
+    table = stats.layers["model.embed_tokens"]
+    assert table.hessian.shape == (1, 32, 32)  # as the output head
+    assert table.row_weights is not None  # as the table
+    assert "lm_head" not in stats.layers
+
+
+def test_a_compressed_tensors_export_generates_the_same_tokens(llama: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra hf)")
+    out = tmp_path / "out"
+    arguments = ["--text", text, "--length", 16, "--options", "w3,w4,w8", "--effort", "fast", "--workers", 1]
+    assert call("compress", llama, "--budget", "6x", "--out", out, *arguments).code == 0
+    exported = tmp_path / "exported"
+    done = call("export", out, "--task", llama, "--format", "compressed-tensors", "--out", exported)
+    assert done.code == 0, done.err
+    own: Any = ac.load(out / "model.acz", transformers.AutoModelForCausalLM.from_pretrained(llama))
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    start = torch.tensor([[5, 9, 31], [17, 40, 8]])
+    wanted, found = (m.generate(start, max_new_tokens=24, do_sample=False, use_cache=True) for m in (own, theirs))
+    assert found.tolist() == wanted.tolist()
+    dense = tiny_llama().generate(start, max_new_tokens=24, do_sample=False)
+    assert dense.tolist() != wanted.tolist()  # so that weights matter to what is compared
