@@ -90,6 +90,7 @@ def _lean() -> list[Option]:
 FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "default": default_options,
     "lean": _lean,
+    "fine": lambda: _named(*(f"{c}({s},0.1)" for c in ("rd", "tcq") for s in (0.025, 0.035, 0.05, 0.071, 0.1, 0.141))),
     "int8": lambda: _named("w8", "w8t", "w8a"),
     "int4g128": lambda: _named("w4g128", "w8g128"),
     "int": lambda: _named(*(f"w{b}{s}" for b in range(1, 9) for s in ("", "a", "t", "g32", "g64", "g128"))),
