@@ -16,7 +16,7 @@ from autocompress.applying import carrying, encoded_of
 from autocompress.batches import chunk_batch, evaluating, feed
 from autocompress.factors import Factored
 from autocompress.inputs import slow_attention
-from autocompress.layers import CONVOLUTIONS
+from autocompress.layers import CONVOLUTIONS, is_rms_norm
 from autocompress.measuring import Context
 from autocompress.records import SCALED
 from autocompress.storage import Entry, float_entry, grid_codes, grid_entry, step_bytes
@@ -85,6 +85,8 @@ def _tunable(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, nn.Par
         fields: tuple[str, ...] = ("weight", "bias") if isinstance(module, SCALED) else ()
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             fields = ("bias",)
+        elif is_rms_norm(module):
+            fields = ("weight",)
         for field in fields:
             tensor = module._parameters.get(field)
             if tensor is not None and tensor.dtype == torch.float32 and (name := names[id(tensor)]) in entries:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import autocompress as ac
 from autocompress import hf
+from autocompress.compressors import named_options
 from autocompress.errors import TaskError
 
 WORDS = [f"w{i}" for i in range(56)]
@@ -139,6 +140,13 @@ def test_a_causal_model_is_compressed_and_read_back_into_its_class(llama: Path, 
     assert "model.embed_tokens" in layers
     assert "lm_head" not in layers  # one matrix, one entry
     assert call("verify", out, "--task", llama).code == 0
+
+
+def test_a_folder_gets_fewer_options_unless_told_otherwise(bert: Path, text: Path, tmp_path: Path) -> None:
+    for given, count in (([], len(named_options(["lean", "fine"]))), (["--options", "w4,w8"], 3)):
+        arguments = ["--text", text, "--budget", "4x", "--out", tmp_path / "out", "--dry-run", "--json", *given]
+        facts = json.loads(call("compress", bert, *arguments).out)
+        assert facts["options_per_layer"] == count
 
 
 def test_an_encoder_is_judged_by_its_hidden_states_and_reports_what_a_file_says(
