@@ -43,6 +43,8 @@ from autocompress.types import Option
 __all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
 CACHE_BYTES = 1 << 30
+OUTPUT_BYTES = 1 << 29  # of the dense model's outputs, kept because every plan is compared with them
+SCORES_AT_ONCE = 1 << 24  # in double precision: a language model has tens of thousands at every position
 SENSITIVITY_VERSION = 3
 # Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, and a bound
 # on the memory.
@@ -116,7 +118,7 @@ class Context:
         self._pieces["sample"] = chunk_batch(join_batches(self.fit, SAMPLE), PASS_SAMPLES)
         self._corrections = {n: join_batches(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
         self._digest = model_digest(model)
-        self._outputs: dict[str, list[torch.Tensor]] = {}
+        self._outputs: dict[tuple[str, int], torch.Tensor] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
         self._weights: dict[tuple[str, str, str], Parts] = {}
         self._checked: set[str] = set()
@@ -251,18 +253,26 @@ class Context:
         """Mean divergence per sample of a model's outputs from the dense model's on a part of the data (see
         `pieces`).
         """
-        pieces, reference = self._pieces[part], self._reference(part)
-        self.evaluations += 1
-        return self.mean_divergence(reference, self._forward(model, pieces), pieces)
+        return self._distances(model, part, (1.0,))[0]
 
     def judge(self, model: nn.Module, part: str = "held") -> tuple[float, float]:
         """`divergence_of`, and the same of outputs divided by `temperature`, from one pass."""
-        pieces, reference = self._pieces[part], self._reference(part)
+        plain, *soft = self._distances(model, part, tuple(dict.fromkeys((1.0, self.temperature))))
+        return plain, soft[0] if soft else plain
+
+    def _distances(self, model: nn.Module, part: str, temperatures: Sequence[float]) -> list[float]:
+        """The mean divergence per sample at each temperature. One piece of data after the other, as the outputs of a
+        language model for all of them may not fit into memory.
+        """
         self.evaluations += 1
-        outputs = self._forward(model, pieces)
-        plain = self.mean_divergence(reference, outputs, pieces)
-        soft = self.mean_divergence(reference, outputs, pieces, self.temperature) if self.temperature > 1.0 else plain
-        return plain, soft
+        found: list[list[float]] = [[] for _ in temperatures]
+        sizes = [batch_samples(piece) for piece in self._pieces[part]]
+        with torch.no_grad(), evaluating(model):
+            for piece, size, dense in zip(self._pieces[part], sizes, self._dense(part), strict=True):
+                output = self.output(model, piece)
+                for terms, temperature in zip(found, temperatures, strict=True):
+                    terms.append(divergence(dense, output, temperature, self.embedding is None) * size)
+        return [sum(terms) / sum(sizes) for terms in found]
 
     def output(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """What a model puts out for a batch, as plans are judged by it."""
@@ -294,24 +304,25 @@ class Context:
         for temperature in TEMPERATURES[:-1]:
             tops = [
                 float((output.double() / temperature).softmax(axis).amax(axis).mean())
-                for output in self._reference("held")
+                for output in self._dense("held")
                 if (axis := self.class_axis(output)) is not None
             ]
             if sum(tops) <= SOFT * len(tops):
                 return temperature
         return TEMPERATURES[-1]
 
-    def _reference(self, part: str) -> list[torch.Tensor]:
-        pieces = self._pieces[part]
-        if not pieces:
+    def _dense(self, part: str) -> Iterator[torch.Tensor]:
+        """The dense model's outputs for the pieces of a part, kept as far as `OUTPUT_BYTES` go, else computed again."""
+        if not self._pieces[part]:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
-        if part not in self._outputs:
-            self._outputs[part] = self._forward(self.model, pieces)
-        return self._outputs[part]
-
-    def _forward(self, model: nn.Module, pieces: list[Batch]) -> list[torch.Tensor]:
-        with torch.no_grad(), evaluating(model):
-            return [self.output(model, piece) for piece in pieces]
+        for i, piece in enumerate(self._pieces[part]):
+            output = self._outputs.get((part, i))
+            if output is None:
+                with torch.no_grad(), evaluating(self.model):
+                    output = self.output(self.model, piece)
+                if output.nbytes + sum(kept.nbytes for kept in self._outputs.values()) <= OUTPUT_BYTES:
+                    self._outputs[(part, i)] = output
+            yield output
 
     def sensitivities(
         self, profile: Profile, levels: tuple[float, ...] = LEVELS, soft: bool = False
@@ -418,5 +429,13 @@ def divergence(reference: torch.Tensor, output: torch.Tensor, temperature: float
     if axis is None:
         scale = float(reference.double().square().mean()) or 1.0
         return float((reference.double() - output.double()).square().mean()) / scale
+    if reference.numel() > SCORES_AT_ONCE and axis == -1:
+        rows = max(1, SCORES_AT_ONCE // reference.shape[-1])
+        pairs = zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in (reference, output)), strict=True)
+        return sum(_kl(a, b, axis, temperature) * len(a) for a, b in pairs) / (reference.numel() // reference.shape[-1])
+    return _kl(reference, output, axis, temperature)
+
+
+def _kl(reference: torch.Tensor, output: torch.Tensor, axis: int, temperature: float) -> float:
     log_p, log_q = (F.log_softmax(t.double() / temperature, axis) for t in (reference, output))
     return float((log_p.exp() * (log_p - log_q)).sum(axis).mean())

@@ -15,7 +15,7 @@ from tiny_tasks import call
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import autocompress as ac
-from autocompress import hf
+from autocompress import hf, measuring
 from autocompress.compressors import named_options
 from autocompress.errors import TaskError
 
@@ -262,3 +262,29 @@ def test_a_compressed_tensors_export_generates_the_same_tokens(llama: Path, text
     assert found.tolist() == wanted.tolist()
     dense = tiny_llama().generate(start, max_new_tokens=24, do_sample=False)
     assert dense.tolist() != wanted.tolist()  # so that weights matter to what is compared
+
+
+def test_outputs_that_do_not_fit_into_memory_measure_the_same(
+    llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = hf.model_task(llama, text, length=16)
+    model, data = task.build_model(), task.calibration_batches(0)
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.1)
+
+    def figures() -> tuple[list[float], int]:
+        context, calls = ac.Context(model, data), []
+        handle = model.register_forward_hook(lambda *_: calls.append(1))
+        found = [*context.judge(other), context.divergence_of(other, "all"), context.divergence_of(other)]
+        handle.remove()
+        return found, len(calls)
+
+    kept, calls = figures()
+    assert 0.0 < kept[0] == kept[3]
+    monkeypatch.setattr(measuring, "OUTPUT_BYTES", 0)
+    again, more = figures()
+    assert again == kept
+    assert more > calls  # the dense model ran again, instead of its outputs being held
+    monkeypatch.setattr(measuring, "SCORES_AT_ONCE", 1000)
+    assert figures()[0] == pytest.approx(kept, rel=1e-12)
