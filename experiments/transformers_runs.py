@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row is not None:
-        print(json.dumps(row_of(*arguments.row.split(":"), arguments)))
+        task, ratio, strategy, seed = arguments.row.split(":")
+        print(json.dumps(row_of(task, ratio, strategy, seed, arguments)))
         return
     path = RESULTS / "transformers_runs.csv"
     known = done_keys(path, KEYS)

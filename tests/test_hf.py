@@ -18,6 +18,7 @@ import autocompress as ac
 from autocompress import hf, measuring
 from autocompress.compressors import named_options
 from autocompress.errors import TaskError
+from autocompress.tasks import load_evaluate
 
 WORDS = [f"w{i}" for i in range(56)]
 
@@ -191,7 +192,7 @@ def test_padding_counts_nowhere_in_an_embedding() -> None:
 
 
 def test_what_is_missing_is_named(bert: Path, llama: Path, text: Path, tmp_path: Path) -> None:
-    refused = [
+    refused: list[tuple[list[Any], str]] = [
         (["sentence-transformers/all-MiniLM-L6-v2", "--text", text], "never downloaded"),
         (["sentence-transformers/all-MiniLM-L6-v2"], "hf download sentence-transformers/all-MiniLM-L6-v2"),
         ([bert], "calibration needs a text"),
@@ -217,6 +218,21 @@ def test_what_is_missing_is_named(bert: Path, llama: Path, text: Path, tmp_path:
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     with pytest.raises(TaskError, match=r"has 0 windows of 16 tokens; needed are 3 at least"):
         hf.model_task(llama, tmp_path / "short.txt", 16).calibration_batches(0)
+
+
+def test_a_metric_of_the_users_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "metric.py"
+    path.write_text("import helper\n\n\ndef evaluate(model):\n    return helper.value(model)\n")
+    (tmp_path / "helper.py").write_text("def value(model):\n    return {1: 2.5, 2: 'much'}[model]\n")
+    evaluate: Any = load_evaluate(path)
+    assert evaluate(1) == 2.5
+    with pytest.raises(TaskError, match="returned a str; needed one number"):
+        evaluate(2)
+    with pytest.raises(TaskError, match=r"evaluate\(\) failed: KeyError: 3"):
+        evaluate(3)
+    path.write_text("score = 1.0\n")
+    with pytest.raises(TaskError, match=r"does not define evaluate\(model\)"):
+        load_evaluate(path)
 
 
 def test_without_transformers_the_extra_is_named(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
