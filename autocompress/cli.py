@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from autocompress.profiling import Profile
+    from autocompress.tasks import Task
     from autocompress.types import Plan
 
 __all__ = ["app", "main"]
@@ -82,7 +83,12 @@ app = typer.Typer(
 command = app.command
 
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="A Python file or module with model() and calibration(), or `digits`.")
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="A Python file or module with model() and calibration(), or `digits`; with --text, the folder of a model "
+        "that transformers loads.",
+    ),
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `autocompress compress` wrote.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.acz.")]
@@ -118,6 +124,13 @@ OptionsOption = Annotated[
     str | None,
     typer.Option("--options", help="What a layer may become: names (s75,2:4w8) or families (int8, nm, ..., all)."),
 ]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="For a model folder: the text to calibrate on.")
+]
+LengthOption = Annotated[
+    int | None, typer.Option(min=1, help="For a model folder: tokens of one calibration sample (default: 128).")
+]
+SamplesOption = Annotated[int, typer.Option(min=2, help="For a model folder: how many calibration samples.")]
 TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
 
 
@@ -136,11 +149,30 @@ def _root(
         fail("no command; `autocompress --help` lists them", 2)
 
 
-def _offered(options: str | None) -> list[Any] | None:
-    """What --options names. Raises OptionError."""
+def _offered(options: str | None, task: str = "") -> list[Any] | None:
+    """What --options names; without it, for a model folder, a fifth of the usual ones. Raises OptionError."""
     from autocompress.compressors import named_options
 
+    if options is None and Path(task).is_dir():
+        options = "lean,fine"
     return None if options is None else list(named_options([options]))
+
+
+def _task(spec: str, text: Path | None = None, length: int | None = None, samples: int = 256) -> Task:
+    """The task of a file, a module or a model folder. Raises TaskError."""
+    from autocompress.tasks import load_task
+
+    if text is None and not (Path(spec).is_dir() or _looks_like_hub(spec)):
+        return load_task(spec)
+    from autocompress.hf import model_task
+
+    return model_task(spec, text, length, samples)
+
+
+def _looks_like_hub(spec: str) -> bool:
+    """Whether a name that is no file may be that of a model on the hub, owner/name."""
+    parts = spec.split("/")
+    return len(parts) == 2 and all(parts) and not spec.endswith(".py") and not Path(parts[0]).exists()
 
 
 def _counted(offered: list[Any] | None) -> dict[str, int]:
@@ -177,6 +209,12 @@ def compress(
     effort: EffortOption = "normal",
     sequential: SequentialOption = None,
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A Python file with evaluate(model), instead of the task's own.")
+    ] = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
@@ -186,12 +224,13 @@ def compress(
     """Calibrate, profile, plan, apply, and write a file within the budget, with its account."""
     from autocompress import pipeline
     from autocompress.engines import check_engine
-    from autocompress.tasks import load_task
+    from autocompress.tasks import load_evaluate
 
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
     check_engine(engine)
-    offered = _offered(options)
-    found = load_task(task)
+    offered = _offered(options, task)
+    found = _task(task, text, length, samples)
+    metric = found.evaluate if evaluate is None else load_evaluate(evaluate)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, wanted, out, store) | _counted(offered), as_json)
@@ -201,7 +240,7 @@ def compress(
             model,
             data,
             wanted,
-            evaluate=found.evaluate,
+            evaluate=metric,
             strategy=strategy,
             effort=effort,
             seed=seed,
@@ -216,6 +255,7 @@ def compress(
             sequential=sequential,
             example=None if found.example_input is None else found.example_input(),
             training=found.labelled_batches(seed),
+            embedding=found.embedding,
         )
     _show_result(result, as_json)
 
@@ -225,6 +265,9 @@ def profile(
     task: TaskArgument,
     store: Annotated[Path, typer.Option(help="Where the profile is kept; a begun one is taken up again.")],
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
@@ -235,11 +278,10 @@ def profile(
     from autocompress import pipeline
     from autocompress.engines import check_engine
     from autocompress.planning import size_range
-    from autocompress.tasks import load_task
 
     check_engine(engine)
-    offered = _offered(options)
-    found = load_task(task)
+    offered = _offered(options, task)
+    found = _task(task, text, length, samples)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
@@ -272,6 +314,9 @@ def plan(
     effort: EffortOption = "normal",
     seed: SeedOption = 0,
     task: TaskOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
     out: Annotated[Path | None, typer.Option(help="Write the plan there, as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -284,9 +329,8 @@ def plan(
     context = None
     if task is not None:
         from autocompress.comparing import task_context
-        from autocompress.tasks import load_task
 
-        found = load_task(task)
+        found = _task(task, text, length, samples)
         context = task_context(found, seed, effort)
         if wanted.latency_ms is not None:
             from autocompress.timing import timed
@@ -354,10 +398,9 @@ def compare(
 def verify(folder: FolderArgument, task: TaskOption = None, as_json: JsonOption = False) -> None:
     """Check a result: budget, checksums, options, figures. With --task: that it loads and scores the same."""
     from autocompress.reporting.tables import facts_table
-    from autocompress.tasks import load_task
     from autocompress.verifying import verify as verified
 
-    found = verified(folder, None if task is None else load_task(task))
+    found = verified(folder, None if task is None else _task(task))
     if as_json:
         _print_json({"good": found.good, "checks": [vars(c) for c in found.checks]})
     else:
@@ -395,9 +438,8 @@ def export(
 
     from autocompress.exporting import CompressedTensors, ExportWarning, Onnx, exporter_named
     from autocompress.exporting import export as exported
-    from autocompress.tasks import load_task
 
-    found = None if task is None else load_task(task)
+    found = None if task is None else _task(task)
     exporter = exporter_named(format)
     if isinstance(exporter, Onnx):
         exporter = Onnx(weights=weights, matmul_nbits=matmul_nbits)

@@ -104,6 +104,7 @@ def compress(
     sequential: bool | None = None,
     example: Batch | None = None,
     training: Iterable[Batch] | None = None,
+    embedding: Callable[[Any, Batch], torch.Tensor] | None = None,
 ) -> Result:
     """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
     `out`.
@@ -112,12 +113,12 @@ def compress(
     the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
     each kept only if the held-out slice says better. sequential: whether the first of these is tried; None leaves it to
-    the effort. store: where the profile is kept (default: out/profile), so that the next budget finds it. progress:
-    called with (stage, done, total). task: what the report calls the model. example: a batch of which one sample is
-    timed where the budget limits milliseconds (default: the first of `batches`); those are predicted from a measured
-    table, and what the result takes stands beside it in metrics.json. loss(model, batch) and `training`, its labelled
-    batches, are for strategies that go by the task's own loss or its gradients. Raises the errors of the stages;
-    whatever was in `out` stays until the new results are complete.
+    the effort. embedding: see `Context`. store: where the profile is kept (default: out/profile), so that the next
+    budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a batch
+    of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
+    predicted from a measured table, and what the result takes stands beside it in metrics.json. loss(model, batch) and
+    `training`, its labelled batches, are for strategies that go by the task's own loss or its gradients. Raises the
+    errors of the stages; whatever was in `out` stays until the new results are complete.
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
@@ -142,7 +143,7 @@ def compress(
             with say.stage("time layers"):
                 found = timed(found, model, given, progress=lambda done, total: say("time layers", done, total))
         with say.stage("plan"):
-            context = Context(model, data, loss, seed, effort, training)
+            context = Context(model, data, loss, seed, effort, training, embedding)
             chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
         small = _finished(model, chosen, found, data, context, effort, sequential, say)
         chosen = encoded_of(small).plan

@@ -21,6 +21,7 @@ ORDER = [
     "tasks",
     "digits",
     "batches",
+    "hf",
     "layers",
     "factors",
     "narrowing",

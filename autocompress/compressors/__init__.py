@@ -83,8 +83,20 @@ def _surface() -> list[Option]:
     return [Option(bits=b) for b in _WIDTHS] + [Option(sparsity=s, bits=b) for s in levels for b in _WIDTHS]
 
 
+def _lean() -> list[Option]:
+    """A fifth of the default options, for networks whose profile would take long: widths, and codes that are not pruned
+    first, at steps half an octave apart. Below 2 bits per weight pruned ones are better.
+    """
+    steps = [round(0.2 * 2 ** (k / 2), 3) for k in range(8)]
+    coded = [Option(step=t, lam=lam) for t in steps for lam in (0.1, 0.3)]
+    trellis = [Option(step=t, lam=0.4, trellis=True) for t in (round(0.6 * s, 3) for s in steps)]
+    return [DENSE, Option(half=True), *(Option(bits=b) for b in (2, 3, 4, 6, 8)), *coded, *trellis]
+
+
 FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "default": default_options,
+    "lean": _lean,
+    "fine": lambda: _named(*(f"{c}({s},0.1)" for c in ("rd", "tcq") for s in (0.025, 0.035, 0.05, 0.071, 0.1, 0.141))),
     "int8": lambda: _named("w8", "w8t", "w8a"),
     "int4g128": lambda: _named("w4g128", "w8g128"),
     "int": lambda: _named(*(f"w{b}{s}" for b in range(1, 9) for s in ("", "a", "t", "g32", "g64", "g128"))),
