@@ -80,15 +80,12 @@ def of_layers(given: argparse.Namespace) -> None:
         task = load_task(spec)
         model = task.build_model()
         layers = {layer.name: layer for layer in find_layers(model)}
-        wanted = [n for n in names or layers if not any(k[:2] == (network, n) for k in done_keys(given.results, KEYS))]
-        if not wanted:
-            continue
         given.store.mkdir(parents=True, exist_ok=True)
         kept = given.store / f"{network}.npz"
         if not kept.exists():
             ac.calibrate(model, task.calibration_batches(0), seed=0).save(kept)
         stats = ac.Statistics.load(kept)
-        for name in wanted:
+        for name in names or layers:
             layer = layers[name]
             weight = layer.matrix(model.get_parameter(layer.key))
             problem = LayerProblem(name, layer.stored_shape, weight, stats.layers[name].hessian)
