@@ -1,7 +1,7 @@
 """What codebooks are worth: kernel and product quantisation beside the default family, layer by layer and in one solve.
 
     python experiments/codebooks_layers.py                 # results/codebooks_layers.csv
-    python experiments/codebooks_layers.py --solve         # results/codebooks_solved.csv
+    python experiments/codebooks_layers.py --solve resnet20        # results/codebooks_solved.csv
 
 Layers of ResNet-20 and ResNet-56 (CIFAR-10, Hessians of 819 unaugmented training images) and of the digits network.
 `plain`: k-means on the weights, words of 6 bits, as the papers have it; `output`: of least output error, without a
@@ -10,10 +10,10 @@ codebook included. `default_error`: the least that an option of the family `defa
 `finer_error`: the same with its own kinds of options on a finer grid of coarse steps too, of which it has few.
 `bytes_ratio`: bytes over the fewest of an option of either whose error is no larger; below 1 the codebook is ahead.
 
---solve: the exact solver's plans for ResNet-20 over `default`, and over `default` and `codebooks`. `loss` is the sum of
+--solve: the exact solver's plans for a network over `default`, and over `default` and `codebooks`. `loss` is the sum of
 relative errors, `bound` its proof; statistics are corrected, nothing is compressed again or tuned. `kl` is on the
-held-out fifth of 1,024 training images; top-1 on 2,000 other training images (`top1_score`), and on the 10,000 test
-images (`top1`) for reporting only. Dense: 91.73. Nothing here is timed.
+held-out fifth of the calibration samples; `score` and `evaluate` are the task's (of CIFAR-10: top-1 on 2,000 other
+training images, and on the 10,000 test images for reporting only; dense ResNet-20: 91.73). Nothing here is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from autocompress.tasks import load_task
 from autocompress.types import Budget, Option
 
 KEYS = ("network", "layer", "option")
-SOLVED_KEYS = ("budget", "family")
+SOLVED_KEYS = ("network", "budget", "family")
 RESNET20 = ROOT / "experiments" / "tasks" / "resnet20_cifar10.py"
 NETWORKS: dict[str, tuple[str | Path, tuple[str, ...]]] = {
     "resnet20": (RESNET20, ("layer1.1.conv1", "layer2.1.conv2", "layer3.1.conv1", "linear")),
@@ -80,15 +80,12 @@ def of_layers(given: argparse.Namespace) -> None:
         task = load_task(spec)
         model = task.build_model()
         layers = {layer.name: layer for layer in find_layers(model)}
-        wanted = [n for n in names or layers if not any(k[:2] == (network, n) for k in done_keys(given.results, KEYS))]
-        if not wanted:
-            continue
         given.store.mkdir(parents=True, exist_ok=True)
         kept = given.store / f"{network}.npz"
         if not kept.exists():
             ac.calibrate(model, task.calibration_batches(0), seed=0).save(kept)
         stats = ac.Statistics.load(kept)
-        for name in wanted:
+        for name in names or layers:
             layer = layers[name]
             weight = layer.matrix(model.get_parameter(layer.key))
             problem = LayerProblem(name, layer.stored_shape, weight, stats.layers[name].hessian)
@@ -118,16 +115,17 @@ def of_layers(given: argparse.Namespace) -> None:
 
 
 def in_one_solve(given: argparse.Namespace) -> None:
-    task = load_task(RESNET20)
+    network = given.solve
+    task = load_task(NETWORKS[network][0])
     assert task.score is not None
     assert task.evaluate is not None
     context = task_context(task, 0, "normal")
     stats = ac.calibrate(context.model, task.calibration_batches(0), seed=0)
-    profile = ac.profile(context.model, stats, given.store, ["default", "codebooks"])
+    profile = ac.profile(context.model, stats, given.store / network, ["default", "codebooks"])
     for text in given.budgets.split(";"):
         budget = Budget.of(text)
         for family, belongs in FAMILIES.items():
-            if (str(budget), family) in done_keys(given.solved, SOLVED_KEYS):
+            if (network, str(budget), family) in done_keys(given.solved, SOLVED_KEYS):
                 continue
             layers = {
                 n: dataclasses.replace(x, rows=tuple(r for r in x.rows if belongs(r.option)))
@@ -138,6 +136,7 @@ def in_one_solve(given: argparse.Namespace) -> None:
             fitting = part.with_vectors(plan.vector_bits)
             small = context.build(fitting, plan.layers)
             row = {
+                "network": network,
                 "budget": str(budget),
                 "family": family,
                 "bytes": plan.predicted_bytes,
@@ -145,8 +144,8 @@ def in_one_solve(given: argparse.Namespace) -> None:
                 "loss": f"{plan.predicted_loss:.6g}",
                 "bound": f"{plan.bound:.6g}",
                 "kl": f"{context.divergence_of(small):.5g}",
-                "top1_score": f"{task.score(small):.2f}",
-                "top1": f"{task.evaluate(small):.2f}",
+                "score": f"{task.score(small):.2f}",
+                "evaluate": f"{task.evaluate(small):.2f}",
                 "chosen": " ".join(str(o) for o in plan.layers.values() if o.words is not None),
             }
             keep_row(given.solved, row | environment(), SOLVED_KEYS)
@@ -155,7 +154,7 @@ def in_one_solve(given: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--solve", action="store_true", help="plans of a network in place of layers")
+    parser.add_argument("--solve", choices=list(NETWORKS), help="plans of a network in place of layers")
     parser.add_argument("--budgets", default=";".join(BUDGETS))
     parser.add_argument("--store", type=Path, default=ROOT / "runs" / "codebooks")
     parser.add_argument("--results", type=Path, default=RESULTS / "codebooks_layers.csv")
