@@ -80,19 +80,19 @@ def counts(
     return found
 
 
-# Seconds per operation of each kind on one thread, as `experiments/bench_engines.py` measured them on the machine of
-# its results; `estimating.measured_rates` measures those of the machine at hand.
+# Seconds per operation of each kind on one thread, and to start a worker, as experiments/results/engines_rates.csv has
+# them; `estimating.measured_rates` measures those of the machine at hand.
 REFERENCE: Mapping[str, float] = {
-    "trace": 5.3e-11,
-    "factor": 1.1e-11,
-    "product": 1.8e-11,
-    "feedback": 1.1e-9,
-    "coded": 8.0e-8,
-    "searched": 3.6e-7,
-    "trellis": 1.9e-6,
-    "option": 2.1e-4,
+    "trace": 5.13e-11,
+    "factor": 1.05e-11,
+    "product": 1.66e-11,
+    "feedback": 1.03e-9,
+    "coded": 7.98e-8,
+    "searched": 3.39e-7,
+    "trellis": 1.87e-6,
+    "option": 2.02e-4,
 }
-START_SECONDS = 4.0  # of one core, for a worker to be there with its libraries
+START_SECONDS = 0.7  # of one core, for a worker to be there with its libraries
 
 
 def seconds(counted: Mapping[str, float], rates: Mapping[str, float] = REFERENCE) -> float:
