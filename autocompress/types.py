@@ -27,7 +27,7 @@ def _number(value: float) -> str:
 
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _OPTION = re.compile(
-    rf"(?:n(?P<width_in>{_NUM})/(?P<width_out>{_NUM}))?"
+    rf"(?:n(?P<width_in>{_NUM})/(?P<width_out>{_NUM})(?:-(?=\d+:)|(?![\d.e])))?"
     rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
     rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
@@ -74,7 +74,8 @@ class Option:
                  at 0 bits is pruned, the others have a grid each, as `w4` has; goes with no structure
     Channels, in front of all that, unless a low-rank option or `mix` follows:
       `n75/50` `width`: the layer is really narrower, with 75 % of its input channels, what stays refitted, and 50 % of
-                 its outputs (100: all; see `narrowing.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats
+                 its outputs (100: all; see `narrowing.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats;
+                 a dash stands before N:M, as in `n75/50-2:4`
     Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
     does not hold.
 
@@ -115,7 +116,7 @@ class Option:
         text = "" if self.width is None else f"n{_number(self.width[0])}/{_number(self.width[1])}"
         text += f"{coder}({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
         if self.nm is not None:
-            text += f"{self.nm[0]}:{self.nm[1]}"
+            text += "-" * (self.width is not None) + f"{self.nm[0]}:{self.nm[1]}"
         elif self.block is not None:
             rows = f"{self.block_rows}x" if self.block_rows != 1 else ""
             text += f"blk{rows}{self.block}@{_number(self.sparsity)}"
