@@ -22,6 +22,7 @@ _HOME = {
     "FormatError": "storage",
     "Option": "types",
     "Plan": "types",
+    "Precropped": "precropping",
     "Profile": "profiling",
     "Result": "pipeline",
     "Statistics": "calibration",
@@ -36,6 +37,7 @@ _HOME = {
     "load_profile": "profiling",
     "load_task": "tasks",
     "plan": "strategies",
+    "precrop": "precropping",
     "problem": "planning",
     "profile": "profiling",
     "save": "saving",
@@ -52,6 +54,7 @@ __all__ = [
     "FormatError",
     "Option",
     "Plan",
+    "Precropped",
     "Profile",
     "Result",
     "Statistics",
@@ -67,6 +70,7 @@ __all__ = [
     "load_profile",
     "load_task",
     "plan",
+    "precrop",
     "problem",
     "profile",
     "save",
@@ -85,6 +89,7 @@ if TYPE_CHECKING:
     from autocompress.measuring import Context
     from autocompress.pipeline import Result, compress
     from autocompress.planning import problem
+    from autocompress.precropping import Precropped, precrop
     from autocompress.profiling import Profile, load_profile, profile
     from autocompress.saving import load, save, unpack
     from autocompress.sequential import apply_sequentially

@@ -33,7 +33,7 @@ from autocompress.inputs import attention_inputs, cell_inputs, lookups, recurren
 from autocompress.layers import TABLES, TRANSPOSED, Layer, find_layers, model_digest
 from autocompress.threads import single_threaded
 
-__all__ = ["CALIBRATION_VERSION", "LayerStatistics", "Statistics", "calibrate"]
+__all__ = ["CALIBRATION_VERSION", "LayerStatistics", "Statistics", "calibrate", "positions_of"]
 
 CALIBRATION_VERSION = 5
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
@@ -165,6 +165,16 @@ def calibrate(
     return Statistics(found, samples, damping, unreached, fields, seen)
 
 
+def positions_of(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """How often one pass of a batch multiplies each weight of every layer, over all of its samples (see `costs.macs`);
+    0 for a layer that it does not reach and for a table that is only looked up. Raises CalibrationError as `calibrate`.
+    """
+    collector = Collector(model, list(find_layers(model)), counting=True)
+    with evaluating(model), torch.no_grad(), slow_attention(), collector:
+        feed(model, batch)
+    return {name: accumulator.multiplied for name, accumulator in collector.accumulators.items()}
+
+
 def _share_equal(found: dict[str, LayerStatistics]) -> None:
     """Let layers whose Hessians are bit for bit equal (the same input) hold one array."""
     known: dict[bytes, np.ndarray] = {}
@@ -234,10 +244,11 @@ Inputs = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, list[t
 
 
 class Collector:
-    """Forward hooks on every owner of every layer, for the time of a `with` block."""
+    """Forward hooks on every owner of every layer, for the time of a `with` block; counting: of positions alone."""
 
-    def __init__(self, model: nn.Module, layers: list[Layer]) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], counting: bool = False) -> None:
         self.model = model
+        self.counting = counting
         self.accumulators = {layer.name: _Accumulator(layer) for layer in layers}
         self.layers = layers
         self.handles: list[Any] = []
@@ -281,18 +292,21 @@ class Collector:
 
         def hook(m: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if isinstance(m, TABLES):
-                own["weight"].add_uses(lookups(m, args, kwargs))
+                if not self.counting:
+                    own["weight"].add_uses(lookups(m, args, kwargs))
             elif inside is None:
                 x = args[0] if args else kwargs["input"]
-                own["weight"].add_products([self._product(own["weight"].layer, m, x, output)])
                 flat = _channels_last(m, output.detach())
-                own["weight"].add_moments(flat)
+                if not self.counting:
+                    own["weight"].add_products([self._product(own["weight"].layer, m, x, output)])
+                    own["weight"].add_moments(flat)
                 # A transposed convolution multiplies each weight by every input position, not for every output one.
                 own["weight"].multiplied += x.numel() // m.in_channels if isinstance(m, TRANSPOSED) else flat.shape[0]
             else:
                 found = inside(m, args, kwargs)
                 for parameter, accumulator in own.items():
-                    accumulator.add_products([self._product(accumulator.layer, None, x) for x in found[parameter]])
+                    if not self.counting:
+                        accumulator.add_products([self._product(accumulator.layer, None, x) for x in found[parameter]])
                     accumulator.multiplied += found[parameter][0].numel() // found[parameter][0].shape[-1]
             for accumulator in own.values():
                 accumulator.calls += 1

@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ __all__ = ["Axis", "ChannelGroup", "Groups", "channel_groups", "narrow", "narrow
 
 EXAMPLES = 4  # samples that groups are proven on
 TOLERANCE = 1e-3  # of the largest output: sums of float32 in another order, through a deep network
+SAME = 1e-6  # of the largest output: what erasing channels must change, or nothing is proven by it
 PRODUCES, CONSUMES, RIDES, WITHIN = "producer", "consumer", "vector", "within"
 Place = tuple[str, int]  # a tensor and a dimension of it; -1: the inputs of a grouped convolution, which no tensor has
 
@@ -42,6 +44,7 @@ def channel_groups(model: nn.Module, example: Batch) -> Groups:
     try:
         # A copy, since tracing needs gradients; whatever the model or the tracer raises is the answer.
         traced = copy.deepcopy(model).eval().requires_grad_(True)
+        _fill_zeros(traced)
         outputs = _run(traced, example)
         drafts = _drafts(traced, example)
     except Exception as error:
@@ -50,9 +53,21 @@ def channel_groups(model: nn.Module, example: Batch) -> Groups:
     heads = [group for group in heads if not _why_not(traced, group, example, outputs)]
     taken = {(axis.key, axis.dim) for group in heads for axis in group.axes}
     groups = [group for group in drafts if not any((axis.key, axis.dim) in taken for axis in group.axes)]
-    checked = [g if g.reason else replace(g, reason=_why_not(traced, g, example, outputs)) for g in groups]
+    proven = _proven_together(traced, [group for group in groups if group.prunable], example)
+    checked = [
+        g if g.reason or g.name in proven else replace(g, reason=_why_not(traced, g, example, outputs)) for g in groups
+    ]
     order = {key: i for i, key in enumerate(traced.state_dict())}
     return Groups(tuple(sorted((*checked, *heads), key=lambda group: order[group.producers[0].key])))
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Give weights that are all zero, as some are before training, values through which channels can be seen."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not bool(parameter.any()):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def _words(error: Exception) -> str:
@@ -280,6 +295,30 @@ def _run(model: nn.Module, example: Batch) -> list[torch.Tensor]:
         return [out.double() for out in _flat(feed(model, example)) if out.is_floating_point()]
 
 
+def _proven_together(model: nn.Module, groups: list[ChannelGroup], example: Batch) -> set[str]:
+    """The groups that one narrower copy proves at once, which takes a forward pass for each instead of copies of the
+    model: it computes what the model does with the channels of all of them erased, and that is not what it does with
+    the channels of any single one of them put back.
+    """
+    kept = {group.name: _some(group) for group in groups if not _norms_across(model, group)}
+    groups = [group for group in groups if len(kept.get(group.name, range(group.size))) < group.size]
+    try:
+        small = _run(narrow(model, {group.name: kept[group.name] for group in groups}, Groups(tuple(groups))), example)
+    except Exception:  # then each is tried by itself, and the one that does this says what it was
+        return set()
+    with contextlib.ExitStack() as stack:
+        erased = {group.name: stack.enter_context(_erased(model, group, kept[group.name])) for group in groups}
+        if not _alike(small, together := _run(model, example)):
+            return set()
+        found = set()
+        for group in groups:
+            _copy(model, erased[group.name])
+            if not _alike(_run(model, example), together, SAME):
+                found.add(group.name)
+            _erase(model, group, kept[group.name])
+    return found
+
+
 def _why_not(model: nn.Module, group: ChannelGroup, example: Batch, outputs: list[torch.Tensor]) -> str:
     """Why a group cannot lose channels after all; empty where narrowing it does exactly what erasing channels does."""
     kept = _some(group)
@@ -291,9 +330,12 @@ def _why_not(model: nn.Module, group: ChannelGroup, example: Batch, outputs: lis
         return f"the model does not run without some of its channels ({_words(error)})"
     if [out.shape for out in small] != [out.shape for out in outputs]:
         return "the model returns other shapes without some of its channels"
+    if _alike(small, outputs, SAME):
+        return "no output depends on its channels for this example, so nothing can be proven; give another"
     across = _norms_across(model, group)
-    wanted = _permuted(model, group) if across else _erased(model, group, kept)
-    if not _equal(_run(wanted, example), outputs if across else small):
+    with _permuted(model, group) if across else _erased(model, group, kept):
+        wanted = _run(model, example)
+    if not _alike(wanted, outputs if across else small):
         return "something beside its layers depends on its channels"
     return ""
 
@@ -313,38 +355,57 @@ def _norms_across(model: nn.Module, group: ChannelGroup) -> bool:
     return any(isinstance(m, nn.LayerNorm) or (isinstance(m, nn.GroupNorm) and m.num_groups == 1) for m in owners)
 
 
-def _erased(model: nn.Module, group: ChannelGroup, kept: list[int]) -> nn.Module:
-    """A copy whose layers read zeros instead of the channels that go."""
-    found = copy.deepcopy(model)
+@contextlib.contextmanager
+def _erased(model: nn.Module, group: ChannelGroup, kept: list[int]) -> Iterator[dict[str, torch.Tensor]]:
+    """Have layers read zeros instead of the channels that go; gives the weights that they have without that."""
+    before = {axis.key: model.get_parameter(axis.key).detach().clone() for axis in group.consumers}
+    _erase(model, group, kept)
+    try:
+        yield before
+    finally:
+        _copy(model, before)
+
+
+def _erase(model: nn.Module, group: ChannelGroup, kept: list[int]) -> None:
     with torch.no_grad():
         for axis in group.consumers:
             stay = set(axis.kept(kept))
             gone = torch.tensor([i for i in range(len(axis.units)) if i not in stay], dtype=torch.long)
-            found.get_parameter(axis.key).index_fill_(axis.dim, gone, 0.0)
-    return found
+            parameter = model.get_parameter(axis.key)
+            parameter.index_fill_(axis.dim, gone.to(parameter.device), 0.0)
 
 
-def _permuted(model: nn.Module, group: ChannelGroup) -> nn.Module:
-    """A copy with its units in another order, each moved to the place of one of the same make."""
+def _copy(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    state = model.state_dict()
+    for key, values in tensors.items():
+        state[key].copy_(values)
+
+
+@contextlib.contextmanager
+def _permuted(model: nn.Module, group: ChannelGroup) -> Iterator[None]:
+    """Have the units in another order, each in the place of one of the same make."""
     makes: dict[tuple[int, ...], list[int]] = {}
     for unit in range(group.size):
         makes.setdefault(tuple(len(axis.of(unit)) for axis in group.axes), []).append(unit)
     moved = {old: new for alike in makes.values() for old, new in zip(alike, [*alike[1:], alike[0]], strict=True)}
-    found = copy.deepcopy(model)
-    state = found.state_dict()
+    state = model.state_dict()
+    before = {axis.key: state[axis.key].clone() for axis in group.axes}
     for axis in group.axes:
         order = list(range(len(axis.units)))
         for old, new in moved.items():
             for i, j in zip(axis.of(new), axis.of(old), strict=True):
                 order[i] = j
         tensor = state[axis.key]
-        tensor.copy_(tensor.index_select(axis.dim, torch.tensor(order)))
-    return found
+        tensor.copy_(tensor.index_select(axis.dim, torch.tensor(order, device=tensor.device)))
+    try:
+        yield
+    finally:
+        _copy(model, before)
 
 
-def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(
-        bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= TOLERANCE * max(float(b.abs().max()), 1e-30)
+def _alike(one: list[torch.Tensor], other: list[torch.Tensor], tolerance: float = TOLERANCE) -> bool:
+    return [out.shape for out in one] == [out.shape for out in other] and all(
+        bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= tolerance * max(float(b.abs().max()), 1e-30)
         for a, b in zip(one, other, strict=True)
         if a.numel()
     )

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from autocompress.profiling import Profile
+    from autocompress.tasks import Task
     from autocompress.types import Plan
 
 __all__ = ["app", "main"]
@@ -82,7 +83,12 @@ app = typer.Typer(
 command = app.command
 
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="A Python file or module with model() and calibration(), or `digits`.")
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="A Python file or module with model() and calibration(), or `digits`; with --text, the folder of a model "
+        "that transformers loads.",
+    ),
 ]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `autocompress compress` wrote.")]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A model.acz.")]
@@ -109,12 +115,22 @@ SequentialOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes; the result does not depend on it.")]
+EngineOption = Annotated[
+    str | None, typer.Option(help="inline, processes or ray: where layers are computed; the result is the same.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 OptionsOption = Annotated[
     str | None,
     typer.Option("--options", help="What a layer may become: names (s75,2:4w8) or families (int8, nm, ..., all)."),
 ]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="For a model folder: the text to calibrate on.")
+]
+LengthOption = Annotated[
+    int | None, typer.Option(min=1, help="For a model folder: tokens of one calibration sample (default: 128).")
+]
+SamplesOption = Annotated[int, typer.Option(min=2, help="For a model folder: how many calibration samples.")]
 TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
 
 
@@ -133,11 +149,30 @@ def _root(
         fail("no command; `autocompress --help` lists them", 2)
 
 
-def _offered(options: str | None) -> list[Any] | None:
-    """What --options names. Raises OptionError."""
+def _offered(options: str | None, task: str = "") -> list[Any] | None:
+    """What --options names; without it, for a model folder, a fifth of the usual ones. Raises OptionError."""
     from autocompress.compressors import named_options
 
+    if options is None and Path(task).is_dir():
+        options = "lean,fine"
     return None if options is None else list(named_options([options]))
+
+
+def _task(spec: str, text: Path | None = None, length: int | None = None, samples: int = 256) -> Task:
+    """The task of a file, a module or a model folder. Raises TaskError."""
+    from autocompress.tasks import load_task
+
+    if text is None and not (Path(spec).is_dir() or _looks_like_hub(spec)):
+        return load_task(spec)
+    from autocompress.hf import model_task
+
+    return model_task(spec, text, length, samples)
+
+
+def _looks_like_hub(spec: str) -> bool:
+    """Whether a name that is no file may be that of a model on the hub, owner/name."""
+    parts = spec.split("/")
+    return len(parts) == 2 and all(parts) and not spec.endswith(".py") and not Path(parts[0]).exists()
 
 
 def _counted(offered: list[Any] | None) -> dict[str, int]:
@@ -174,18 +209,28 @@ def compress(
     effort: EffortOption = "normal",
     sequential: SequentialOption = None,
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A Python file with evaluate(model), instead of the task's own.")
+    ] = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
     """Calibrate, profile, plan, apply, and write a file within the budget, with its account."""
     from autocompress import pipeline
-    from autocompress.tasks import load_task
+    from autocompress.engines import check_engine
+    from autocompress.tasks import load_evaluate
 
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
-    offered = _offered(options)
-    found = load_task(task)
+    check_engine(engine)
+    offered = _offered(options, task)
+    found = _task(task, text, length, samples)
+    metric = found.evaluate if evaluate is None else load_evaluate(evaluate)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, wanted, out, store) | _counted(offered), as_json)
@@ -195,7 +240,7 @@ def compress(
             model,
             data,
             wanted,
-            evaluate=found.evaluate,
+            evaluate=metric,
             strategy=strategy,
             effort=effort,
             seed=seed,
@@ -203,12 +248,14 @@ def compress(
             store=store,
             options=offered,
             workers=workers,
+            engine=engine,
             loss=found.loss,
             progress=progress,
             task=task,
             sequential=sequential,
             example=None if found.example_input is None else found.example_input(),
             training=found.labelled_batches(seed),
+            embedding=found.embedding,
         )
     _show_result(result, as_json)
 
@@ -218,24 +265,29 @@ def profile(
     task: TaskArgument,
     store: Annotated[Path, typer.Option(help="Where the profile is kept; a begun one is taken up again.")],
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    engine: EngineOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
     """Measure error and bytes of every option of every layer, once for all budgets and strategies."""
     from autocompress import pipeline
+    from autocompress.engines import check_engine
     from autocompress.planning import size_range
-    from autocompress.tasks import load_task
 
-    offered = _offered(options)
-    found = load_task(task)
+    check_engine(engine)
+    offered = _offered(options, task)
+    found = _task(task, text, length, samples)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
         return
     with _progress() as progress:
-        made = pipeline.profiled(model, data, seed, store, offered, workers=workers, progress=progress)
+        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine)
     low, high = size_range(made)
     facts = {
         "layers": len(made.layers),
@@ -262,6 +314,9 @@ def plan(
     effort: EffortOption = "normal",
     seed: SeedOption = 0,
     task: TaskOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
     out: Annotated[Path | None, typer.Option(help="Write the plan there, as JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -274,9 +329,8 @@ def plan(
     context = None
     if task is not None:
         from autocompress.comparing import task_context
-        from autocompress.tasks import load_task
 
-        found = load_task(task)
+        found = _task(task, text, length, samples)
         context = task_context(found, seed, effort)
         if wanted.latency_ms is not None:
             from autocompress.timing import timed
@@ -344,10 +398,9 @@ def compare(
 def verify(folder: FolderArgument, task: TaskOption = None, as_json: JsonOption = False) -> None:
     """Check a result: budget, checksums, options, figures. With --task: that it loads and scores the same."""
     from autocompress.reporting.tables import facts_table
-    from autocompress.tasks import load_task
     from autocompress.verifying import verify as verified
 
-    found = verified(folder, None if task is None else load_task(task))
+    found = verified(folder, None if task is None else _task(task))
     if as_json:
         _print_json({"good": found.good, "checks": [vars(c) for c in found.checks]})
     else:
@@ -385,9 +438,8 @@ def export(
 
     from autocompress.exporting import CompressedTensors, ExportWarning, Onnx, exporter_named
     from autocompress.exporting import export as exported
-    from autocompress.tasks import load_task
 
-    found = None if task is None else load_task(task)
+    found = None if task is None else _task(task)
     exporter = exporter_named(format)
     if isinstance(exporter, Onnx):
         exporter = Onnx(weights=weights, matmul_nbits=matmul_nbits)
@@ -481,11 +533,77 @@ def costs(
 
 
 @command(cls=_Command)
-def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine offers: versions, cores, caches, the data folder."""
+def precrop(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="Where widths.json and model.safetensors, untrained, go.")],
+    params: Annotated[str | None, typer.Option(metavar="N", help="At most so many parameters, or 50%.")] = None,
+    macs: MacsOption = None,
+    budget: Annotated[str | None, typer.Option(help="Bytes, or a ratio (2x), of the network as float32.")] = None,
+    method: Annotated[str, typer.Option(help="programme, synflow or uniform.")] = "programme",
+    round_to: Annotated[int, typer.Option(min=1, help="Widths are multiples of so many channels.")] = 1,
+    widest: Annotated[float, typer.Option(help="Largest ratio of a width; above 1 layers may grow (PreConfig).")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the weights.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a narrower network to train: widths within a budget, the weights new."""
+    from safetensors.torch import save_file
+
+    from autocompress.files import atomic_path
+    from autocompress.precropping import precrop as precropped
+    from autocompress.saving import write_text
+    from autocompress.tasks import load_task
+
+    found = precropped(
+        load_task(task),
+        budget,
+        params=params,
+        macs=macs,
+        method=method,
+        round_to=round_to,
+        widest=widest,
+        seed=seed,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / "model.safetensors") as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in found.model.state_dict().items()}, scratch)
+    write_text(out / "widths.json", found.to_json())
+    facts = {
+        **{name: f"{getattr(found, name):,} of {dense:,}" for name, dense in found.dense.items()},
+        "widths": {name: f"{now} of {given}" for name, (given, now) in found.widths.items()},
+        "keep their width": dict(found.kept),
+        "value": found.value,
+        "found by": found.method,
+        "written": f"{out}/: widths.json, model.safetensors",
+    }
+    if math.isfinite(found.bound):
+        facts["no widths are above"] = found.bound
+    if as_json:
+        print(found.to_json(), end="")
+    else:
+        _show_facts(facts, False)
+
+
+@command(cls=_Command)
+def doctor(
+    estimate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK", help="Minutes, memory and disk of a profile of TASK, or of a Llama's config.json."
+        ),
+    ] = None,
+    options: OptionsOption = None,
+    workers: WorkersOption = None,
+    samples: Annotated[int, typer.Option(min=1, help="With a config.json: texts of the calibration.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="With a config.json: tokens of each.")] = 2048,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine offers: versions, cores, caches, the data folder. With --estimate: what a profile takes."""
     from autocompress.doctor import diagnose
     from autocompress.reporting.tables import facts_table
 
+    if estimate is not None:
+        _show_facts(_estimated(estimate, _offered(options), workers, samples, tokens), as_json)
+        return
     found = diagnose()
     if as_json:
         _print_json({name: {"good": good, "found": text} for name, (good, text) in found.items()})
@@ -495,6 +613,35 @@ def doctor(as_json: JsonOption = False) -> None:
         )
     if bad := [name for name, (good, _) in found.items() if not good]:
         fail(f"{', '.join(bad)}: see above", 1)
+
+
+def _estimated(task: str, offered: list[Any] | None, workers: int | None, samples: int, tokens: int) -> dict[str, Any]:
+    from autocompress import estimating
+    from autocompress.tasks import load_task
+
+    if task.endswith(".json"):
+        network = estimating.llama(task, samples, tokens)
+    else:
+        found = load_task(task)
+        network = estimating.network_of(found.build_model(), found.calibration_batches(0))
+    with _progress() as progress:
+        progress("measure this machine", 0, 1)
+        rates = estimating.measured_rates()
+        progress("measure this machine", 1, 1)
+    expected = estimating.estimate(network, rates, workers, offered)
+    return {
+        "layers": len(network.units),
+        "weights": sum(unit.weights for unit in network.units),
+        "calibration_samples": network.samples,
+        "workers": expected.workers,
+        "minutes": round(expected.minutes, 3),
+        "minutes_calibrating": round(expected.calibrate_seconds / 60.0, 3),
+        "minutes_of_largest_layer": round(expected.tasks[0] / 60.0, 3) if expected.tasks else 0.0,
+        "memory_bytes": expected.memory_bytes,
+        "memory_bytes_of_each_worker": expected.worker_bytes,
+        **({} if expected.streaming_bytes is None else {"memory_bytes_block_by_block": expected.streaming_bytes}),
+        "disk_bytes": expected.disk_bytes,
+    }
 
 
 def _limits(budget: str, macs: str | None, bops: str | None, latency_ms: str | None) -> str:

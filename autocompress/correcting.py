@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from autocompress.batches import Batch, evaluating, feed
 from autocompress.inputs import slow_attention
-from autocompress.layers import CONVOLUTIONS, NORMS, TRANSPOSED
+from autocompress.layers import CONVOLUTIONS, NORMS, TRANSPOSED, is_rms_norm
 from autocompress.records import foldable_norms
 
 __all__ = ["Moments", "correct_statistics", "dense_moments"]
@@ -25,7 +26,7 @@ def dense_moments(dense: nn.Module, layers: Iterable[str], data: Batch) -> Momen
     """{module: (mean, standard deviation, calls)} of every module that can be corrected, on one batch.
 
     Batch norms: moments of their input per channel, float64; layer norms and compressed layers with a bias: of their
-    output.
+    output; RMS norms too.
     """
     users = Counter(id(p) for module in dense.modules() for p in module._parameters.values())
     wanted: dict[str, nn.Module] = {}
@@ -40,6 +41,8 @@ def dense_moments(dense: nn.Module, layers: Iterable[str], data: Batch) -> Momen
             if name in own_norms:
                 wanted[name] = module
         elif isinstance(module, nn.LayerNorm) and _own_affine(module, users):
+            wanted[name] = module
+        elif is_rms_norm(module) and users[id(module._parameters["weight"])] == 1 and _scales_only(module):
             wanted[name] = module
     return _collect_moments(dense, wanted, data)
 
@@ -57,7 +60,8 @@ def correct_statistics(
     Batch norm (folded: mean 0, variance 1): with channel moments (μ_d, σ_d) of its input in the dense model and
     (μ_p, σ_p) here, the scale becomes a = γ/√(var+ε) · σ_d/σ_p and the shift γ(μ_d - mean)/√(var+ε) + β - a μ_p; a
     channel with σ_p = 0 gets a = 0, unless σ_d = 0 too: the batch says nothing of it then, and it keeps its scale.
-    Layer norm: scale and shift likewise, from its output's moments. A compressed layer with a bias: its mean output is
+    Layer norm: scale and shift likewise, from its output's moments. RMS norm, which has no shift: the scale, so that
+    every channel of its output has its mean square. A compressed layer with a bias: its mean output is
     matched. It is the identity where nothing is compressed; re-estimating batch statistics is not, because the running
     ones come from augmented data. Modules that run more than once per forward pass, or share their parameters with
     another module, are left alone. store_as(name, values): the values as they will be stored; a shift is found
@@ -93,6 +97,14 @@ def correct_statistics(
                 return _correct_layer_norm(m, output, mean, std, store)
 
             handles.append(target.register_forward_hook(layer_norm_hook))
+        elif is_rms_norm(target):
+
+            def rms_norm_hook(
+                m: Any, args: Any, output: torch.Tensor, mean: Any = mean, std: Any = std
+            ) -> torch.Tensor:
+                return _correct_rms_norm(m, output, mean, std, store)
+
+            handles.append(target.register_forward_hook(rms_norm_hook))
         else:
 
             def bias_hook(m: Any, args: Any, output: torch.Tensor, mean: Any = mean) -> torch.Tensor:
@@ -189,6 +201,25 @@ def _correct_layer_norm(
     ratio = torch.where(weight == 0.0, 1.0, m.weight.double() / torch.where(weight == 0.0, 1.0, weight))
     store(m, "bias", mean - (mu - bias) * ratio)
     return ((output.double() - bias) * ratio + m.bias.double()).to(output.dtype)
+
+
+def _correct_rms_norm(
+    m: Any, output: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, store: Store
+) -> torch.Tensor:
+    mu, sigma = _output_moments(m, output)
+    none = torch.zeros_like(mu)
+    weight = m.weight.double()
+    store(m, "weight", weight * _ratio(torch.hypot(mean, std), torch.hypot(mu, sigma), none, none))
+    ratio = torch.where(weight == 0.0, 1.0, m.weight.double() / torch.where(weight == 0.0, 1.0, weight))
+    return (output.double() * ratio).to(output.dtype)
+
+
+def _scales_only(norm: Any) -> bool:
+    """Whether a norm's output is its weight times something, and not, say, one plus its weight."""
+    silent = copy.deepcopy(norm)
+    with torch.no_grad():
+        silent.weight.zero_()
+        return not bool(silent(torch.ones_like(silent.weight)[None]).any())
 
 
 def _ratio(std: torch.Tensor, sigma: torch.Tensor, mean: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:

@@ -1,30 +1,43 @@
-"""Where tasks run: `inline` in this process, or `processes`, a few workers on this machine. The results are the same
-bits.
+"""Where tasks run: `inline` in this process; `processes`, a few workers on this machine; `ray`, the nodes of a cluster.
+The results are the same bits.
 
 A worker is a fresh interpreter that reads pickled tasks from its standard input and answers on its standard output. It
 never touches a file, never imports the caller's main module (so no `__main__` guard is needed, in scripts or
-notebooks), runs BLAS on one thread, and exits as soon as its parent is gone.
+notebooks), runs BLAS on one thread, and exits as soon as its parent is gone. One that dies is replaced, once for a
+task. On Ray the same pickled tasks go to the cluster's own workers, and what a node that dies had not handed over is
+computed elsewhere. Whatever the engine, results come back to the one process that called, and only it writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
+import logging
 import os
 import pickle
+import queue
 import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from autocompress.doctor import environment
 from autocompress.errors import AutocompressError
 
-__all__ = ["WorkerError", "run_tasks"]
+__all__ = ["ENGINES", "EngineError", "WorkerError", "check_engine", "run_tasks"]
+
+ENGINES = ("inline", "processes", "ray")
+RETRIES = 3  # of a task on Ray whose worker or node dies: nodes that are lent come and go
+ATTEMPTS = 2  # at a task whose worker dies under it: a second time is no accident
+MUST_AGREE = ("autocompress", "python", "numpy", "scipy", "numba", "machine")  # on all nodes, for the bits to agree
+log = logging.getLogger(__name__)
 
 
 class WorkerError(AutocompressError):
@@ -33,33 +46,176 @@ class WorkerError(AutocompressError):
     exit_code = 1
 
 
+class EngineError(AutocompressError):
+    """An engine that does not exist, or is not installed."""
+
+
+def check_engine(engine: str | None) -> str | None:
+    """The name, if it is one (None: chosen by the work). Raises EngineError; also for `ray` where it is missing."""
+    if engine is not None and engine not in ENGINES:
+        raise EngineError(f"there is no engine {engine!r}; there are {', '.join(ENGINES)}")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise EngineError("the engine 'ray' needs Ray, which is not installed: pip install 'autocompress[ray]'")
+    return engine
+
+
 def run_tasks(
-    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], workers: int = 1
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], workers: int = 1, engine: str | None = None
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, function(*tasks[index])) as results come; `function` must be importable by its module and name.
 
-    With one worker everything runs inline, in order. Raises WorkerError, with the task's own traceback, if a task fails
-    in a worker.
+    engine: one of `ENGINES`; None is `processes` where there are several workers and tasks, else `inline`, which runs
+    everything in order. workers: how many tasks may run at a time; on Ray, that many processes are started here unless
+    this process is connected to a cluster already, or RAY_ADDRESS names one, whose cores then are the limit. Raises
+    WorkerError, with the task's own traceback, if a task fails in a worker, or its workers die one after another;
+    EngineError as `check_engine`.
     """
-    if workers <= 1 or len(tasks) <= 1:
+    if check_engine(engine) is None:
+        engine = "processes" if workers > 1 and len(tasks) > 1 else "inline"
+    if engine == "inline" or not tasks:
         for index, task in enumerate(tasks):
             yield index, function(*task)
         return
     target = f"{function.__module__}:{function.__qualname__}"
-    processes = [_start() for _ in range(min(workers, len(tasks)))]
-    answers: Any = _answers(processes, target, tasks)
+    answers: Any = (_on_ray if engine == "ray" else _in_processes)(target, tasks, workers)
     try:
-        yield from answers
+        for index, good, value in answers:
+            if not good:
+                raise WorkerError(f"task {index} failed in a worker: {value}")
+            yield index, value
     finally:
         answers.close()
-        for process in processes:
+
+
+Answer = tuple[int, bool, Any]  # index, whether it is a result, the result or why there is none
+
+
+def _in_processes(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Answer]:
+    """One thread per worker feeds it one task at a time, from a shared counter, and waits for its answer."""
+    todo = iter(range(len(tasks)))
+    lock = threading.Lock()
+    started: list[subprocess.Popen[bytes]] = []
+    closed = False
+    done: queue.Queue[Answer] = queue.Queue()
+
+    def fresh() -> subprocess.Popen[bytes] | None:
+        """A new worker; none once nobody waits for answers."""
+        with lock:
+            if closed:
+                return None
+            started.append(_start())
+            return started[-1]
+
+    def serve() -> None:
+        process, attempt = None, 0
+        with lock:
+            index = next(todo, None)
+        while index is not None:
+            try:
+                process = process or fresh()
+                if process is None:
+                    return
+                assert process.stdin is not None
+                assert process.stdout is not None
+                _send(process.stdin, (target, tasks[index]))
+                answer = _receive(process.stdout)
+            except (EOFError, OSError, ValueError):
+                if closed:
+                    return
+                attempt += 1
+                why = (
+                    f"a worker process ended unexpectedly (exit status {_exit_status(process)}); was it out of memory?"
+                )
+                if attempt == ATTEMPTS:
+                    done.put((index, False, f"{why} Another one did so before it"))
+                    return
+                log.warning("task %d: %s It is tried again", index, why)
+                process = None
+                continue
+            except Exception as error:  # what cannot be pickled; unreported, the wait would never end
+                done.put((index, False, f"{type(error).__name__}: {error}"))
+                return
+            done.put((index, *answer))
+            with lock:
+                index, attempt = next(todo, None), 0
+
+    for _ in range(min(workers, len(tasks))):
+        threading.Thread(target=serve, daemon=True).start()
+    try:
+        for _ in range(len(tasks)):
+            yield done.get()
+    finally:
+        with lock:
+            closed = True
+        for process in started:
             process.kill()
-        for process in processes:
+        for process in started:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):  # the rest of a task that a dead worker will never read
                         pipe.close()
+
+
+def _on_ray(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Answer]:
+    """Tasks as pickled bytes: what Ray unpickles itself are arrays that cannot be written, which kernels refuse.
+
+    Twice as many are handed out as there are cores, so that a worker always has its next one, and the driver's memory
+    is not filled with copies of all of them. Ray tries a task again, elsewhere, if its worker or node dies.
+    """
+    import ray
+
+    own = not ray.is_initialized()
+    if own:
+        _start_ray(ray, workers)
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_ray_task)
+        here = _must_agree()
+        todo = iter(range(len(tasks)))
+        running: dict[Any, int] = {}
+        while True:
+            cores = max(1, int(ray.cluster_resources().get("CPU", 0)))  # nodes come and go
+            for _ in range(2 * cores - len(running)):
+                if (index := next(todo, None)) is None:
+                    break
+                running[remote.remote(pickle.dumps((target, tasks[index], here), pickle.HIGHEST_PROTOCOL))] = index
+            if not running:
+                return
+            for ready in ray.wait(list(running), num_returns=1)[0]:
+                index = running.pop(ready)
+                try:
+                    answer = pickle.loads(ray.get(ready))
+                except ray.exceptions.RayError as error:
+                    answer = False, f"a worker of the cluster ended unexpectedly ({type(error).__name__}): {error}"
+                yield index, *answer
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _start_ray(ray: Any, workers: int) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start one of `workers` cores that ends with this process."""
+    given: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody who profiles a network asked for a report home
+        given |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    ray.init(**given)
+
+
+def _ray_task(payload: bytes) -> bytes:
+    """In a worker of the cluster: (whether it is a result, the result or why there is none), pickled."""
+    target, arguments, there = pickle.loads(payload)
+    if (here := _must_agree()) != there:
+        other = ", ".join(f"{name} {here[name]} (needed {there[name]})" for name in here if here[name] != there[name])
+        answer = (False, f"a node of the cluster has {other}; install the same on every node")
+    else:
+        answer = _answer(target, arguments)
+    return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+
+
+def _must_agree() -> dict[str, str]:
+    found = environment()
+    return {name: str(found[name]) for name in MUST_AGREE}
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -75,51 +231,10 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _answers(
-    processes: list[subprocess.Popen[bytes]], target: str, tasks: Sequence[tuple[Any, ...]]
-) -> Iterator[tuple[int, Any]]:
-    """Feed each worker one task at a time from a shared counter; one thread per worker waits for its answer."""
-    import queue
-
-    todo = iter(range(len(tasks)))
-    lock = threading.Lock()
-    done: queue.Queue[tuple[int, bool, Any]] = queue.Queue()
-
-    def serve(process: subprocess.Popen[bytes]) -> None:
-        while True:
-            with lock:
-                index = next(todo, None)
-            if index is None:
-                return
-            try:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                _send(process.stdin, (target, tasks[index]))
-                good, value = _receive(process.stdout)
-            except (OSError, EOFError, ValueError):
-                why = (
-                    f"a worker process ended unexpectedly (exit status {_exit_status(process)}); was it out of memory?"
-                )
-                done.put((index, False, why))
-                return
-            except Exception as error:  # what cannot be pickled; unreported, the wait would never end
-                done.put((index, False, f"{type(error).__name__}: {error}"))
-                return
-            done.put((index, good, value))
-
-    for process in processes:
-        threading.Thread(target=serve, args=(process,), daemon=True).start()
-    for _ in range(len(tasks)):
-        index, good, value = done.get()
-        if not good:
-            raise WorkerError(f"task {index} failed in a worker: {value}")
-        yield index, value
-
-
-def _exit_status(process: subprocess.Popen[bytes]) -> int | None:
+def _exit_status(process: subprocess.Popen[bytes] | None) -> int | None:
     """Its exit status, once its pipe is closed; None if it goes on without one."""
     try:
-        return process.wait(timeout=5.0)
+        return None if process is None else process.wait(timeout=5.0)
     except subprocess.TimeoutExpired:
         return None
 
@@ -150,8 +265,6 @@ def _leave_with(parent: int) -> None:
 
 
 def _work(parent: int) -> None:
-    import traceback
-
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on, and it ends its workers
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -162,12 +275,16 @@ def _work(parent: int) -> None:
             target, arguments = _receive(tasks)
         except EOFError:
             return
-        module, _, name = target.partition(":")
-        try:
-            answer = (True, getattr(importlib.import_module(module), name)(*arguments))
-        except Exception as error:  # whatever a task raises is the parent's to report, and the worker goes on
-            answer = (False, f"{error}\n{traceback.format_exc()}")
-        _send(answers, answer)
+        _send(answers, _answer(target, arguments))
+
+
+def _answer(target: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+    """(True, what the task returns), or (False, its error with the traceback)."""
+    module, _, name = target.partition(":")
+    try:
+        return True, getattr(importlib.import_module(module), name)(*arguments)
+    except Exception as error:  # whatever a task raises is the caller's to report, and the worker goes on
+        return False, f"{error}\n{traceback.format_exc()}"
 
 
 if __name__ == "__main__":

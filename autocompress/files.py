@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir"]
+__all__ = ["atomic_path", "cache_dir", "write_once"]
 
 
 def cache_dir() -> Path:
@@ -50,5 +51,31 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # A failing write names no file; whoever reads the message wants to know which disk is full.
         error.filename = error.filename or str(path)
         raise
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_once(path: str | os.PathLike[str], text: str) -> bool:
+    """Make a file of that text unless there is one: of several processes or hosts exactly one succeeds. Whether it did.
+
+    The file is whole when its name appears: it is written beside its place and hard-linked, which every file system
+    that is shared by hosts does atomically, NFS included, where a lock may be known to one host alone. Where there are
+    no hard links it is renamed, and the last one wins. Raises OSError.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with atomic_path(scratch) as inner:
+            inner.write_text(text)
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            # NFS may answer so although the link was made, where it answered before and the answer was lost.
+            return os.path.samefile(scratch, path)
+        except OSError:
+            if path.exists():
+                return False
+            scratch.replace(path)
+        return True
     finally:
         scratch.unlink(missing_ok=True)

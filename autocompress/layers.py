@@ -21,6 +21,7 @@ __all__ = [
     "Layers",
     "dense_file_bytes",
     "find_layers",
+    "is_rms_norm",
     "model_digest",
     "stored_tensors",
     "swap",
@@ -194,6 +195,15 @@ def _left_alone(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is not nn.MultiheadAttention.forward:
         return "it has a forward of its own, so calibration cannot tell what its weights multiply"
     return None
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with a scale per channel and no shift: torch's, or one that an architecture brings and
+    calls so, as most of Hugging Face do.
+    """
+    parameters = [name for name, p in module._parameters.items() if p is not None]
+    own = isinstance(module, nn.RMSNorm) or type(module).__name__.endswith("RMSNorm")
+    return own and parameters == ["weight"] and not list(module.children())
 
 
 def _plain(module: nn.Module) -> bool:

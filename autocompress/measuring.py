@@ -44,6 +44,8 @@ from autocompress.types import Option
 __all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
 CACHE_BYTES = 1 << 30
+OUTPUT_BYTES = 1 << 29  # of the dense model's outputs, kept because every plan is compared with them
+SCORES_AT_ONCE = 1 << 24  # in double precision: a language model has tens of thousands at every position
 SENSITIVITY_VERSION = 3
 # Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, and a bound
 # on the memory.
@@ -78,10 +80,11 @@ class Context:
     on.
 
     The Hessians never saw `held`. `loss(model, batch)` is the task's own and `training` its labelled batches, for
-    methods that need gradients of it; they do without where there is none. effort grants searches their evaluations
-    (`granted`); the seed draws the split and whatever a search draws. `log` and `alone` keep what was measured for the
-    report: plans, and layers by themselves. Measured weights are kept in memory (up to 1 GiB), as plans share most of
-    their layers. Raises CalibrationError for an effort that is none.
+    methods that need gradients of it; they do without where there is none. embedding(output, batch): what of the
+    model's output plans are judged by, and by squared distance, where it is not scores of classes. effort grants
+    searches their evaluations (`granted`); the seed draws the split and whatever a search draws. `log` and `alone` keep
+    what was measured for the report: plans, and layers by themselves. Measured weights are kept in memory (up to
+    1 GiB), as plans share most of their layers. Raises CalibrationError for an effort that is none.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Context:
         seed: int = 0,
         effort: str = "normal",
         training: Iterable[Batch] | None = None,
+        embedding: Callable[[Any, Batch], torch.Tensor] | None = None,
     ) -> None:
         if effort not in EVALUATIONS:
             raise CalibrationError(f"effort is {effort!r}; it is one of {', '.join(EVALUATIONS)}")
@@ -100,6 +104,7 @@ class Context:
         self.seed = seed
         self.effort = effort
         self.training = training
+        self.embedding = embedding
         self.kept: dict[str, dict[str, Any]] = {}  # what strategies found out about a profile, by a digest of its key
         self._rest: Iterator[Batch] = iter(training or ())
         self._labelled: list[Batch] = []
@@ -114,7 +119,7 @@ class Context:
         self._pieces["sample"] = chunk_batch(join_batches(self.fit, SAMPLE), PASS_SAMPLES)
         self._corrections = {n: join_batches(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
         self._digest = model_digest(model)
-        self._outputs: dict[str, list[torch.Tensor]] = {}
+        self._outputs: dict[tuple[str, int], torch.Tensor] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
         self._weights: dict[tuple[str, str, str], Parts] = {}
         self._checked: set[str] = set()
@@ -141,9 +146,9 @@ class Context:
 
     @functools.cached_property
     def data_digest(self) -> str:
-        """SHA-256 of the batches and of how they are split."""
+        """SHA-256 of the batches, of how they are split, and of what outputs on them are judged by."""
         digests = [[batch_digest(batch) for batch in part] for part in (self.fit, self.held)]
-        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*digests, *self.judged_by]).encode()).hexdigest()
 
     def check(self, profile: Profile) -> None:
         """Raise MismatchError unless the profile is of this model and its Hessians never saw the held-out slice."""
@@ -162,6 +167,12 @@ class Context:
         self._checked.add(profile.fingerprint)
 
     @property
+    def judged_by(self) -> list[str]:
+        """The name of the task's `embedding`, if it has one."""
+        how = self.embedding
+        return [] if how is None else [f"{how.__module__}.{getattr(how, '__qualname__', type(how).__name__)}"]
+
+    @property
     def granted(self) -> int:
         """How often a search may run the model, by the effort."""
         return EVALUATIONS[self.effort]
@@ -176,9 +187,11 @@ class Context:
         return [b for b, before in zip(self._labelled, counts[:-1], strict=True) if before < samples]
 
     def loss_key(self, labelled: list[Batch]) -> list[str]:
-        """What tells one loss of the task from another in the keys of what is kept: its value on the dense model."""
+        """What tells one loss from another in the keys of what is kept: the value of the task's on the dense model, or
+        the name of what outputs are judged by.
+        """
         if not labelled or self.loss is None:
-            return []
+            return self.judged_by
         with torch.no_grad(), evaluating(self.model):
             return [float(self.loss(self.model, labelled[0])).hex()]
 
@@ -241,17 +254,48 @@ class Context:
         """Mean divergence per sample of a model's outputs from the dense model's on a part of the data (see
         `pieces`).
         """
-        pieces, reference = self._pieces[part], self._reference(part)
-        self.evaluations += 1
-        return _mean_divergence(reference, self._forward(model, pieces), pieces)
+        return self._distances(model, part, (1.0,))[0]
 
     def judge(self, model: nn.Module, part: str = "held") -> tuple[float, float]:
         """`divergence_of`, and the same of outputs divided by `temperature`, from one pass."""
-        pieces, reference = self._pieces[part], self._reference(part)
+        plain, *soft = self._distances(model, part, tuple(dict.fromkeys((1.0, self.temperature))))
+        return plain, soft[0] if soft else plain
+
+    def _distances(self, model: nn.Module, part: str, temperatures: Sequence[float]) -> list[float]:
+        """The mean divergence per sample at each temperature. One piece of data after the other, as the outputs of a
+        language model for all of them may not fit into memory.
+        """
         self.evaluations += 1
-        outputs = self._forward(model, pieces)
-        plain, soft = (_mean_divergence(reference, outputs, pieces, t) for t in (1.0, self.temperature))
-        return plain, soft
+        found: list[list[float]] = [[] for _ in temperatures]
+        sizes = [batch_samples(piece) for piece in self._pieces[part]]
+        with torch.no_grad(), evaluating(model):
+            for piece, size, dense in zip(self._pieces[part], sizes, self._dense(part), strict=True):
+                output = self.output(model, piece)
+                for terms, temperature in zip(found, temperatures, strict=True):
+                    terms.append(divergence(dense, output, temperature, self.embedding is None) * size)
+        return [sum(terms) / sum(sizes) for terms in found]
+
+    def output(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What a model puts out for a batch, as plans are judged by it."""
+        found = feed(model, batch)
+        return logits(found) if self.embedding is None else self.embedding(found, batch)
+
+    def class_axis(self, output: torch.Tensor) -> int | None:
+        """The dimension of the classes of such an output (see `class_axis`); None for an embedding."""
+        return class_axis(output) if self.embedding is None else None
+
+    def mean_divergence(
+        self,
+        reference: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        pieces: Sequence[Batch],
+        temperature: float = 1.0,
+    ) -> float:
+        """`divergence` per sample of outputs for these pieces of data, from the dense model's."""
+        sizes = [batch_samples(piece) for piece in pieces]
+        scores = self.embedding is None
+        found = [divergence(a, b, temperature, scores) for a, b in zip(reference, outputs, strict=True)]
+        return sum(d * n for d, n in zip(found, sizes, strict=True)) / sum(sizes)
 
     @functools.cached_property
     def temperature(self) -> float:
@@ -261,24 +305,25 @@ class Context:
         for temperature in TEMPERATURES[:-1]:
             tops = [
                 float((output.double() / temperature).softmax(axis).amax(axis).mean())
-                for output in self._reference("held")
-                if (axis := class_axis(output)) is not None
+                for output in self._dense("held")
+                if (axis := self.class_axis(output)) is not None
             ]
             if sum(tops) <= SOFT * len(tops):
                 return temperature
         return TEMPERATURES[-1]
 
-    def _reference(self, part: str) -> list[torch.Tensor]:
-        pieces = self._pieces[part]
-        if not pieces:
+    def _dense(self, part: str) -> Iterator[torch.Tensor]:
+        """The dense model's outputs for the pieces of a part, kept as far as `OUTPUT_BYTES` go, else computed again."""
+        if not self._pieces[part]:
             raise CalibrationError("there is no held-out slice: calibration has a single sample; give at least two")
-        if part not in self._outputs:
-            self._outputs[part] = self._forward(self.model, pieces)
-        return self._outputs[part]
-
-    def _forward(self, model: nn.Module, pieces: list[Batch]) -> list[torch.Tensor]:
-        with torch.no_grad(), evaluating(model):
-            return [logits(feed(model, piece)) for piece in pieces]
+        for i, piece in enumerate(self._pieces[part]):
+            output = self._outputs.get((part, i))
+            if output is None:
+                with torch.no_grad(), evaluating(self.model):
+                    output = self.output(self.model, piece)
+                if output.nbytes + sum(kept.nbytes for kept in self._outputs.values()) <= OUTPUT_BYTES:
+                    self._outputs[(part, i)] = output
+            yield output
 
     def sensitivities(
         self, profile: Profile, levels: tuple[float, ...] = LEVELS, soft: bool = False
@@ -293,7 +338,8 @@ class Context:
         if is_coupled(profile):
             profile = profile.whole()
         batch = join_batches(self.fit, SAMPLE)
-        key = json.dumps([SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature])
+        facts = [SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature]
+        key = json.dumps([*facts, *self.judged_by])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         found: dict[str, list[list[float]]] | None = None
         if profile.store is not None:
@@ -327,14 +373,6 @@ class Context:
 
 def _held(parts: Parts) -> int:
     return sum(part.nbytes for part in parts) if isinstance(parts, tuple) else parts.nbytes
-
-
-def _mean_divergence(
-    reference: list[torch.Tensor], outputs: list[torch.Tensor], pieces: list[Batch], temperature: float = 1.0
-) -> float:
-    sizes = [batch_samples(piece) for piece in pieces]
-    terms = [divergence(a, b, temperature) * n for a, b, n in zip(reference, outputs, sizes, strict=True)]
-    return sum(terms) / sum(sizes)
 
 
 def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:
@@ -385,18 +423,26 @@ def class_axis(output: torch.Tensor) -> int | None:
     return None if output.ndim < 2 or output.shape[axis] == 1 else axis
 
 
-def divergence(reference: torch.Tensor, output: torch.Tensor, temperature: float = 1.0) -> float:
+def divergence(reference: torch.Tensor, output: torch.Tensor, temperature: float = 1.0, classes: bool = True) -> float:
     """How far outputs are from the dense model's, per sample: mean KL(dense ‖ compressed) of the softmax over classes.
 
     Classes are the last dimension of (N, C) and (N, T, C), dimension 1 of images (N, C, H, W). With a single class,
-    where a softmax says nothing, it is the mean squared difference over the mean square of the dense output. Outputs
-    are divided by the temperature before the softmax. Infinite where the output is not finite.
+    or where there are no classes, a softmax says nothing: it is the mean squared difference over the mean square of the
+    dense output. Outputs are divided by the temperature before the softmax. Infinite where the output is not finite.
     """
     if not bool(torch.isfinite(output).all()):
         return float("inf")
-    axis = class_axis(reference)
+    axis = class_axis(reference) if classes else None
     if axis is None:
         scale = float(reference.double().square().mean()) or 1.0
         return float((reference.double() - output.double()).square().mean()) / scale
+    if reference.numel() > SCORES_AT_ONCE and axis == -1:
+        rows = max(1, SCORES_AT_ONCE // reference.shape[-1])
+        pairs = zip(*(t.reshape(-1, t.shape[-1]).split(rows) for t in (reference, output)), strict=True)
+        return sum(_kl(a, b, axis, temperature) * len(a) for a, b in pairs) / (reference.numel() // reference.shape[-1])
+    return _kl(reference, output, axis, temperature)
+
+
+def _kl(reference: torch.Tensor, output: torch.Tensor, axis: int, temperature: float) -> float:
     log_p, log_q = (F.log_softmax(t.double() / temperature, axis) for t in (reference, output))
     return float((log_p.exp() * (log_p - log_q)).sum(axis).mean())

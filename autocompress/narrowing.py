@@ -15,7 +15,18 @@ from autocompress.errors import LayerError, MismatchError
 from autocompress.layers import CONVOLUTIONS, NORMS, RECURRENT, TRANSPOSED, Layer
 from autocompress.types import Option
 
-__all__ = ["WHOLE", "Axis", "ChannelGroup", "Groups", "Heads", "Widths", "heads_of", "narrow", "narrow_to"]
+__all__ = [
+    "WHOLE",
+    "Axis",
+    "ChannelGroup",
+    "Groups",
+    "Heads",
+    "Widths",
+    "heads_of",
+    "narrow",
+    "narrow_to",
+    "reshape_to",
+]
 
 WHOLE = 100.0  # percent of its channels that a group has where nothing goes
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -268,6 +279,20 @@ def narrow_to(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Mod
     return _replace(model, found)
 
 
+def reshape_to(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """The model itself with tensors of these shapes by name, narrower or wider, whose modules have the sizes of them;
+    position i of a dimension holds what i modulo its old size held. For networks that are initialised afterwards.
+    """
+    known = _tensors(model)
+    found = {}
+    for name, shape in shapes.items():
+        tensor = known[name].detach()
+        for dim, size in enumerate(shape):
+            tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        found[name] = tensor
+    return _replace(model, found)
+
+
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by every name that they have."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -306,10 +331,12 @@ def _resize(module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, CONVOLUTIONS):
-        module.groups = max(1, module.groups * weight.shape[0] // module.out_channels)
+        if module.groups > 1:
+            module.groups = max(1, module.groups * weight.shape[0] // module.out_channels)
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, TRANSPOSED):
-        module.groups = max(1, module.groups * weight.shape[0] // module.in_channels)
+        if module.groups > 1:
+            module.groups = max(1, module.groups * weight.shape[0] // module.in_channels)
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, (*NORMS, *INSTANCE_NORMS)):
         module.num_features = len(next(t for t in (weight, module.running_mean) if t is not None))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from autocompress.layers import swap
-from autocompress.storage import Entry, weight_entry
+from autocompress.storage import Entry, weight_entry, with_fixed_fields
 
 __all__ = ["Decode", "fixed_width", "pack", "packable", "packed_bytes"]
 
@@ -57,9 +57,13 @@ def packable(entry: Entry, model: nn.Module) -> bool:
 
 
 def fixed_width(entry: Entry) -> Entry:
-    """The same weight with its codes in as many bits as the widest needs: longer, and ten times as fast to decode."""
+    """The same weight with its codes, or the words and indices of its codebook, in as many bits as the widest needs:
+    longer, and ten times as fast to decode.
+    """
     if entry.step == "none" or entry.codec in ("packed", "fp8"):
         return entry
+    if entry.codec == "codebook":
+        return with_fixed_fields(entry)
     recoded = weight_entry(
         entry.name, entry.codes(), entry.steps(), codec="packed", group=entry.group, params=entry.params
     )

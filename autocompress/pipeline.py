@@ -25,6 +25,7 @@ from autocompress.calibration import Statistics, calibrate
 from autocompress.comparing import compare, task_context, write_comparison
 from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
+from autocompress.engines import check_engine
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
@@ -96,12 +97,14 @@ def compress(
     store: str | Path | None = None,
     options: list[Option | str] | None = None,
     workers: int | None = None,
+    engine: str | None = None,
     loss: Callable[[nn.Module, Batch], Any] | None = None,
     progress: Progress | None = None,
     task: str | None = None,
     sequential: bool | None = None,
     example: Batch | None = None,
     training: Iterable[Batch] | None = None,
+    embedding: Callable[[Any, Batch], torch.Tensor] | None = None,
 ) -> Result:
     """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
     `out`.
@@ -110,15 +113,16 @@ def compress(
     the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
     each kept only if the held-out slice says better. sequential: whether the first of these is tried; None leaves it to
-    the effort. store: where the profile is kept (default: out/profile), so that the next budget finds it. progress:
-    called with (stage, done, total). task: what the report calls the model. example: a batch of which one sample is
-    timed where the budget limits milliseconds (default: the first of `batches`); those are predicted from a measured
-    table, and what the result takes stands beside it in metrics.json. loss(model, batch) and `training`, its labelled
-    batches, are for strategies that go by the task's own loss or its gradients. Raises the errors of the stages;
-    whatever was in `out` stays until the new results are complete.
+    the effort. embedding: see `Context`. store: where the profile is kept (default: out/profile), so that the next
+    budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a batch
+    of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
+    predicted from a measured table, and what the result takes stands beside it in metrics.json. loss(model, batch) and
+    `training`, its labelled batches, are for strategies that go by the task's own loss or its gradients. Raises the
+    errors of the stages; whatever was in `out` stays until the new results are complete.
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
+    check_engine(engine)
     if wanted.latency_ms is not None:
         require_forms([option for option in named_options(options or []) if option.width is None])
     if sequential and (limits := _other_limits(wanted)):
@@ -133,13 +137,13 @@ def compress(
             # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        found = _profiled(model, data, stats, store or folder / "profile", options, workers, say)
+        found = _profiled(model, data, stats, store or folder / "profile", options, workers, say, engine)
         given = data[0] if example is None else example
         if wanted.latency_ms is not None:
             with say.stage("time layers"):
                 found = timed(found, model, given, progress=lambda done, total: say("time layers", done, total))
         with say.stage("plan"):
-            context = Context(model, data, loss, seed, effort, training)
+            context = Context(model, data, loss, seed, effort, training, embedding)
             chosen = plan(found, wanted, strategy_for(strategy, effort), context).replace(seed=seed)
         small = _finished(model, chosen, found, data, context, effort, sequential, say)
         chosen = encoded_of(small).plan
@@ -294,11 +298,13 @@ def profiled(
     options: list[Option | str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    engine: str | None = None,
 ) -> Profile:
     """Calibrate and profile. Raises the errors of both."""
+    check_engine(engine)
     say = _Clock(progress)
     stats = _calibrated(model, data, seed, None, options, workers, say)
-    return _profiled(model, data, stats, store, options, workers, say)
+    return _profiled(model, data, stats, store, options, workers, say, engine)
 
 
 def compare_seeds(
@@ -424,6 +430,7 @@ def _profiled(
     options: list[Option | str] | None,
     workers: int | None,
     say: _Clock,
+    engine: str | None = None,
 ) -> Profile:
     channels = None
     if any(option.width is not None for option in named_options(options or [])):
@@ -431,7 +438,7 @@ def _profiled(
             channels = widths(model, data[0], stats)
     with say.stage("profile", len(stats.layers) + len(stats.unreached)) as advance:
         return profile(
-            model, stats, store, options, workers, progress=lambda done, *_: advance(done), channels=channels
+            model, stats, store, options, workers, lambda done, *_: advance(done), channels=channels, engine=engine
         )
 
 

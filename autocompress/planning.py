@@ -223,18 +223,24 @@ def size_range(profile: Profile) -> tuple[int, int]:
 def coarsest(options: Sequence[Option]) -> list[Option]:
     """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these.
 
-    Of low-rank ones, which not every layer has, one of fewer channels is coarser; they leave all others in.
+    Of low-rank ones and codebooks, which not every layer has, one of fewer channels or words is coarser; they leave all
+    others in, as do codebooks of other vectors.
     """
+
+    def kind(o: Option) -> tuple[object, ...]:
+        return o.rank is None, o.words is None, o.vector
 
     def facts(o: Option) -> tuple[float, ...]:
         bits = 16 if o.half else o.bits or 32
         if o.rank:
             return (-bits, -o.rank * (o.groups or 1))
+        if o.words:
+            return (-bits, -o.words, o.price)
         shares = accumulate(o.mix or (0.0,) * len(MIXED_WIDTHS))
         return (o.step or 0.0, o.lam or 0.0, -(o.bits or 32), *shares)
 
     def coarser(a: Option, b: Option) -> bool:
-        if (a.rank is None) != (b.rank is None):
+        if kind(a) != kind(b):
             return False
         of_a, of_b = facts(a), facts(b)
         return of_a != of_b and all(x >= y for x, y in zip(of_a, of_b, strict=True))

@@ -1,11 +1,15 @@
 """Profile: error and bytes of every option of every layer, over a store on disk that survives a kill at any moment.
 
 Store:  lock                 held (flock) by the one process that writes
-        profile.json         what the profile depends on, and its layers; written once, before the work
+        profile.json         the index: what the profile depends on, and its layers; written once, before the work
         statistics.npz       the calibration statistics
         layers/<key>.npz     one file per finished layer, named by the digest of weight, Hessian, options and versions
+        seconds/<key>.json   how long that took: the only files that are not the same bytes after every run
         extra/<name>.json    what strategies measured on the model, named by what it depends on
-Every file is written beside its place and renamed into it, so a file that is there is whole.
+Every file is written beside its place and renamed into it, so a file that is there is whole. Only the calling process
+writes, whatever the engine. Where a shared file system keeps no locks between hosts, a second writer is still harmless:
+the index is made by a link, which one of them wins and the other compares itself with, and a layer's file has the same
+bytes whoever wrote it.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ from autocompress import costs
 from autocompress.calibration import Statistics
 from autocompress.compressors import COMPRESSORS, LayerProblem, Measured, named_options, profile_layer
 from autocompress.costs import Latency
-from autocompress.engines import run_tasks
+from autocompress.engines import check_engine, run_tasks
 from autocompress.errors import MismatchError, OptionError, StoreError
-from autocompress.files import atomic_path
+from autocompress.files import atomic_path, write_once
 from autocompress.layers import Layer, Layers, find_layers, model_digest
 from autocompress.narrowing import WHOLE, Groups, Widths
 from autocompress.obs import EXACT_LIMIT, exact_operations
@@ -42,10 +46,11 @@ from autocompress.records import Template, make_template
 from autocompress.storage import VERSION as FORMAT_VERSION
 from autocompress.threads import default_workers
 from autocompress.types import DENSE, Option, Plan
+from autocompress.workloads import pays
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 log = logging.getLogger(__name__)
 
 
@@ -337,8 +342,26 @@ class Store:
         with atomic_path(self.path / name) as scratch:
             scratch.write_text(json.dumps(value, indent=1) + "\n")
 
+    def write_head(self, head: dict[str, Any]) -> dict[str, Any]:
+        """Make profile.json, unless one is there: of several writers the first. Returns what is there then."""
+        if write_once(self.path / "profile.json", json.dumps(head, indent=1) + "\n"):
+            return head
+        found: Any = _read_head(self)
+        return found
+
     def layer_path(self, key: str) -> Path:
         return self.path / "layers" / f"{key}.npz"
+
+    def write_seconds(self, key: str, rows: Sequence[Measured]) -> None:
+        self.write_json(f"seconds/{key}.json", [round(row.seconds, 6) for row in rows])
+
+    def read_seconds(self, key: str, count: int) -> list[float]:
+        """Seconds of that many rows; zeros where they were not kept: nothing depends on them."""
+        with contextlib.suppress(StoreError, TypeError, ValueError):
+            found = [float(seconds) for seconds in self.read_json(f"seconds/{key}.json") or ()]
+            if len(found) == count:
+                return found
+        return [0.0] * count
 
 
 def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) -> str:
@@ -362,7 +385,6 @@ def _save_layer(
         "options": np.frombuffer("\n".join(f"{r.option} {r.codec} {r.step}" for r in rows).encode(), np.uint8),
         "errors": np.array([r.error for r in rows]),
         "bytes": np.array([r.bytes for r in rows], np.int64),
-        "seconds": np.array([r.seconds for r in rows]),
         "widths": np.array([r.width for r in rows], np.int64),
         "nonzero": np.array([r.nonzero for r in rows], np.int64),
         "row_bits": np.array([-1 if r.row_bits is None else r.row_bits for r in rows], np.int64),
@@ -376,8 +398,9 @@ def _save_layer(
         np.savez(file, **arrays)
 
 
-def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float] | None:
+def _load_layer(store: Store, key: str) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float] | None:
     """What `_save_layer` wrote; None where the file is not there. Raises StoreError where it is damaged."""
+    path = store.layer_path(key)
 
     def own(bits: int) -> int | None:
         return bits if bits >= 0 else None
@@ -385,12 +408,12 @@ def _load_layer(path: Path) -> tuple[list[Measured], np.ndarray | None, np.ndarr
     try:
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
-            numbers = ("errors", "bytes", "seconds", "widths", "nonzero", "row_bits", "multiplied", "first_bytes")
-            columns = zip(*(data[key].tolist() for key in numbers), strict=True)
+            numbers = ("errors", "bytes", "widths", "nonzero", "row_bits", "multiplied", "first_bytes")
+            columns = zip(*(data[field].tolist() for field in numbers), strict=True)
             rows = [
                 Measured(Option.parse(option), error, size, codec, step, seconds, width, nonzero, own(b), m or None, n)
-                for (option, codec, step), (error, size, seconds, width, nonzero, b, m, n) in zip(
-                    names, columns, strict=True
+                for (option, codec, step), seconds, (error, size, width, nonzero, b, m, n) in zip(
+                    names, store.read_seconds(key, len(names)), columns, strict=True
                 )
             ]
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
@@ -410,6 +433,7 @@ def profile(
     progress: Any = None,
     exact_limit: float = EXACT_LIMIT,
     channels: Widths | None = None,
+    engine: str | None = None,
 ) -> Profile:
     """Measure every option of every layer, and keep each finished layer in the store at once.
 
@@ -417,13 +441,15 @@ def profile(
     "default"); `dense` is always among them. A layer that calibration never reached has those that need no data
     (`dense`, `fp16`, `w8`), with errors of 0. store: a folder that is resumed if it was made for the same model, data,
     options and code versions; None keeps everything in memory.
-    workers: processes (default: one per core); the result
-    does not depend on it. progress: called with (layers done, layers in all, layer name). exact_limit: a layer whose
-    exact trace costs more operations than that, d³/3 per row, shares one order between its rows instead. channels:
-    which channels a narrower network keeps (`salience.widths`), which options with a width (family "channels") need.
-    Raises MismatchError, naming the field, for a store or statistics of something else; OptionError for an unknown
-    option.
+    engine: where layers are computed, one of `engines.ENGINES`; workers: how many at a time (default: one per core). By
+    default processes are started if several are wanted, or if nobody says how many and the work pays for their start.
+    Neither changes the result, or a byte of the store but its clock times. progress: called with (layers done, layers
+    in all, layer name). exact_limit: a layer whose exact trace costs more operations than that, d³/3 per row, shares
+    one order between its rows instead. channels: which channels a narrower network keeps (`salience.widths`), which
+    options with a width (family "channels") need. Raises MismatchError, naming the field, for a store or statistics of
+    something else; OptionError for an unknown option; EngineError and WorkerError as `run_tasks`.
     """
+    check_engine(engine)
     layers = find_layers(model)
     if stats.fields["model"] != model_digest(model):
         raise MismatchError("field 'model': the statistics were made from other weights; calibrate this model")
@@ -439,6 +465,45 @@ def profile(
     }
     if channels is not None:
         fields["channels"] = hashlib.sha256(json.dumps(channels.to_json()).encode()).hexdigest()
+    template = dataclasses.replace(make_template(model, layers), widths=channels)
+
+    def work_on(stats: Statistics) -> _Work:
+        problems = _problems(model, layers, stats, exact_limit, channels)
+        keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
+        return _Work(layers, problems, wanted, keys, workers, engine, progress)
+
+    work = work_on(stats)
+    if store is None:
+        return Profile(work.run(None), layers.skipped, stats, fields, template, widths=channels)
+    place = Store(store)
+    with place.writing():
+        known = _read_head(place)
+        if known is None:
+            stats.save(place.path / "statistics.npz")
+            head = {
+                "fields": fields,
+                "skipped": layers.skipped,
+                "layers": [
+                    [x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, x.factorable, work.keys[x.name]]
+                    for x in layers
+                ],
+                "template": template.to_json(),
+                **({} if channels is None else {"channels": channels.to_json()}),
+            }
+            known = place.write_head(head)
+        _check_fields(known["fields"], fields, place.path)
+        if (keys := {entry[0]: entry[-1] for entry in known["layers"]}) != work.keys:
+            # The same sums from another processor or BLAS differ in their last bits; the store goes on with its own.
+            stats = Statistics.load(place.path / "statistics.npz")
+            work = work_on(stats)
+            if work.keys != keys:
+                raise _damaged_head(place)
+        return Profile(work.run(place), layers.skipped, stats, fields, template, place, widths=channels)
+
+
+def _problems(
+    model: nn.Module, layers: Layers, stats: Statistics, exact_limit: float, channels: Widths | None
+) -> dict[str, LayerProblem]:
     problems = {}
     for layer in layers:
         found = stats.layers.get(layer.name)
@@ -454,30 +519,7 @@ def profile(
             layer.factorable,
             *_cuts(channels, layer),
         )
-    keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
-    template = dataclasses.replace(make_template(model, layers), widths=channels)
-    work = _Work(layers, problems, wanted, keys, default_workers() if workers is None else workers, progress)
-    if store is None:
-        return Profile(work.run(None), layers.skipped, stats, fields, template, widths=channels)
-    place = Store(store)
-    with place.writing():
-        known = _read_head(place)
-        if known is not None:
-            _check_fields(known["fields"], fields, place.path)
-        else:
-            stats.save(place.path / "statistics.npz")
-            head = {
-                "fields": fields,
-                "skipped": layers.skipped,
-                "layers": [
-                    [x.name, x.owners, x.shape, x.groups, x.parameter, x.swapped, x.factorable, keys[x.name]]
-                    for x in layers
-                ],
-                "template": template.to_json(),
-                **({} if channels is None else {"channels": channels.to_json()}),
-            }
-            place.write_json("profile.json", head)
-        return Profile(work.run(place), layers.skipped, stats, fields, template, place, widths=channels)
+    return problems
 
 
 def code_versions() -> dict[str, str]:
@@ -522,14 +564,15 @@ class _Work:
     problems: Mapping[str, LayerProblem]
     options: list[Option]
     keys: Mapping[str, str]
-    workers: int
+    workers: int | None
+    engine: str | None
     progress: Any
 
     def run(self, store: Store | None) -> dict[str, LayerProfile]:
         """Compute what the store lacks, each finished layer kept at once."""
         done: dict[str, tuple[Any, ...]] = {}
         if store is not None:
-            kept = {name: _load_layer(store.layer_path(key)) for name, key in self.keys.items()}
+            kept = {name: _load_layer(store, key) for name, key in self.keys.items()}
             done = {name: found for name, found in kept.items() if found is not None}
             log.info("%d of %d layers are in the store already", len(done), len(self.keys))
         todo = [problem for name, problem in self.problems.items() if name not in done]
@@ -537,10 +580,15 @@ class _Work:
         todo.sort(key=lambda p: (-p.weight.size * p.weight.shape[-1] ** 2, p.name))
         tasks = [(p, self.options) for p in todo]
         started = time.perf_counter()
-        for index, result in run_tasks(profile_layer, tasks, self.workers):
+        workers = default_workers() if self.workers is None else self.workers
+        engine = self.engine
+        if engine is None and self.workers is None and not pays([p.weight.shape for p in todo], self.options, workers):
+            engine = "inline"
+        for index, result in run_tasks(profile_layer, tasks, workers, engine):
             name = todo[index].name
             done[name] = result
             if store is not None:
+                store.write_seconds(self.keys[name], result[0])
                 _save_layer(store.layer_path(self.keys[name]), *result)
             if self.progress is not None:
                 self.progress(len(done), len(self.problems), name)
@@ -585,7 +633,7 @@ def load_profile(store: str | Path) -> Profile:
         raise _damaged_head(place) from error
     profiles = {}
     for name, owners, shape, groups, parameter, swapped, factorable, key in known["layers"]:
-        kept = _load_layer(place.layer_path(key))
+        kept = _load_layer(place, key)
         if kept is None:
             raise StoreError(
                 f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again"

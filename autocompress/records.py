@@ -20,7 +20,7 @@ from autocompress.compressors.base import factor_keys
 from autocompress.costs import factor_shapes
 from autocompress.errors import MismatchError
 from autocompress.factors import renamed
-from autocompress.layers import NORMS, Layers, dense_file_bytes, stored_tensors
+from autocompress.layers import NORMS, Layers, dense_file_bytes, is_rms_norm, stored_tensors
 from autocompress.narrowing import WHOLE, Widths
 from autocompress.storage import Entry, file_size, float_entry, grid_codes, grid_entry, grid_size
 
@@ -73,7 +73,7 @@ def vector_keys(model: nn.Module, layers: Layers) -> tuple[frozenset[str], froze
     spread: dict[str, tuple[float, float]] = {}  # the unit, and what of it binary16 may lose
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, SCALED) and weight is not None:
+        if (isinstance(module, SCALED) or is_rms_norm(module)) and weight is not None:
             scale = stored.get(_join(name, "weight"))
             if scale is not None:
                 spread[_join(name, "weight")] = float(scale.double().abs().max()), 2.0**-10

@@ -19,6 +19,7 @@ from autocompress.errors import LayerError, MismatchError, OptionError
 from autocompress.layers import CONVOLUTIONS, TRANSPOSED, Layer, Layers, find_layers, model_digest
 from autocompress.narrowing import WHOLE, Axis, ChannelGroup, Groups, Widths
 from autocompress.strategies.itpruner import linear_cka
+from autocompress.strategies.pfp import unit_sensitivities
 
 __all__ = ["SCORES", "obs_order", "widths"]
 
@@ -235,4 +236,19 @@ def _cka(data: _Data, group: ChannelGroup) -> list[int]:
     return np.argsort(-(alike.sum(axis=1) - np.diag(alike)), kind="stable").tolist()
 
 
-SCORES: dict[str, Callable[[_Data, ChannelGroup], list[int]]] = {"obs": _obs, "l1": _l1, "taylor": _taylor, "cka": _cka}
+def _pfp(data: _Data, group: ChannelGroup) -> list[int]:
+    if not data.batches:
+        raise OptionError("score 'pfp' needs batches of data")
+    found = unit_sensitivities(data.model, [group], [join_batches(data.batches, SAMPLES)])
+    if group.name not in found:
+        raise OptionError(f"score 'pfp': {group.name!r} is read by a grouped or transposed convolution; take 'obs'")
+    return np.argsort(found[group.name][0], kind="stable").tolist()
+
+
+SCORES: dict[str, Callable[[_Data, ChannelGroup], list[int]]] = {
+    "obs": _obs,
+    "l1": _l1,
+    "taylor": _taylor,
+    "cka": _cka,
+    "pfp": _pfp,
+}

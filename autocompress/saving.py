@@ -212,6 +212,10 @@ def _reshape(
 def _fits(module: nn.Module, shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     """Whether a tensor of a module can be what is left of another: fewer channels, the same kernel."""
     kernel = 2 if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else len(whole)
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1 and len(whole) > 1:
+        each = module.out_channels // module.groups  # whole groups go, and no inputs of those that stay
+        if shape[1:] != whole[1:] or shape[0] % each:
+            return False
     return len(shape) == len(whole) and shape[kernel:] == whole[kernel:] and all(map(_less, shape, whole))
 
 

@@ -7,8 +7,10 @@
     loss(model, batch)       -> scalar tensor
     training()               -> labelled batches; or training(seed)
     example_input()          -> one batch
+    embedding(output, batch) -> tensor, one row per sample, where the model's output is not scores of classes: what the
+                                model puts out for a batch as plans are judged by it, by squared distance
 
-The last five are optional. `load_task` finds them and turns everything that can go wrong inside them into one line that
+The last six are optional. `load_task` finds them and turns everything that can go wrong inside them into one line that
 names the function and the task.
 """
 
@@ -33,11 +35,11 @@ from autocompress.errors import AutocompressError, CalibrationError, TaskError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BUILTIN_TASKS", "Task", "load_task"]
+__all__ = ["BUILTIN_TASKS", "Task", "load_evaluate", "load_task"]
 
 BUILTIN_TASKS = {"digits": "autocompress.digits"}
 _REQUIRED = ("model", "calibration")
-_OPTIONAL = ("evaluate", "score", "loss", "training", "example_input")
+_OPTIONAL = ("evaluate", "score", "loss", "training", "example_input", "embedding")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Task:
     loss: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None
     training: Callable[..., Iterable[Any]] | None = None
     example_input: Callable[[], Any] | None = None
+    embedding: Callable[[Any, Any], torch.Tensor] | None = None
 
     def build_model(self) -> torch.nn.Module:
         """A fresh `model()` in eval mode. Raises TaskError if that is not an nn.Module."""
@@ -143,6 +146,16 @@ def load_task(spec: str | Path) -> Task:
         if functions[what] is not None:
             functions[what] = _returning_float(functions[what], what, name)
     return Task(name=name, source=source, folder=folder, **functions)
+
+
+def load_evaluate(path: str | Path) -> Callable[[torch.nn.Module], float]:
+    """The function evaluate(model) of a Python file, which needs nothing else. Raises TaskError as `load_task` does."""
+    file = Path(path)
+    function = getattr(_import_file(file), "evaluate", None)
+    if not callable(function):
+        raise TaskError(f"{path} does not define evaluate(model); needed a function that returns one number")
+    guarded = _guarded(function, "evaluate", file.stem, file.resolve().parent)
+    return _returning_float(guarded, "evaluate", file.stem)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -16,8 +16,8 @@ from autocompress.applying import carrying, encoded_of
 from autocompress.batches import chunk_batch, evaluating, feed
 from autocompress.factors import Factored
 from autocompress.inputs import slow_attention
-from autocompress.layers import CONVOLUTIONS
-from autocompress.measuring import Context, class_axis, logits
+from autocompress.layers import CONVOLUTIONS, is_rms_norm
+from autocompress.measuring import Context
 from autocompress.records import SCALED
 from autocompress.storage import Entry, float_entry, grid_codes, grid_entry, step_bytes
 
@@ -66,8 +66,8 @@ def tune(
             order = order or generator.permutation(len(pieces)).tolist()
             piece = pieces[order.pop()]
             with torch.no_grad():
-                wanted, features = _features(dense, names, piece)
-            loss = _loss(tuned, names, piece, wanted, features)
+                wanted, features = _features(context, dense, names, piece)
+            loss = _loss(context, tuned, names, piece, wanted, features)
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -85,6 +85,8 @@ def _tunable(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, nn.Par
         fields: tuple[str, ...] = ("weight", "bias") if isinstance(module, SCALED) else ()
         if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             fields = ("bias",)
+        elif is_rms_norm(module):
+            fields = ("weight",)
         for field in fields:
             tensor = module._parameters.get(field)
             if tensor is not None and tensor.dtype == torch.float32 and (name := names[id(tensor)]) in entries:
@@ -160,23 +162,30 @@ def _watched(model: nn.Module, values: Mapping[str, nn.Parameter]) -> list[str]:
     return [split.get(name, name) for name in holders]
 
 
-def _features(model: nn.Module, names: list[str], piece: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _features(
+    context: Context, model: nn.Module, names: list[str], piece: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The outputs of a model, and those of the named modules in the order of their calls."""
     found: list[torch.Tensor] = []
     # A copy: an in-place activation may follow.
     handles = [model.get_submodule(n).register_forward_hook(lambda m, a, y: found.append(y.clone())) for n in names]
     try:
-        return logits(feed(model, piece)), found
+        return context.output(model, piece), found
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _loss(
-    model: nn.Module, names: list[str], piece: Any, wanted: torch.Tensor, features: list[torch.Tensor]
+    context: Context,
+    model: nn.Module,
+    names: list[str],
+    piece: Any,
+    wanted: torch.Tensor,
+    features: list[torch.Tensor],
 ) -> torch.Tensor:
-    output, found = _features(model, names, piece)
-    axis = class_axis(wanted)
+    output, found = _features(context, model, names, piece)
+    axis = context.class_axis(wanted)
     if axis is not None:
         output, wanted = output - output.mean(axis, keepdim=True), wanted - wanted.mean(axis, keepdim=True)
     inner = [_relative(a, b) for a, b in zip(found, features, strict=False) if a.shape == b.shape]

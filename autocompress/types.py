@@ -27,15 +27,17 @@ def _number(value: float) -> str:
 
 _NUM = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?"
 _OPTION = re.compile(
-    rf"(?:n(?P<width_in>{_NUM})/(?P<width_out>{_NUM}))?"
+    rf"(?:n(?P<width_in>{_NUM})/(?P<width_out>{_NUM})(?:-(?=\d+:)|(?![\d.e])))?"
     rf"(?:(?P<coder>rd|tcq)\((?P<step>{_NUM}),(?P<lam>{_NUM})\))?"
     rf"(?:s(?P<sparsity>{_NUM})|(?P<n>\d+):(?P<m>\d+)"
     rf"|blk(?:(?P<block_rows>\d+)x)?(?P<block>\d+)@(?P<block_sparsity>{_NUM})"
     rf"|(?:k(?P<groups>\d+)r(?P<group_rank>\d+)|rank(?P<rank>\d+))(?P<plain>p)?"
-    rf"|ch(?P<channels>{_NUM})|out(?P<out>{_NUM}))?"
+    rf"|ch(?P<channels>{_NUM})|out(?P<out>{_NUM})"
+    rf"|(?:kq|pq(?P<vector>\d+)x)(?P<words>\d+)(?:@(?P<price>{_NUM}))?(?P<plain_words>p)?)?"
     r"(?:w(?P<bits>\d+)(?:(?P<tensor>t)|g(?P<group>\d+))?(?P<asymmetric>a)?(?P<minmax>m)?|fp(?P<float>8|16)"
     rf"|mix(?P<mix>{_NUM}(?:/{_NUM})*))?"
 )
+MOST_WORDS = 65536
 MIXED_WIDTHS = (0, 2, 4, 6, 8)  # bits of the rows of a `mix` option, in the order of its percentages
 
 
@@ -52,6 +54,11 @@ class Option:
       `rank32`   two thinner layers, `rank` channels between them, of least error on the inputs;  `k4r12`: of `rank`
                  channels for each of `groups` equal runs of input channels;  `rank32p`, `k4r12p`: `plain`, from the
                  singular vectors of the weight alone
+      `pq4x64w6`  a codebook: each `vector` = 4 consecutive weights of a row, as they are stored, become one of
+                 `words` = 64 vectors, the same for the whole layer, of least error on the inputs; their numbers are on
+                 the grid of the bits that follow.  `pq4x64@1w6`: `price` of a bit of their indices, in units of the
+                 error that a weight has without one.  `kq64w6`: of the weights of one kernel.  `pq4x64pw6`, `kq64pw6`:
+                 `plain`, by distance alone
     Values, at most one:
       `w4`       `bits`: uniform grid of 2^bits levels, symmetric around 0 (codes -8 ... 7; `w1`: -1 and 1), one scale
                  per output row, found by its error. Suffixes, in this order: `t` one scale for the layer, or `g128` one
@@ -67,7 +74,8 @@ class Option:
                  at 0 bits is pruned, the others have a grid each, as `w4` has; goes with no structure
     Channels, in front of all that, unless a low-rank option or `mix` follows:
       `n75/50` `width`: the layer is really narrower, with 75 % of its input channels, what stays refitted, and 50 % of
-                 its outputs (100: all; see `narrowing.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats
+                 its outputs (100: all; see `narrowing.Widths`): `n75/50w4` is w4 on what stays, `n75/50` floats;
+                 a dash stands before N:M, as in `n75/50-2:4`
     Without any, float32: `s75` is pruned and refitted, `dense` is the layer as it is. Raises OptionError where that
     does not hold.
 
@@ -96,6 +104,9 @@ class Option:
     mix: tuple[float, ...] | None = None
     plain: bool = False
     width: tuple[float, float] | None = None
+    words: int | None = None
+    vector: int | None = None
+    price: float = 0.0
 
     def __post_init__(self) -> None:
         self._validate(str(self))
@@ -105,7 +116,7 @@ class Option:
         text = "" if self.width is None else f"n{_number(self.width[0])}/{_number(self.width[1])}"
         text += f"{coder}({_number(self.step)},{_number(self.lam or 0.0)})" if self.step is not None else ""
         if self.nm is not None:
-            text += f"{self.nm[0]}:{self.nm[1]}"
+            text += "-" * (self.width is not None) + f"{self.nm[0]}:{self.nm[1]}"
         elif self.block is not None:
             rows = f"{self.block_rows}x" if self.block_rows != 1 else ""
             text += f"blk{rows}{self.block}@{_number(self.sparsity)}"
@@ -113,6 +124,9 @@ class Option:
             text += f"k{self.groups}r{self.rank}" + "p" * self.plain
         elif self.rank is not None:
             text += f"rank{self.rank}" + "p" * self.plain
+        elif self.words is not None:
+            text += ("kq" if self.vector is None else f"pq{self.vector}x") + str(self.words)
+            text += (f"@{_number(self.price)}" if self.price else "") + "p" * self.plain
         elif self.channels is not None:
             text += f"ch{_number(self.channels)}"
         elif self.out is not None:
@@ -149,6 +163,9 @@ class Option:
             block_rows=self.block_rows,
             out=self.out,
             plain=self.plain,
+            words=self.words,
+            vector=self.vector,
+            price=self.price,
         )
 
     @classmethod
@@ -190,8 +207,11 @@ class Option:
             fp8=got["float"] == "8",
             trellis=got["coder"] == "tcq",
             mix=None if got["mix"] is None else tuple(map(float, got["mix"].split("/"))),
-            plain=got["plain"] is not None,
+            plain=got["plain"] is not None or got["plain_words"] is not None,
             width=None if got["width_in"] is None else (float(got["width_in"]), float(got["width_out"])),
+            words=integer("words"),
+            vector=integer("vector"),
+            price=number("price") or 0.0,
         )
 
     def _validate(self, text: str) -> None:
@@ -204,16 +224,28 @@ class Option:
             self.rank,
             self.channels,
             self.out,
+            self.words,
             self.sparsity or None if self.block is None else self.block,
         ]
         need(
             sum(value is not None for value in structures) <= 1,
-            "at most one structure: s, N:M, blk, rank, k..r, ch or out",
+            "at most one structure: s, N:M, blk, rank, k..r, ch, out, kq or pq",
         )
         values = [self.bits is not None, self.step is not None, self.half, self.fp8, self.mix is not None]
         need(sum(values) <= 1, "at most one representation of the values: w, rd, fp16, fp8 or mix")
         need(self.groups is None or self.rank is not None, "channel groups need a rank, as in k4r12")
-        need(self.rank is not None or not self.plain, "plain factors need a rank, as in rank32p")
+        coded = self.words is not None
+        need(
+            self.rank is not None or coded or not self.plain, "plain needs factors or a codebook, as in rank32p, kq64p"
+        )
+        need(coded or (self.vector is None and not self.price), "a vector and a price need words, as in pq4x64@1w6")
+        grid = self.group is not None or self.per_tensor or self.asymmetric or self.minmax
+        need(not (coded and grid), "the numbers of a codebook have one symmetric grid: w6 has no suffix")
+        need(self.words is None or 4 <= self.words <= MOST_WORDS, f"{self.words} words, needed 4 to {MOST_WORDS}")
+        need(not coded or not any(values[1:]), "the numbers of a codebook are integers, as in kq64w6")
+        need(self.vector is None or 2 <= self.vector <= MOST_WORDS, f"a vector of {self.vector}, needed 2 or more")
+        need(0 <= self.price < math.inf, f"price is {self.price}, needed a number that is not negative")
+        need(not self.plain or not self.price, "plain codebooks know no price of a bit")
         need(self.bits is not None or self.group is None, "a group of scales needs bits, as in w4g128")
         grid = self.per_tensor or self.asymmetric or self.minmax
         need(self.bits is not None or not grid, "per_tensor, asymmetric and minmax need bits, as in w4tam")
@@ -231,7 +263,10 @@ class Option:
         if self.width is not None:
             need(all(0 < w <= 100 for w in self.width), "widths are above 0 and at most 100 percent")
             need(self.width != (100, 100), "a layer of full width has no width, as in w4")
-            need(self.rank is None and self.mix is None, "a narrower layer takes no rank and no mix")
+            need(
+                self.rank is None and self.mix is None and self.words is None,
+                "a narrower layer takes no rank, no mix and no codebook",
+            )
         need(0 <= self.sparsity <= 100, f"sparsity is {self.sparsity:g}, needed between 0 and 100 percent")
         need(self.channels is None or 0 <= self.channels < 100, "channels must be at least 0 and below 100 percent")
         need(self.out is None or 0 <= self.out < 100, "out must be at least 0 and below 100 percent")
@@ -359,7 +394,7 @@ class Budget:
         none.
         """
         value = getattr(self, name)
-        return float(value[:-1]) * dense / 100.0 if isinstance(value, str) else value
+        return None if value is None else amount(name, value, dense)
 
     def bytes(self, dense_bytes: int, parameters: int) -> int | None:
         """The tightest limit on the file in bytes, rounded down; None if only other costs are limited.
@@ -388,6 +423,16 @@ def _share(name: str, text: str) -> float | str:
     if match is None or not math.isfinite(value) or value <= 0:
         raise BudgetError(f"budget {name} is {text!r}; needed a positive number, or a percentage such as 60%")
     return f"{_number(value)}%" if match[2] else value
+
+
+def amount(name: str, value: float | str, dense: float) -> float:
+    """A limit as a number: the value itself, or that percentage of what the dense model takes. Raises BudgetError.
+
+    >>> amount("params", "50%", dense=1000), amount("params", 300, dense=1000)
+    (500.0, 300.0)
+    """
+    known = _share(name, value if isinstance(value, str) else repr(value))
+    return float(known[:-1]) * dense / 100.0 if isinstance(known, str) else known
 
 
 def _whole(value: float, text: object) -> int:

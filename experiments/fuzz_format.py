@@ -62,6 +62,12 @@ def sample_entries(seed: int = 0) -> list[Entry]:
     pairs = codes(8, 32)
     pairs[:, ::2] = 0
     vector = rng.standard_normal(24).astype(np.float32)
+    half = codes(3, 9, scale=2)
+    books = {"plain": codes(6, 9, scale=2), "signed": np.concatenate([-half, 0 * half[:1], half])}
+
+    def spelled(words: np.ndarray) -> np.ndarray:
+        return words[rng.integers(len(words), size=(8, 6))].reshape(8, 6, 3, 3)
+
     entries = [
         weight_entry("conv1.weight", codes(8, 3, 3, 3), 0.1, params={"option": "rd(0.031,0.2)s60"}),
         weight_entry("layer1.0.conv1.weight", codes(16, 8, 3, 3, scale=0.4), np.full(16, 0.05)),
@@ -74,6 +80,7 @@ def sample_entries(seed: int = 0) -> list[Entry]:
         weight_entry(
             "trellis", trellis_codes(rng.laplace(size=(8, 27)), np.eye(27), [(0.4, 0.1)])[0], 0.4, codec="trellis"
         ),
+        *(weight_entry(f"book.{k}", spelled(words), 0.3, codec="codebook", vector=9) for k, words in books.items()),
         float_entry("bn1.weight", vector),
         float_entry("bn1.bias", round_small(vector, 5), codec="smallfloat"),
         float_entry("counter", np.arange(6, dtype=np.int64), codec="raw"),

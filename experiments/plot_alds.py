@@ -25,6 +25,9 @@ LABELS = {
     "svd_energy": "SVD-Energy",
     "pca": "PCA",
     "lrank": "L-Rank",
+    "ft": "FT",
+    "ft_global": "FT, one threshold",
+    "pfp": "PFP",
     "alds_minimax": "largest output error",
     "exact": "sum of output errors",
 }

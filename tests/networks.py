@@ -13,12 +13,15 @@ from torch import nn
 import autocompress as ac
 from autocompress.calibration import calibrate
 from autocompress.profiling import Profile, profile
+from autocompress.salience import widths
 
 OPTIONS = ("fp16", "w4", "rd(0.5,0.3)", "rd(0.9,0.3)s60", "rd(1.4,0.7)s85")
-# Widths on top of sparsities beside them, for rules that set them.
+LEVELS = (100, 75, 50, 25)
+# Bits on top of sparsities, ranks and narrower layers beside them, for rules that set them.
 GRID = (
     *(*OPTIONS, "w2", "s60w2", "s85w2", "s60w4", "s85w4"),
     *("rank1w4", "rank2w4", "rank3w4", "k2r1w4", "k2r2w4", "rank1fp16", "rank2fp16"),
+    *(f"n{a}/{b}{value}" for a in LEVELS for b in LEVELS if a + b < 200 for value in ("w2", "w4")),
 )
 
 
@@ -128,7 +131,8 @@ def small_profile() -> tuple[nn.Module, list[torch.Tensor], Profile]:
 def grid_profile() -> tuple[nn.Module, list[torch.Tensor], Profile]:
     """The same with options for every strategy."""
     model, data = convnet(), images()
-    return model, data, profiled(model, data, GRID)
+    stats = calibrate(model, data)
+    return model, data, profile(model, stats, options=GRID, workers=1, channels=widths(model, data[0], stats))
 
 
 def compressed(model: nn.Module, data: list[Any], budget: str | int, options: Sequence[str] = OPTIONS) -> Any:

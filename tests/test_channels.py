@@ -193,11 +193,24 @@ def test_shapes_alone_make_the_same_modules(name: str) -> None:
 
 def test_what_cannot_go_says_why() -> None:
     model = seeded(Lopsided)
-    groups = channel_groups(model, torch.randn(3, 4))
+    example = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    groups = channel_groups(model, example)
     assert groups["a"].reason == "something beside its layers depends on its channels"
     assert groups.prunable == ()
     with pytest.raises(LayerError, match="channel group 'a' keeps its width: something beside"):
         narrow(model, {"a": [0]}, groups)
+
+
+def test_what_cannot_be_proven_is_not_offered_and_weights_that_are_zero_hide_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-100.0)
+    example = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    assert channel_groups(model, example)["0"].reason.startswith("no output depends on its channels for this example")
+    nn.init.zeros_(model.get_parameter("0.bias"))
+    nn.init.zeros_(model.get_parameter("2.weight"))
+    assert channel_groups(model, example)["0"].prunable
+    assert not model.get_parameter("2.weight").any()
 
 
 def test_a_model_that_cannot_be_traced_has_no_groups_and_says_so() -> None:

@@ -48,6 +48,7 @@ def test_help_imports_nothing_heavy() -> None:
         "inspect",
         "report",
         "costs",
+        "precrop",
         "doctor",
     ):
         assert "Usage" in call(verb, "--help").out
@@ -360,6 +361,23 @@ def test_costs_prints_the_table_of_times(done: Path) -> None:
     for words in ("Conv2d 8x6x3x3", "int4 QDQ, a step per row", "float16", "8,880", "the dense model:", "onnxruntime"):
         assert words in table
     assert f"{found['dense_ms']:.3f} ms" in table, "the second call finds the first one's times"
+
+
+def test_precrop_writes_a_narrower_network_and_its_widths(tmp_path: Path) -> None:
+    task, names = write_task(tmp_path), ("widths.json", "model.safetensors")
+    outcome = call("precrop", task, "--params", "60%", "--macs", "70%", "--out", tmp_path / "narrow")
+    assert outcome.code == 0, outcome.err
+    body = json.loads((tmp_path / "narrow" / "widths.json").read_text())
+    state = load_file(tmp_path / "narrow" / "model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == body["shapes"]
+    assert body["params"] <= 0.6 * body["dense"]["params"]
+    assert body["macs"] <= 0.7 * body["dense"]["macs"]
+    assert f"{body['params']:,} of {body['dense']['params']:,}" in outcome.out
+    again = call("precrop", task, "--params", "60%", "--macs", "70%", "--out", tmp_path / "b", "--json")
+    assert json.loads(again.out) == body
+    assert contents(tmp_path / "narrow", names) == contents(tmp_path / "b", names)
+    assert "smallest widths take" in call("precrop", task, "--params", "9", "--out", tmp_path).refused(3)
+    assert "no limit is given" in call("precrop", task, "--out", tmp_path).refused(2)
 
 
 def test_the_demo(tmp_path: Path) -> None:

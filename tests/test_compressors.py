@@ -43,7 +43,8 @@ OPTIONS = [
         "s60w4a s50w4g4 fp8 s50fp8 2:4fp8 tcq(0.15,0) tcq(0.3,0.4) tcq(1,1) tcq(0.01,0.2) "
         "mix25/0/25/50/0 mix0/0/0/0/100 mix100/0/0/0/0 mix12.5/37.5/50/0/0 "
         "n50/50w4 n50/100 n100/50w8 n50/100fp16 n100/50tcq(0.3,0.4) n50/50tcq(0.3,0.4) n50/50rd(0.5,0.3)s60 n50/100w2a "
-        "n50/50s50w4 n100/50w2g4 n50/50fp8"
+        "n50/50s50w4 n100/50w2g4 n50/50fp8 "
+        "kq4w6 kq5@1w4 kq4pw6 pq2x8w8 pq2x16@1w6 pq3x4@2.5w2 pq9x4w5 pq2x8pw6 pq6x4pw3"
     ).split()
 ]
 FLOOR = 1e-7  # of the layer's energy: float32 rounding of weights and kernels
@@ -168,6 +169,17 @@ def splits(p: LayerProblem, option: Option) -> bool:
     return fits and rank * groups * f + rank * d < f * d
 
 
+def run_of(p: LayerProblem, option: Option) -> int:
+    """How many consecutive weights become one word of that codebook."""
+    return option.vector or int(np.prod(p.shape[2:]))
+
+
+def cut(p: LayerProblem, option: Option) -> bool:
+    """Whether the layer's rows are whole runs of a codebook's length, and enough of them."""
+    length = run_of(p, option)
+    return length > 1 and p.weight.shape[-1] % length == 0 and p.weight.size // length >= (option.words or 0)
+
+
 def realised(name: str, p: LayerProblem, option: Option) -> Realised | None:
     return COMPRESSORS[name].realise_all(p, [option])[0]
 
@@ -214,12 +226,9 @@ def test_error_and_bytes_are_those_of_what_is_stored(name: str, option: Option) 
         if again is None:  # a float format cannot hold the weights, or a table has no such structure
             assert rows == []
             beyond = np.abs(p.weight).max() > np.finfo(np.float16).max
-            assert (
-                p.row_weights is not None
-                or beyond
-                or (option.rank and not splits(p, option))
-                or (option.width is not None and p.cut(option.width) is None)
-            ), case
+            other = (option.rank and not splits(p, option)) or (option.words and not cut(p, option))
+            narrow = option.width is not None and p.cut(option.width) is None
+            assert p.row_weights is not None or beyond or other or narrow, case
             continue
         (row,) = rows
         entries = again.entries("layer.weight", option)
@@ -271,7 +280,7 @@ QUANTISED = [
     pytest.param(name, option, id=f"{name}-{option}")
     for name, compressor in COMPRESSORS.items()
     for option in OPTIONS
-    if compressor.offers(option) and (option.bits or option.fp8) and not option.rank and not option.width
+    if compressor.offers(option) and (option.bits or option.fp8) and not (option.rank or option.width or option.words)
 ]
 
 
@@ -329,7 +338,7 @@ def test_more_bits_lose_less(case: str) -> None:
     assert errors[-1] < 1e-3
 
 
-STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None and o.width is None]
+STRUCTURES = [o for o in OPTIONS if o.structure != DENSE and o.rank is None and o.width is None and o.words is None]
 
 
 @pytest.mark.parametrize("option", STRUCTURES, ids=str)
@@ -488,6 +497,81 @@ def test_rows_of_several_widths_are_counted_at_their_own() -> None:
     assert row.width == 6
     (plain,) = profile_layer(p, [Option(bits=4)])[0]
     assert (plain.row_bits, plain.bits) == (None, 4 * plain.nonzero)
+
+
+CODEBOOKS = [o for o in OPTIONS if o.words is not None]
+
+
+def words_of(p: LayerProblem, option: Option, weight: np.ndarray) -> np.ndarray:
+    """The distinct words of a weight, (count, length)."""
+    return np.unique(weight.reshape(-1, run_of(p, option)), axis=0)
+
+
+@pytest.mark.parametrize("option", CODEBOOKS, ids=str)
+def test_a_codebook_has_the_words_and_the_bits_of_its_name(option: Option) -> None:
+    met = 0
+    for case in PROBLEMS:
+        p, found = shared(case), found_on(compressor_of(option)[0], option, case)
+        assert (found is None) == (not cut(p, option) or case == "table and head"), case
+        if found is None:
+            continue
+        met += 1
+        assert found.codes is not None
+        words = words_of(p, option, found.codes)
+        assert len(words) <= (option.words or 0), case
+        assert np.abs(found.codes).max() < 2 ** ((option.bits or 0) - 1), case
+        if not option.plain:  # as many words are stored as there are up to their sign, and none for zeros
+            first = np.take_along_axis(words, (words != 0).argmax(axis=1)[:, None], 1)
+            up_to_sign = np.unique((words * np.sign(first))[first[:, 0] != 0], axis=0)
+            assert len(up_to_sign) <= ((option.words or 0) - 1) // 2, case
+    assert met >= (3 if option.vector else 1)
+
+
+def kernels(rows: int = 24, channels: int = 12) -> LayerProblem:
+    """A convolution whose inputs are correlated, as those of real networks are, with more kernels than words."""
+    rng = np.random.default_rng(11)
+    weight = rng.standard_normal((1, rows, 9 * channels)).astype(np.float32).astype(np.float64)
+    return LayerProblem("conv", (rows, channels, 3, 3), weight, hessian(rng, 9 * channels, 3 * channels))
+
+
+@pytest.mark.parametrize(("name", "least"), [("kq16{}w6", 1.15), ("pq3x16{}w6", 1.5), ("pq2x16{}w8", 1.7)])
+def test_a_codebook_of_least_output_error_beats_the_plain_one(name: str, least: float) -> None:
+    p = kernels()
+    ours, plain = (p.error(realise(p, Option.parse(name.format(how))).weight()) for how in ("", "p"))
+    assert plain > least * ours
+
+
+@pytest.mark.parametrize("name", ["kq", "pq3x"])
+def test_a_price_of_bits_buys_fewer_bytes_for_more_error(name: str) -> None:
+    rows = profile_layer(kernels(48), [Option.parse(f"{name}32{price}w6") for price in ("", "@4", "@16")])[0]
+    for dear, cheap in itertools.pairwise(rows):
+        assert cheap.bytes < dear.bytes
+        assert cheap.error > dear.error
+
+
+def test_a_plain_codebook_is_k_means_whatever_the_hessian() -> None:
+    p = kernels()
+    other = LayerProblem(p.name, p.shape, p.weight, 2.0 * np.eye(p.weight.shape[-1])[None])
+    option = Option.parse("kq16pw6")
+    weight = realise(p, option).weight()
+    np.testing.assert_array_equal(weight, realise(other, option).weight())
+    runs, words = p.weight.reshape(-1, 9), words_of(p, option, weight)
+    distance = ((runs[:, None] - words[None]) ** 2).sum(axis=2)
+    taken = ((runs - weight.reshape(-1, 9)) ** 2).sum(axis=1)
+    np.testing.assert_allclose(taken, distance.min(axis=1), rtol=1e-4)  # distances are in float32
+    near = distance.argmin(axis=1)
+    centres = np.stack([runs[near == k].mean(axis=0) for k in range(len(words))])
+    step = float(realise(p, option).step)
+    assert np.abs(centres - words).mean() < step  # k-means has nearly ended, and words are rounded
+
+
+def test_a_table_has_codebooks_that_mind_how_often_rows_are_used() -> None:
+    rng = np.random.default_rng(5)
+    weights = np.repeat([1e-3, 1.0], 40)
+    weight = rng.standard_normal((1, 80, 12)) * np.repeat([3.0, 1.0], 40)[:, None]
+    table = LayerProblem("t", (80, 12), weight, np.zeros((0, 12, 12)), row_weights=weights)
+    ours, plain = (table.error(realise(table, Option.parse(f"pq3x16{p}w8")).weight()) for p in ("", "p"))
+    assert ours < 0.7 * plain
 
 
 def flat(shape: tuple[int, ...]) -> LayerProblem:

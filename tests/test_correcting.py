@@ -205,6 +205,42 @@ def test_moments_match_after_compression(name: str) -> None:
         assert improved, "compression moved no mean: this test shows nothing"
 
 
+class Offset(nn.Module):
+    """A norm whose scale is one plus its weight, as some architectures have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:]) * (1.0 + self.weight)
+
+
+class OffsetRMSNorm(Offset):
+    pass
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, OffsetRMSNorm])
+def test_a_norm_without_a_shift_keeps_its_mean_square_and_one_of_another_kind_its_scale(kind: Any) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), kind(8)))
+    data = shifted(6)
+    found = profiled(model, data, options=("w2",))
+    assert "3.weight" in found.template.half  # stored as the scales of other norms are
+    plan = ac.plan(found, found.template.file_bytes({n: x.rows[1] for n, x in found.layers.items()}) + 20)
+    x = corrected_on(data)
+    raw, small = ac.apply(model, plan, found), ac.apply(model, plan, found, data)
+    with torch.no_grad():
+        dense, before, after = ((m(x).double() ** 2).mean(0).sqrt() for m in (model, raw, small))
+    assert float((before - dense).abs().max()) > 0.05 * float(dense.max()), "this test shows nothing"
+    if kind is nn.RMSNorm:
+        assert close(dense, after, 5e-3)
+    else:
+        assert torch.equal(small.get_parameter("3.weight"), raw.get_parameter("3.weight"))
+    untouched = ac.apply(model, ac.plan(found, 10**6, "exact"), found, data)
+    with torch.no_grad():
+        assert close(model(x), untouched(x), 4e-3)
+
+
 def test_modules_that_run_twice_are_left_alone() -> None:
     build, shape = NETS["called twice"]
     model, data = seeded(build), shifted(*shape)

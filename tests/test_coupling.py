@@ -87,6 +87,16 @@ def test_auto_takes_part_in_widths() -> None:
     assert plan.bound <= plan.predicted_loss
 
 
+def test_auto_measures_plans_that_leave_channels_alone_too() -> None:
+    model, data, found = digits_profile()
+    plan = ac.plan(found, "12000", "auto", Context(model, data, effort="fast"))
+    names = [note.split(":")[0] for note in plan.notes]
+    assert {"energy", "energy, whole", "kl", "kl, whole"} <= set(names)
+    best = min(plan.notes[: len(names)], key=lambda note: float(note.rsplit("merit ", 1)[-1].split(":")[0]))
+    assert f"auto({best.split(':')[0]}" in plan.strategy or "search" in best
+    assert plan.bound <= plan.predicted_loss
+
+
 def test_the_search_of_auto_keeps_the_widths_and_the_bound_of_the_plan_it_begins_with() -> None:
     model, data, found = digits_profile()
     assert found.widths is not None

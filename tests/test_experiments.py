@@ -115,3 +115,16 @@ def test_auto_stands_beside_the_best_single_strategy_with_the_noise(strategies_c
     assert (
         plot.verdict(rows[(rows["strategy"] == "b") & (rows["seed"] == 2)]) == "no strategy has a plan for every seed"
     )
+
+
+def test_a_killed_profile_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    kill_engines = importlib.import_module("kill_engines")
+    task = str(write_task(tmp_path, "tiny.py"))
+    run, other = (kill_engines.Run(task, tmp_path / name, "inline", "w4,w8") for name in ("killed", "undisturbed"))
+    found = kill_engines.killed(run, "driver", 0.0, 0)
+    assert found.hit
+    assert not found.survived
+    assert (found.again, len(run.layers())) == (0, 3)
+    assert found.fingerprint == other.finish()
+    assert run.contents() == other.contents()

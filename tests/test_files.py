@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from autocompress.files import atomic_path, cache_dir
+from autocompress.files import atomic_path, cache_dir, write_once
 
 
 def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
@@ -46,3 +47,24 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "autocompress"
+
+
+def test_of_several_only_one_makes_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "profile.json"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: write_once(path, str(i)), range(8)))
+    assert made.count(True) == 1
+    assert path.read_text() == str(made.index(True))
+    assert os.listdir(path.parent) == ["profile.json"]
+
+
+def test_without_hard_links_a_file_is_made_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "profile.json"
+    assert write_once(path, "one")
+    assert not write_once(path, "two")
+    assert path.read_text() == "one"
+    assert os.listdir(tmp_path) == ["profile.json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from autocompress.narrowing import Widths
 from autocompress.planning import running_cost, single_options
 from autocompress.profiling import Profile, load_profile
 from autocompress.salience import widths
-from autocompress.saving import load
+from autocompress.saving import fill, load
 from autocompress.strategies import STRATEGIES
 from autocompress.types import Budget, Option, Plan
 
@@ -245,6 +246,20 @@ def test_single_options_of_a_structure_are_the_same_on_what_stays() -> None:
     plans = single_options(found.at(half(found)), 10**6, undominated=False)
     assert {row.option.inner for plan in plans for row in plan.values()} >= {Option.parse(name) for name in INNER}
     assert all(len({row.option.inner for row in plan.values()}) == 1 for plan in plans)
+
+
+def test_a_narrower_grouped_convolution_lacks_whole_groups() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 2, 1))
+    before = str(network)
+    for shape in ((5, 2, 3, 3), (4, 1, 3, 3), (4, 2, 1, 3)):
+        tensors = network.state_dict() | {"0.weight": torch.zeros(shape)}
+        with pytest.raises(MismatchError, match=re.escape(f"'0.weight' is {shape} in the file")):
+            fill(network, tensors, "a file", narrower=True)
+    assert str(network) == before
+    tensors = {"0.weight": torch.ones(4, 2, 3, 3), "0.bias": torch.ones(4), "1.weight": torch.ones(2, 4, 1, 1)}
+    found = fill(network, tensors | {"1.bias": torch.ones(2)}, "a file", narrower=True)
+    assert (found[0].groups, found[0].in_channels, found[1].in_channels) == (2, 4, 4)  # type: ignore[index]
+    assert found(torch.ones(1, 4, 3, 3)).flatten().tolist() == [77.0, 77.0]
 
 
 @pytest.mark.parametrize("build", [Separable, Transformer])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -133,6 +134,46 @@ def test_every_kind_of_layer_with_every_kind_of_step(option: str, tmp_path: Path
         for packed in (False, True):
             back = ac.load(path, seeded(Kinds, seed=1), packed=packed)
             assert torch.equal(back(data[0]), small(data[0]))
+
+
+def test_every_layer_that_can_have_a_codebook_goes_the_whole_way(tmp_path: Path) -> None:
+    model, data = kinds()
+    options = ["w8", *("pq2x16@1w5", "pq3x8w4", "pq4x8pw6", "kq4w6")]
+    found = profiled(model, data, options)
+    plan, wanted = ac.plan(found, "1x"), itertools.cycle(map(Option.parse, options[1:]))
+    layers = dict.fromkeys(plan.layers, Option(bits=8))
+    for name, layer in found.layers.items():
+        offered = {row.option for row in layer.rows}
+        for option in itertools.islice(wanted, 4):
+            layers[name] = option if option in offered else layers[name]
+        next(wanted)
+    # A table that is the head too has none, and a layer that calibration never reached only what needs no data.
+    assert [n for n, option in layers.items() if option.words is None] == ["words", "spare"]
+    assert {"kq4w6", "pq3x8w4", "pq2x16@1w5", "pq4x8pw6"} == {str(o) for o in layers.values() if o.words is not None}
+    plan = plan.replace(layers=layers, budget_bytes=10**6)
+    small = ac.apply(model, plan, found, data)
+    path = ac.save(small, plan, tmp_path / "model.acz").path
+    assert path.stat().st_size == found.template.file_bytes({n: found.layers[n].row(o) for n, o in layers.items()})
+    with torch.no_grad():
+        for packed in (False, True, "bits"):
+            back: Any = ac.load(path, seeded(Kinds, seed=1), packed=packed)
+            assert torch.equal(back(data[0]), small(data[0])), packed
+    for name, option in layers.items():
+        layer = found.layers[name]
+        if layer.reached:
+            problem = found.problem(name, model.get_parameter(layer.layer.key))
+            error = problem.error(layer.layer.matrix(small.get_parameter(layer.layer.key)))
+            assert error == pytest.approx(layer.row(option).error, rel=1e-9)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["independent", "sequential"])
+def test_codebooks_are_chosen_where_they_are_best_and_verified(sequential: bool, tmp_path: Path) -> None:
+    effort = "normal" if sequential else "fast"
+    options = ["kq8w6", "kq8@1w4", "pq2x8w5", "pq4x4w6", "fp16"]
+    result = run(tmp_path / "out", budget="5x", options=options, strategy="exact", effort=effort, sequential=sequential)
+    assert any(option.words for option in result.plan.layers.values())
+    assert all(check.good for check in ac.verify(tmp_path / "out").checks)
+    assert result.info.bytes <= result.info.budget_bytes
 
 
 @pytest.mark.parametrize("sequential", [False, True], ids=["independent", "sequential"])

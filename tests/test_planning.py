@@ -376,3 +376,6 @@ def test_the_coarsest_options_are_those_that_no_other_is_coarser_than() -> None:
     names = "dense w2 w4 rd(0.5,0.1) rd(1,0.1) mix50/50/0/0/0 mix25/75/0/0/0 mix50/0/50/0/0 mix75/0/0/0/25".split()
     kept = coarsest([ac.Option.parse(name) for name in names])
     assert [str(option) for option in kept] == ["w2", "rd(1,0.1)", "mix50/50/0/0/0", "mix75/0/0/0/25"]
+    names = "w2 kq16w4 kq8w4 kq8@2w4 kq4w6 pq4x8w4 pq4x8w6 pq8x8w4".split()
+    kept = coarsest([ac.Option.parse(name) for name in names])
+    assert [str(option) for option in kept] == ["w2", "kq8@2w4", "kq4w6", "pq4x8w4", "pq8x8w4"]

@@ -149,6 +149,75 @@ def test_a_killed_run_is_taken_up_where_it_was(workers: int, tmp_path: Path) -> 
     assert load_profile(store).fingerprint == expected.fingerprint
 
 
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file of a store but clock times."""
+    files = [p for p in store.rglob("*") if p.is_file() and p.parent.name != "seconds"]
+    return {str(p.relative_to(store)): p.read_bytes() for p in files}
+
+
+def test_a_profile_whose_worker_is_killed_has_the_same_bytes(stored: Any, tmp_path: Path) -> None:
+    model, stats, store = stored
+    killed: list[int] = []
+
+    def progress(done: int, total: int, name: str) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if not killed:
+            killed.append(int(children[-1]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = profile(model, stats, tmp_path / "two", OPTIONS, 2, progress, engine="processes")
+    assert killed
+    assert found.fingerprint == small_profile()[2].fingerprint
+    assert contents(tmp_path / "two") == contents(store)
+
+
+def test_clock_times_are_beside_the_store_and_may_be_lost(stored: Any) -> None:
+    _, _, store = stored
+    kept = load_profile(store)
+    assert all(row.seconds > 0 for layer in kept.layers.values() for row in layer.rows)
+    for path in (store / "seconds").iterdir():
+        path.write_text("[1.0]")
+    assert {row.seconds for layer in load_profile(store).layers.values() for row in layer.rows} == {0.0}
+    shutil.rmtree(store / "seconds")
+    assert load_profile(store).fingerprint == kept.fingerprint
+
+
+def test_a_store_goes_on_with_its_own_statistics(stored: Any, tmp_path: Path) -> None:
+    """On another processor the same sums differ in their last bits; the layers that are there must still count."""
+    model, stats, store = stored
+    before, expected = layer_files(store), contents(store)
+    gone = sorted(before)[0]
+    (store / "layers" / gone).unlink()
+    nudged = {name: dataclasses.replace(s, hessian=s.hessian * (1 + 1e-12)) for name, s in stats.layers.items()}
+    found, computed = resume(model, dataclasses.replace(stats, layers=nudged), store)
+    assert len(computed) == 1
+    assert found.fingerprint == small_profile()[2].fingerprint
+    assert contents(store) == expected
+    np.testing.assert_array_equal(found.statistics.layers["conv1"].hessian, stats.layers["conv1"].hessian)
+    head = json.loads((store / "profile.json").read_text())
+    head["layers"][0][-1] = "0" * 64
+    (store / "profile.json").write_text(json.dumps(head))
+    with pytest.raises(StoreError, match=r"profile.json is damaged"):
+        resume(model, stats, store)
+
+
+def test_of_two_writers_without_a_lock_the_second_compares_itself(
+    stored: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading that there is no index and making it, another host made one."""
+    model, stats, store = stored
+    read = profiling._read_head
+    answers = [None]
+    monkeypatch.setattr(profiling, "_read_head", lambda place: answers.pop() if answers else read(place))
+    before = contents(store)
+    _, computed = resume(model, stats, store)
+    assert (computed, contents(store)) == ([], before)
+    answers.append(None)
+    with pytest.raises(MismatchError, match="field 'options'"):
+        resume(model, stats, store, options=["w4"])
+    assert contents(store) == before
+
+
 def test_a_store_killed_before_its_head_was_written_is_begun_again(stored: Any) -> None:
     model, stats, store = stored
     (store / "profile.json").unlink()

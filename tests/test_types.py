@@ -36,6 +36,13 @@ values: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({"fp8": True}),
     st.fixed_dictionaries({"step": positive, "lam": st.one_of(st.just(0.0), positive)}),
 )
+books = st.builds(
+    lambda fields, how: Option(**fields, **how),
+    st.fixed_dictionaries(
+        {"words": st.integers(4, 65536), "bits": st.integers(1, 8)}, optional={"vector": st.integers(2, 4096)}
+    ),
+    st.one_of(st.just({"plain": True}), st.fixed_dictionaries({"price": st.one_of(st.just(0.0), positive)})),
+)
 percentages = st.lists(st.integers(0, 800), min_size=4, max_size=4).map(lambda ends: sorted([0, *ends, 800]))
 mixes = percentages.map(lambda ends: Option(mix=tuple((b - a) / 8 for a, b in itertools.pairwise(ends))))
 widths = st.one_of(st.none(), st.tuples(percent, percent).filter(lambda pair: pair != (100, 100)))
@@ -45,7 +52,7 @@ def made(structure: dict[str, Any], value: dict[str, Any], width: tuple[float, f
     return Option(**structure, **value, width=None if "rank" in structure else width)
 
 
-options = st.one_of(st.builds(made, structures, values, widths), mixes)
+options = st.one_of(st.builds(made, structures, values, widths), mixes, books)
 budgets = st.fixed_dictionaries(
     {},
     optional={
@@ -82,6 +89,9 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("k4r12pw8", Option(groups=4, rank=12, bits=8, plain=True)),
         ("rank32pfp16", Option(rank=32, half=True, plain=True)),
         ("ch50w8", Option(channels=50, bits=8)),
+        ("kq64w4", Option(words=64, bits=4)),
+        ("kq64@0.5w4", Option(words=64, price=0.5, bits=4)),
+        ("pq4x256pw8", Option(words=256, vector=4, plain=True, bits=8)),
         ("out25", Option(out=25)),
         ("blk2x4@50fp16", Option(block=4, block_rows=2, sparsity=50, half=True)),
         ("s75fp16", Option(sparsity=75, half=True)),
@@ -130,6 +140,13 @@ def test_the_names_of_the_design(text: str, option: Option) -> None:
         ("mix50/50", "mix needs a percentage for each of 0/2/4/6/8 bits"),
         ("mix25/0/25/49/0", "percentages sum to 99, needed 100"),
         ("s50mix25/0/25/50/0", "mix prunes rows itself: no structure"),
+        ("kq3w6", "3 words, needed 4 to 65536"),
+        ("pq1x16w6", "a vector of 1, needed 2 or more"),
+        ("kq16@1pw6", "plain codebooks know no price of a bit"),
+        ("kq16w6g8", "the numbers of a codebook have one symmetric grid"),
+        ("kq16fp16", "the numbers of a codebook are integers"),
+        ("pq16w4", "is not an option"),
+        ("kq16@1e999w4", "price is inf, needed a number that is not negative"),
         ("out100", "out must be at least 0 and below 100 percent"),
         ("blk0x4@50", "block_rows is 0, needed at least 1"),
         ("tcq(0.1,0.1)s60", "tcq finds its zeros itself: no structure"),
@@ -141,7 +158,7 @@ def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> Non
     assert words in str(caught.value)
 
 
-@given(st.text(alphabet="denswrkblchtaoumi0123456789.:@(),/g fpx-+e", max_size=20))
+@given(st.text(alphabet="denswrkqblchtaoumi0123456789.:@(),/g fpx-+e", max_size=20))
 def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
     try:
         option = Option.parse(text)
@@ -156,7 +173,12 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"rank": 4, "sparsity": 50}, "at most one structure"),
         ({"nm": (2, 4), "channels": 50}, "at most one structure"),
         ({"groups": 4}, "channel groups need a rank"),
-        ({"plain": True}, "plain factors need a rank"),
+        ({"plain": True}, "plain needs factors or a codebook"),
+        ({"vector": 4, "bits": 4}, "a vector and a price need words"),
+        ({"price": 1.0, "bits": 4}, "a vector and a price need words"),
+        ({"words": 16, "rank": 4}, "at most one structure"),
+        ({"words": 16, "half": True}, "the numbers of a codebook are integers"),
+        ({"words": 16, "bits": 4, "per_tensor": True}, "one symmetric grid"),
         ({"group": 128}, "a group of scales needs bits"),
         ({"step": 0.5}, "rate-distortion codes need both numbers"),
         ({"half": True, "bits": 4}, "at most one representation of the values"),
@@ -166,7 +188,7 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"mix": (0, 0, 100, 0, 0), "bits": 4}, "at most one representation of the values"),
         ({"width": (100, 100), "bits": 4}, "a layer of full width has no width"),
         ({"width": (0, 50)}, "widths are above 0 and at most 100 percent"),
-        ({"width": (50, 50), "rank": 4}, "a narrower layer takes no rank and no mix"),
+        ({"width": (50, 50), "rank": 4}, "a narrower layer takes no rank"),
         ({"mix": (-25, 25, 50, 50, 0)}, "percentages"),
     ],
 )

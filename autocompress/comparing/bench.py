@@ -114,9 +114,8 @@ def compare(
 
 def task_context(task: Task, seed: int = 0, effort: str = "normal") -> Context:
     """The context of a task: its model, its calibration batches of a seed, its loss and labelled batches, if any."""
-    return Context(
-        task.build_model(), task.calibration_batches(seed), task.loss, seed, effort, task.labelled_batches(seed)
-    )
+    model, data, training = task.build_model(), task.calibration_batches(seed), task.labelled_batches(seed)
+    return Context(model, data, task.loss, seed, effort, training, task.embedding)
 
 
 def _named(

@@ -9,11 +9,13 @@ import numpy as np
 
 from autocompress.compressors.base import Compressor, LayerProblem, Measured, Realised, measure
 from autocompress.compressors.fp8 import Fp8
+from autocompress.compressors.kq import KernelQuantised, kq_grid
 from autocompress.compressors.lowrank import LowRank, lowrank_grid
 from autocompress.compressors.mixed import MixedRows, mixed_grid
 from autocompress.compressors.narrow import Narrow, narrow_grid
 from autocompress.compressors.obc import ObcUniform
 from autocompress.compressors.plain import Plain
+from autocompress.compressors.pq import ProductQuantised, pq_grid
 from autocompress.compressors.pruned import Pruned
 from autocompress.compressors.rd import RateDistortion, default_grid
 from autocompress.compressors.tcq import TrellisCoded, trellis_grid
@@ -47,6 +49,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "lowrank": LowRank(),
     "mixed": MixedRows(),
     "narrow": Narrow(lambda option: compressor_of(option)[1]),
+    "kq": KernelQuantised(),
+    "pq": ProductQuantised(),
 }
 
 
@@ -57,7 +61,7 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0)"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0, kq64w6)"
     )
 
 
@@ -79,8 +83,20 @@ def _surface() -> list[Option]:
     return [Option(bits=b) for b in _WIDTHS] + [Option(sparsity=s, bits=b) for s in levels for b in _WIDTHS]
 
 
+def _lean() -> list[Option]:
+    """A fifth of the default options, for networks whose profile would take long: widths, and codes that are not pruned
+    first, at steps half an octave apart. Below 2 bits per weight pruned ones are better.
+    """
+    steps = [round(0.2 * 2 ** (k / 2), 3) for k in range(8)]
+    coded = [Option(step=t, lam=lam) for t in steps for lam in (0.1, 0.3)]
+    trellis = [Option(step=t, lam=0.4, trellis=True) for t in (round(0.6 * s, 3) for s in steps)]
+    return [DENSE, Option(half=True), *(Option(bits=b) for b in (2, 3, 4, 6, 8)), *coded, *trellis]
+
+
 FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "default": default_options,
+    "lean": _lean,
+    "fine": lambda: _named(*(f"{c}({s},0.1)" for c in ("rd", "tcq") for s in (0.025, 0.035, 0.05, 0.071, 0.1, 0.141))),
     "int8": lambda: _named("w8", "w8t", "w8a"),
     "int4g128": lambda: _named("w4g128", "w8g128"),
     "int": lambda: _named(*(f"w{b}{s}" for b in range(1, 9) for s in ("", "a", "t", "g32", "g64", "g128"))),
@@ -92,6 +108,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "units": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "lowrank": lowrank_grid,
     "mixed": mixed_grid,
+    "codebooks": lambda: [*kq_grid(), *pq_grid()],
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),
     # Narrower layers need more than their names: which channels go together.
     "all": lambda: list(dict.fromkeys(o for n, f in FAMILIES.items() if n not in ("channels", "all") for o in f())),

@@ -230,6 +230,7 @@ class Realised:
     """A compressed weight, exactly as it will be stored: codes times step, or values in a float codec.
 
     step: one number, one per row, or (rows, groups) where each `group` consecutive weights of a row share one.
+    vector: how many consecutive codes are one word of a codebook, where the codec has one.
     factors: of a low-rank weight the two layers that take its place, the one that is applied first in front, each of a
     shape of `costs.factor_shapes`; nothing else is stored then. cut: of a narrower layer, the columns and the rows that
     stay; `shape` is that of what stays.
@@ -244,6 +245,7 @@ class Realised:
     factors: tuple[Realised, Realised] | None = None
     mixed: bool = False
     cut: tuple[np.ndarray, np.ndarray] | None = None
+    vector: int | None = None
 
     @property
     def step_kind(self) -> str:
@@ -306,7 +308,8 @@ class Realised:
         if self.codes is None:
             return float_entry(key, self._values(), codec=self.codec, params=params)
         codes = self.codes.reshape(self.shape)
-        return weight_entry(key, codes, self.step, codec=self.codec, group=self.group, params=params)
+        how: Any = {"codec": self.codec, "group": self.group, "vector": self.vector}
+        return weight_entry(key, codes, self.step, params=params, **how)
 
     def entries(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> list[Entry]:
         """The records for the file: that of `entry`, or of both factors, each with the number of groups."""
@@ -321,7 +324,7 @@ class Realised:
             return sum(factor.bytes() for factor in self.factors)
         if self.codes is None:
             return codec_named(self.codec).size(self._values())
-        return weight_size(self.codes.reshape(self.shape), self.step, codec=self.codec, group=self.group)
+        return weight_size(self.codes.reshape(self.shape), self.step, self.codec, self.group, self.vector)
 
     def _values(self) -> np.ndarray:
         assert self.values is not None

@@ -28,7 +28,8 @@ class ObcUniform:
     source = "OBC, arXiv 2208.11580"
 
     def offers(self, option: Option) -> bool:
-        return option.bits is not None and option.rank is None and option.width is None
+        special = option.rank, option.words, option.width
+        return option.bits is not None and special == (None, None, None)
 
     def needs_data(self, option: Option) -> bool:
         # With 8 bits a weight moves by some thousandths of its row's largest: harmless wherever it is used.

@@ -24,7 +24,8 @@ class Pruned:
 
     def offers(self, option: Option) -> bool:
         structure = option.structure
-        return structure != DENSE and option.rank is None and option in (structure, _half(structure))
+        whole = structure == DENSE or option.rank is not None or option.words is not None
+        return not whole and option in (structure, _half(structure))
 
     def needs_data(self, option: Option) -> bool:
         return True

@@ -18,14 +18,17 @@ from autocompress.obs.quantising import (
     search_scale,
 )
 from autocompress.obs.trellis import trellis_codes
+from autocompress.obs.vectors import Assignment, Runs
 from autocompress.obs.weighted import RowHessian, search_square
 from autocompress.obs.wide import EXACT_LIMIT, exact_operations, shared_cells, shared_prune, shared_trace
 
 __all__ = [
     "EXACT_LIMIT",
     "ORDERS",
+    "Assignment",
     "Cell",
     "RowHessian",
+    "Runs",
     "Units",
     "column_runs",
     "exact_operations",

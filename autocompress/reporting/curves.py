@@ -17,7 +17,7 @@ FAMILIES = {
     "rd": "rate-distortion",
     "pruned": "pruned, then coded",
     "widths": "plain widths",
-    "structured": "N:M, blocks, channels, low rank",
+    "structured": "N:M, blocks, channels, low rank, codebooks",
     "floats": "floating point",
 }
 POINTS = 14  # of a family's front: enough for a line, and 56 layers stay a page of a few hundred kilobytes
@@ -25,7 +25,8 @@ POINTS = 14  # of a family's front: enough for a line, and 56 layers stay a page
 
 def family_of(option: Option) -> str:
     """The key in FAMILIES of an option."""
-    if any(value is not None for value in (option.nm, option.block, option.channels, option.out, option.rank)):
+    structures = option.nm, option.block, option.channels, option.out, option.rank, option.words
+    if any(value is not None for value in structures):
         return "structured"
     if option.trellis:
         return "trellis"

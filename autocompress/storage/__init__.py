@@ -13,11 +13,13 @@ from autocompress.storage.entries import (
     step_bytes,
     weight_entry,
     weight_size,
+    with_fixed_fields,
 )
 from autocompress.storage.entropy import MAX_CODE, coded_size, decode_codes, encode_codes, order0_bits
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import E4M3, round_small
 from autocompress.storage.integers import nm_pattern
+from autocompress.storage.vectors import encode_codebook
 
 __all__ = [
     "CODECS",
@@ -32,6 +34,7 @@ __all__ = [
     "codec_named",
     "coded_size",
     "decode_codes",
+    "encode_codebook",
     "encode_codes",
     "file_size",
     "float_entry",
@@ -46,5 +49,6 @@ __all__ = [
     "step_bytes",
     "weight_entry",
     "weight_size",
+    "with_fixed_fields",
     "write",
 ]

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from autocompress.storage import floats, integers
+from autocompress.storage import floats, integers, vectors
 from autocompress.storage.bits import MAX_EXPANSION
 from autocompress.storage.entropy import coded_size, decode_codes, encode_codes
 from autocompress.storage.errors import FormatError
@@ -72,6 +72,14 @@ _ALL = (
         partial(encode_codes, dependent=True),
         _codes(partial(decode_codes, dependent=True)),
         partial(coded_size, dependent=True),
+    ),
+    Codec(
+        "codebook",
+        11,
+        "codes",
+        vectors.encode_codebook,
+        _codes(vectors.decode_codebook),
+        vectors.codebook_size,
     ),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from autocompress.storage.codecs import codec_named
 from autocompress.storage.errors import FormatError
 from autocompress.storage.floats import DTYPES, round_small
 from autocompress.storage.integers import encode_packed, packed_length
+from autocompress.storage.vectors import codebook_length, codebook_size, encode_codebook
 
 __all__ = [
     "Entry",
@@ -24,6 +25,7 @@ __all__ = [
     "step_bytes",
     "weight_entry",
     "weight_size",
+    "with_fixed_fields",
 ]
 
 _CHUNK = 1 << 16  # codes dequantised at once
@@ -174,10 +176,11 @@ def weight_entry(
     *,
     codec: str = "entropy",
     group: int | None = None,
+    vector: int | None = None,
     params: Mapping[str, Value] | None = None,
 ) -> Entry:
     """Make the entry of a quantised weight: codes of its shape and one step, one per row, or (rows, groups) of them
-    where each `group` consecutive codes of a row share one.
+    where each `group` consecutive codes of a row share one. vector: of the codec codebook, how many codes a word has.
 
     The steps are stored as binary32 (one) or binary16 (several): choose the codes with the rounded steps.
     """
@@ -185,16 +188,33 @@ def weight_entry(
     chosen = codec_named(codec)
     if chosen.kind == "floats":
         raise ValueError(f"{codec} stores floats; codes need one of the integer codecs")
+    if vector is not None and codec != "codebook":
+        raise ValueError(f"vectors belong to the codec codebook, not to {codec}")
     kind, raw = _step(codes.shape, step, group)
-    entry = Entry(name, codes.shape, "float32", codec, raw + chosen.encode(codes), kind, dict(params or {}))
+    body = chosen.encode(codes) if vector is None else encode_codebook(codes, vector)
+    entry = Entry(name, codes.shape, "float32", codec, raw + body, kind, dict(params or {}))
     entry.check()
     return entry
 
 
-def weight_size(codes: np.ndarray, step: float | np.ndarray, codec: str = "entropy", group: int | None = None) -> int:
+def with_fixed_fields(entry: Entry) -> Entry:
+    """The entry of a codebook with words and indices in packed fields, where 16 bits hold them."""
+    start = step_bytes(entry.shape, entry.step)
+    body = encode_codebook(entry.codes(), codebook_length(entry.payload[start:]), fixed=True)
+    return replace(entry, payload=entry.payload[:start] + body)
+
+
+def weight_size(
+    codes: np.ndarray,
+    step: float | np.ndarray,
+    codec: str = "entropy",
+    group: int | None = None,
+    vector: int | None = None,
+) -> int:
     """Count the bytes of `weight_entry(...)` exactly, without encoding."""
     codes = np.asarray(codes)
-    return step_bytes(codes.shape, _step(codes.shape, step, group)[0]) + codec_named(codec).size(codes)
+    body = codec_named(codec).size(codes) if vector is None else codebook_size(codes, vector)
+    return step_bytes(codes.shape, _step(codes.shape, step, group)[0]) + body
 
 
 def grid_codes(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.float32]:

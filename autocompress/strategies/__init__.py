@@ -24,9 +24,11 @@ from autocompress.strategies.alds_minimax import AldsMinimax
 from autocompress.strategies.auto import Auto
 from autocompress.strategies.base import NEEDS, Strategy, chosen_plan, needs_of, no_worse_than
 from autocompress.strategies.baselines import uniform_bits, uniform_sparsity
+from autocompress.strategies.cc import cc
 from autocompress.strategies.erk import erk
 from autocompress.strategies.evopress import EvoPress
 from autocompress.strategies.fisher import Fisher
+from autocompress.strategies.ft import ft, ft_global
 from autocompress.strategies.galen import Galen
 from autocompress.strategies.hawq import Hawq
 from autocompress.strategies.itpruner import ItPruner
@@ -35,6 +37,7 @@ from autocompress.strategies.loss import LayerLoss
 from autocompress.strategies.magnitude import magnitude
 from autocompress.strategies.nsga2 import Nsga2
 from autocompress.strategies.opq import opq, opq_energy
+from autocompress.strategies.pfp import pfp
 from autocompress.strategies.ranks import lrank, pca, svd, svd_energy
 from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, Solved
 from autocompress.strategies.spdy import Spdy
@@ -76,6 +79,10 @@ STRATEGIES: dict[str, Strategy] = {
     "svd_energy": svd_energy,
     "pca": pca,
     "lrank": lrank,
+    "ft": ft,
+    "ft_global": ft_global,
+    "pfp": pfp,
+    "cc": cc,
     "itpruner": ItPruner(),
     "itpruner_quadratic": ItPruner(quadratic=True),
     "ajpq": Ajpq(),

@@ -12,6 +12,7 @@ import numpy as np
 
 from autocompress.batches import batch_samples
 from autocompress.coupling import is_coupled
+from autocompress.errors import InfeasibleError
 from autocompress.measuring import Context, Trial, merit
 from autocompress.planning import energy_losses, relative_gap
 from autocompress.profiling import Profile
@@ -45,8 +46,9 @@ class Auto:
     which holds on to larger errors (`experiments/auto_trial.py`). Plans are compared by their
     `measuring.merit` on all of the calibration data. The search (`solvers.search.nearby`) draws weights near the best
     ones and scores their plans on a sample of what the Hessians saw; its plan is taken only if it is better on the
-    held-out slice, which the search never sees, and on all. Needs evaluations; without a context it is the exact solve
-    of the relative error. Deterministic: fixed counts, seeded draws, no clocks.
+    held-out slice, which the search never sees, and on all. Where channels can go, each objective is solved without
+    that too. Needs evaluations; without a context it is the exact solve of the relative error. Deterministic: fixed
+    counts, seeded draws, no clocks.
     """
 
     needs = "curves"  # more, where there is a context
@@ -62,10 +64,14 @@ class Auto:
         best: tuple[_Judged, Mapping[str, np.ndarray]] | None = None
         notes = []
         for label, losses in self.objectives(profile, context).items():
-            found = _judged(profile, solved_plan(profile, budget, losses, f"auto({label})"), context)
-            notes.append(_figures(label, found))
-            if best is None or found.overall < best[0].overall:
-                best = found, losses
+            plans = {label: solved_plan(profile, budget, losses, f"auto({label})")}
+            if is_coupled(profile):
+                plans |= _of_whole_layers(profile, budget, losses, label, plans[label].bound)
+            for name, plan in plans.items():
+                found = _judged(profile, plan, context)
+                notes.append(_figures(name, found))
+                if best is None or found.overall < best[0].overall:
+                    best = found, losses
         assert best is not None
         chosen, losses = best
         if (rival := self._nearby(profile, budget, context, chosen.plan, losses)) is not None:
@@ -120,6 +126,24 @@ class Auto:
                 for n, layer in profile.layers.items()
             }
         return found
+
+
+def _of_whole_layers(
+    profile: Profile, budget: Budget, losses: Mapping[str, np.ndarray], label: str, bound: float
+) -> dict[str, Plan]:
+    """The plan of these losses that leaves channels alone, under its label; nothing where none is within the budget.
+
+    Errors of lost channels and of lost ranks or bits do not weigh alike in the whole network, so both are measured.
+    bound: what no plan, narrower ones included, is below.
+    """
+    whole = profile.whole()
+    own = {n: losses[n][[row.option.width is None for row in x.rows]] for n, x in profile.layers.items()}
+    try:
+        plan = solved_plan(whole, budget, own, f"auto({label}, whole)")
+    except InfeasibleError:
+        return {}
+    bound = min(bound, plan.predicted_loss)
+    return {f"{label}, whole": plan.replace(bound=bound, gap=relative_gap(plan.predicted_loss, bound))}
 
 
 def _judged(profile: Profile, plan: Plan, context: Context) -> _Judged:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
-from autocompress.batches import Batch, batch_digest, batch_samples, chunk_batch, feed, join_batches
-from autocompress.measuring import Context, class_axis, logits
+from autocompress.batches import Batch, batch_digest, batch_samples, chunk_batch, join_batches
+from autocompress.measuring import Context
 from autocompress.profiling import Profile
 from autocompress.strategies.base import solved_plan, with_context
 from autocompress.strategies.weighing import differentiable, kept, losses_of_changes
@@ -65,7 +64,11 @@ def squared_gradients(context: Context, profile: Profile, batch: Batch, labelled
         total = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
         for sample in chunk_batch(batch, 1):
             assert not labelled or context.loss is not None
-            loss = context.loss(model, sample) if labelled and context.loss else own_loss(model, sample, generator)
+            if labelled and context.loss:
+                loss = context.loss(model, sample)
+            else:
+                output = context.output(model, sample)
+                loss = own_loss(output, context.class_axis(output), generator)
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, found, strict=True):
                 if gradient is not None:
@@ -73,14 +76,12 @@ def squared_gradients(context: Context, profile: Profile, batch: Batch, labelled
     return {name: (t / batch_samples(batch)).cpu().numpy() for name, t in total.items()}
 
 
-def own_loss(model: nn.Module, sample: Batch, generator: torch.Generator) -> torch.Tensor:
-    """-log p(y | x) of one sample, y drawn from the model's own prediction at every position, over the root of their
-    number: its squared gradient is then in expectation the mean over positions.
+def own_loss(output: torch.Tensor, axis: int | None, generator: torch.Generator) -> torch.Tensor:
+    """-log p(y | x) of one sample's output, y drawn from the model's own prediction at every position, over the root of
+    their number: its squared gradient is then in expectation the mean over positions.
 
     Where there are no classes, y is the output plus noise of variance one.
     """
-    output = logits(feed(model, sample))
-    axis = class_axis(output)
     if axis is None:
         noise = torch.randn(output.shape, generator=generator).to(output)
         return (noise * output).sum() / output.numel() ** 0.5

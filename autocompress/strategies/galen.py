@@ -77,5 +77,6 @@ def _width(row: Measured) -> float:
     if row.option.mix is not None:
         kept = sum(row.option.mix[1:])
         return float(np.dot(row.option.mix, MIXED_WIDTHS)) / kept if kept else 0.0
-    bits = row.option.bits or 8.0 * row.bytes / max(row.nonzero, 1)
+    own = row.option.bits if row.option.words is None else None
+    bits = own or 8.0 * row.bytes / max(row.nonzero, 1)
     return min(float(bits), WIDEST)

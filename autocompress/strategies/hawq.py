@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from autocompress.batches import Batch, batch_digest, chunk_batch, feed, join_batches
+from autocompress.batches import Batch, batch_digest, chunk_batch, join_batches
 from autocompress.errors import CalibrationError
-from autocompress.measuring import PASS_SAMPLES, Context, class_axis, logits
+from autocompress.measuring import PASS_SAMPLES, Context
 from autocompress.profiling import Profile
 from autocompress.strategies.base import solved_plan, with_context
 from autocompress.strategies.weighing import differentiable, kept, losses_of_changes
@@ -85,7 +85,8 @@ def average_traces(
                 assert context.loss is not None
                 loss = context.loss(model, piece)
             else:
-                loss = distance_from_itself(logits(feed(model, piece)))
+                output = context.output(model, piece)
+                loss = distance_from_itself(output, context.class_axis(output))
             first = torch.autograd.grad(loss, known, create_graph=True, allow_unused=True)
             signs = [torch.randint(0, 2, w.shape, generator=generator).to(w) * 2 - 1 for w in known]
             along = sum(((g * v).sum() for g, v in zip(first, signs, strict=True) if g is not None), loss.new_zeros(()))
@@ -104,11 +105,11 @@ def average_traces(
     return {name: t / vectors / weights[name].numel() for name, t in total.items()}
 
 
-def distance_from_itself(output: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy to the output's own softmax, held constant, mean over positions; without classes half the mean
-    squared distance. Its gradient is zero and its Hessian that of the divergence from the dense model.
+def distance_from_itself(output: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """Cross-entropy to the output's own softmax over the dimension of its classes, held constant, mean over positions;
+    without classes (None) half the mean squared distance. Its gradient is zero and its Hessian that of the divergence
+    from the dense model.
     """
-    axis = class_axis(output)
     if axis is None:
         return 0.5 * (output - output.detach()).square().mean()
     log_p = torch.log_softmax(output, axis)

@@ -10,9 +10,9 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 
 from autocompress.applying import with_weights
-from autocompress.batches import Batch, batch_digest, batch_samples, chunk_batch, evaluating, feed, join_batches
+from autocompress.batches import Batch, batch_digest, batch_samples, chunk_batch, evaluating, join_batches
 from autocompress.compressors import Measured
-from autocompress.measuring import PASS_SAMPLES, Context, divergence, logits
+from autocompress.measuring import PASS_SAMPLES, Context
 from autocompress.profiling import LayerProfile, Profile
 from autocompress.strategies.base import solved_plan, with_context
 from autocompress.strategies.weighing import kept, realised_weights
@@ -62,7 +62,7 @@ class LayerLoss:
         # One copy of the model for all, norms and biases as they will be stored; only a layer's weight comes and goes.
         small = with_weights(context.model, profile, {}, None)
         pieces = chunk_batch(batch, PASS_SAMPLES)
-        measure = mean_loss(context, small, pieces) if labelled else mean_divergence(small, pieces)
+        measure = mean_loss(context, small, pieces) if labelled else mean_divergence(context, small, pieces)
         dense = measure()
         found: dict[str, list[list[float]]] = {}
         for name, layer in profile.layers.items():
@@ -128,13 +128,12 @@ def mean_loss(context: Context, small: nn.Module, pieces: list[Batch]) -> Callab
     return measure
 
 
-def mean_divergence(small: nn.Module, pieces: list[Batch]) -> Callable[[], float]:
+def mean_divergence(context: Context, small: nn.Module, pieces: list[Batch]) -> Callable[[], float]:
     """Measures the KL of the model as it stands from what it is now, mean over samples."""
-    sizes = np.array([batch_samples(piece) for piece in pieces])
 
     def outputs() -> list[torch.Tensor]:
         with torch.no_grad(), evaluating(small):
-            return [logits(feed(small, piece)) for piece in pieces]
+            return [context.output(small, piece) for piece in pieces]
 
     reference = outputs()
-    return lambda: float(sizes @ [divergence(a, b) for a, b in zip(reference, outputs(), strict=True)] / sizes.sum())
+    return lambda: context.mean_divergence(reference, outputs(), pieces)

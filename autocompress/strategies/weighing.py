@@ -69,16 +69,17 @@ def realised_weights(
 
 
 def losses_of_changes(
-    model: nn.Module, profile: Profile, loss: Callable[[str, np.ndarray], float]
+    model: nn.Module, profile: Profile, loss: Callable[[str, np.ndarray], float], narrowed: bool = False
 ) -> dict[str, list[float]]:
-    """loss(layer, ΔW) of every option of every layer, in the order of the profile's rows; ΔW float64 in the parameter's
-    shape. Each option is realised once: the time of a profile without its traces.
+    """loss(layer, ΔW) of every option of every layer, in the order of the profile's rows; narrowed: those of narrower
+    layers behind them, whose outputs that go are not changed. ΔW float64 in the parameter's shape. Each option is
+    realised once: the time of a profile without its traces.
     """
 
     def of_layer(name: str) -> list[float]:
         layer = profile.layers[name]
         dense = model.get_parameter(layer.layer.key).detach().double().cpu().numpy()
-        options = [row.option for row in layer.rows]
+        options = [row.option for row in (*layer.rows, *(layer.narrowed if narrowed else ()))]
         found = {o: loss(name, w - dense) for o, w in realised_weights(model, profile, name, options)}
         return [found[option] for option in options]
 

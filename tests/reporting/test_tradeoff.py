@@ -92,6 +92,7 @@ def test_families_of_options() -> None:
     assert {family_of(Option.parse(text)): text for text in named.values()} == named
     assert set(named) == set(FAMILIES)
     assert family_of(Option.parse("mix25/0/25/50/0")) == "widths"
+    assert family_of(Option.parse("kq64@2w4")) == family_of(Option.parse("rank8w8")) == "structured"
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1e9), (3.0, 200.0), (0.9, 1.1), (15_000, 21_000), (1e-9, 1e-8)])

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """A reader of the format written from docs/format.md alone: plain Python, nothing but zlib, struct and math.
 
-Entries in raw floats, fp16, packed, entropy-coded, trellis-coded, masked and fp8, which is what `autocompress compress`
-writes; slow, and meant to be read.
+Entries in raw floats, fp16, packed, entropy-coded, trellis-coded, masked, fp8 and codebooks, which is what
+`autocompress compress` writes; slow, and meant to be read.
 """
 
 import math
@@ -106,6 +106,29 @@ def decode_codes(data, shape, dependent=False):
     return flat_codes
 
 
+def codebook(data, shape):
+    def uint(shift=0):
+        nonlocal data
+        byte, data = data[0], data[1:]
+        return (byte & 127) << shift | (uint(shift + 7) if byte > 127 else 0)
+
+    def integers(raw, packed, shape):
+        if math.prod(shape) == 0:
+            return []
+        return unpack(raw, math.prod(shape)) if packed else decode_codes(raw, shape)
+
+    numel, flags, data = math.prod(shape), data[0], data[1:]
+    length, count, n, m = uint(), uint(), uint(), uint()
+    words = integers(data[:n], flags & 4, (count, length))
+    words = [words[i * length : (i + 1) * length] for i in range(count)]
+    rows = shape[0] if len(shape) > 1 and numel // shape[0] % length == 0 else 0
+    index = integers(data[n : n + m], flags & 2, (rows, numel // length // rows) if rows else (numel // length,))
+    if flags & 1:
+        words = [[0] * length, *words]
+        return [-v if i < 0 else v for i in index for v in words[abs(i)]]
+    return [v for i in index for v in words[i]]
+
+
 def e4m3(code):
     n = abs(code)
     return math.copysign(n / 512 if n < 8 else (8 + n % 8) * 2.0 ** (n // 8 - 10), code)
@@ -165,13 +188,16 @@ def read_file(data):
             split = 5 + int.from_bytes(body[1:5], "little")
             kept = iter(floats("e" if body[0] == 2 else letter, body[split:]))
             yield names[i], shape, [next(kept) if m else 0.0 for m in decode_codes(body[5:split], shape)]
-        elif codecs[i] in (3, 7, 9, 10):
+        elif codecs[i] in (3, 7, 9, 10, 11):
             columns = numel // shape[0]
             per_row = (0, 0, 1, -(-columns // max(spans[i], 1)))[kind]
             width = 4 if kind == 1 else 2 * shape[0] * per_row
             steps = floats("f" if kind == 1 else "e", body[:width])
             rest = body[width:]
-            codes = unpack(rest, numel) if codecs[i] == 3 else decode_codes(rest, shape, codecs[i] == 10)
+            if codecs[i] in (3, 11):
+                codes = unpack(rest, numel) if codecs[i] == 3 else codebook(rest, shape)
+            else:
+                codes = decode_codes(rest, shape, codecs[i] == 10)
             codes = [e4m3(c) for c in codes] if codecs[i] == 9 else codes
             span = spans[i] or columns
             at = [j // columns * per_row + j % columns // span * (per_row > 0) for j in range(numel)]

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 from reference_decoder import NEXT
 
-from autocompress.storage import CODECS, E4M3, FormatError, encode_codes, nm_pattern, order0_bits, round_small
+from autocompress.storage import (
+    CODECS,
+    E4M3,
+    FormatError,
+    encode_codebook,
+    encode_codes,
+    nm_pattern,
+    order0_bits,
+    round_small,
+    weight_entry,
+    with_fixed_fields,
+)
 from autocompress.storage.bits import pack_bits, unpack_bits
+from autocompress.storage.vectors import codebook_size
 
 SHAPES = [(16, 3, 3, 3), (10, 64), (33,), (1, 1), (7, 5, 3), (4, 1, 3, 3), (2, 3, 2, 2, 2), (0, 4), (5, 0), ()]
 CODE_CODECS = sorted(name for name, codec in CODECS.items() if codec.kind == "codes")
@@ -224,7 +236,77 @@ def test_entropy_coder_refuses_endless_rows() -> None:
         CODECS["entropy"].decode(bytes(2000), (2**20 + 1,), "int32")
 
 
+def spelled(shape: tuple[int, ...], length: int, count: int, signed: bool = True) -> np.ndarray:
+    """Codes whose runs of `length` are drawn from `count` words, and their negatives and zeros where signed."""
+    rng = np.random.default_rng([length, count])
+    words = np.rint(5 * rng.standard_normal((count, length))).astype(np.int64)
+    words = np.concatenate([-words, 0 * words[:1], words]) if signed else words
+    return words[rng.integers(len(words), size=int(np.prod(shape)) // length)].reshape(shape)
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["plain", "signed"])
+@pytest.mark.parametrize(
+    ("shape", "length", "count"), [((64, 32, 3, 3), 9, 16), ((10, 64), 4, 8), ((12, 4, 3, 3), 18, 5), ((60,), 6, 3)]
+)
+def test_a_codebook_is_stored_once(shape: tuple[int, ...], length: int, count: int, signed: bool) -> None:
+    codes = spelled(shape, length, count, signed)
+    payload = encode_codebook(codes, length)
+    np.testing.assert_array_equal(CODECS["codebook"].decode(payload, shape, "int32"), codes)
+    assert codebook_size(codes, length) == len(payload)
+    # Words of 6 bits a number at most, and an index of fixed width for each run; heads are a few bytes.
+    assert len(payload) <= (6 * count * length + 7) // 8 + 3 + codes.size // length * 6 / 8 + 3 + 12
+    # Without signs the words would be stored twice, and the zeros too.
+    assert payload[0] & 1 == signed
+    assert payload[2] == count
+
+
+def test_a_codebook_with_fixed_fields_is_the_same_weight() -> None:
+    for codes, flags in ((spelled((64, 32, 3, 3), 9, 15), 7), (spelled((4, 40), 4, 3) * 2**16, 2 + 1)):
+        entry = weight_entry(
+            "w", codes, 0.5, codec="codebook", vector=codes.shape[-1] // 3 * 9 if codes.ndim > 2 else 4
+        )
+        fixed = with_fixed_fields(entry)
+        np.testing.assert_array_equal(fixed.dequantise(), entry.dequantise())
+        assert fixed.bytes >= entry.bytes
+        assert fixed.payload[4] == flags  # behind one step
+
+
+def test_a_codebook_wants_whole_vectors_of_integers() -> None:
+    with pytest.raises(ValueError, match="30 codes are not whole vectors of 4"):
+        encode_codebook(np.zeros((5, 6), np.int64), 4)
+    with pytest.raises(ValueError, match="codes are integers, got dtype float64"):
+        encode_codebook(np.zeros((5, 6)), 3)
+    with pytest.raises(ValueError, match="vectors belong to the codec codebook, not to entropy"):
+        weight_entry("w", np.zeros((5, 6), np.int64), 1.0, vector=3)
+
+
+def test_words_of_large_numbers_are_told_apart() -> None:
+    """More digits than one number holds: nine codes of thirty bits."""
+    codes = np.full((6, 9), -(2**30))  # numbers that span 31 bits
+    codes[1], codes[2, 0], codes[3:5, 1] = 2**30 - 1, 5, 7
+    payload = encode_codebook(codes, 9)
+    assert payload[2] == 4
+    np.testing.assert_array_equal(CODECS["codebook"].decode(payload, codes.shape, "int32"), codes)
+
+
+def book(flags: int, length: int, words: np.ndarray, index: np.ndarray, count: int | None = None) -> bytes:
+    """A codebook's payload, entropy-coded, that says what it is told to."""
+    parts = encode_codes(words), encode_codes(index)
+    head = [length, len(words) if count is None else count, *map(len, parts)]
+    return bytes([flags, *head]) + b"".join(parts)
+
+
+WORDS = np.array([[1, 2], [3, 4]])
 HOSTILE = [
+    ("codebook", book(8, 2, WORDS, np.array([[0, 1]])), (1, 4), "unknown flags 8"),
+    ("codebook", book(0, 0, WORDS, np.array([[0, 1]])), (1, 4), "4 codes are not whole vectors of 0"),
+    ("codebook", book(0, 3, WORDS, np.array([[0, 1]])), (1, 4), "4 codes are not whole vectors of 3"),
+    ("codebook", book(0, 2, WORDS, np.array([[0, 2]])), (1, 4), "indices from 0 to 2 of 2 words"),
+    ("codebook", book(0, 2, WORDS, np.array([[0, -1]])), (1, 4), "indices from -1 to 0 of 2 words"),
+    ("codebook", book(1, 2, WORDS, np.array([[-3, 2]])), (1, 4), "indices from -3 to 2 of 2 words"),
+    ("codebook", book(0, 2, WORDS, np.array([[0, 1]]), 3), (1, 4), "the integer 3 is above its limit 2"),
+    ("codebook", book(0, 2, WORDS, np.array([[0, 1]]))[:-1], (1, 4), "bytes wanted"),
+    ("codebook", book(0, 2, WORDS, np.array([[0, 1]])) + b"\1", (1, 4), "1 bytes too many"),
     ("entropy", encode_codes(laplace((8, 64), 2.0))[:99], (8, 64), "ends before the last code"),
     ("entropy", encode_codes(laplace((8, 64), 2.0)) + bytes(9), (8, 64), "bytes follow the last code"),
     ("entropy", b"\x04" + bytes(9), (4,), "unknown entropy model 4; this version knows 0 to 3"),

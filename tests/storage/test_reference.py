@@ -6,12 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference_decoder import NEXT, decode_codes, read_file
+from reference_decoder import NEXT, codebook, decode_codes, read_file
 from test_container import META, resnet20_entries
 from tiny_tasks import call, write_task
 
 import autocompress as ac
-from autocompress.storage import E4M3, encode_codes, float_entry, grid_codes, grid_entry, serialise, weight_entry
+from autocompress.storage import (
+    E4M3,
+    encode_codebook,
+    encode_codes,
+    float_entry,
+    grid_codes,
+    grid_entry,
+    serialise,
+    weight_entry,
+)
 
 
 def on_the_trellis(codes: np.ndarray) -> np.ndarray:
@@ -62,6 +71,36 @@ def test_both_orientations_and_rates_are_met(dependent: bool) -> None:
     assert seen == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["plain", "signed"])
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("shape", "length"), [((8, 5, 3, 3), 9), ((8, 6, 3, 3), 18), ((6, 40), 4), ((30,), 5), ((5, 2, 3), 15)], ids=str
+)
+def test_reference_decoder_agrees_on_codebooks(shape: tuple[int, ...], length: int, count: int, signed: bool) -> None:
+    rng = np.random.default_rng(count)
+    words = np.rint(3 * rng.laplace(size=(count, length))).astype(int)
+    words = np.concatenate([-words, 0 * words[:1], words]) if signed else words
+    codes = words[rng.geometric(0.3, int(np.prod(shape)) // length) % len(words)].reshape(shape)
+    assert codebook(encode_codebook(codes, length), shape) == codes.reshape(-1).tolist()
+
+
+def test_codebooks_are_met_signed_and_packed_both_ways() -> None:
+    rng, seen = np.random.default_rng(0), set()
+    for runs, count, spread in [(40, 3, 1), (40, 30, 60), (3000, 256, 60), (3000, 127, 60), (600, 4, 60)]:
+        for signed in (False, True):
+            words = np.rint(spread * rng.laplace(size=(count, 8))).astype(int)
+            words = np.concatenate([-words, 0 * words[:1], words]) if signed else words
+            for skew in (False, True):
+                place = rng.geometric(0.7, runs) if skew else rng.integers(len(words), size=runs)
+                codes = words[place % len(words)].reshape(4, -1)
+                payload = encode_codebook(codes, 8)
+                seen.add(payload[0])
+                if codes.size < 2000:
+                    assert codebook(payload, codes.shape) == codes.reshape(-1).tolist()
+    assert seen >= {0, 1, 2, 3}
+    assert any(flags & 4 for flags in seen)
+
+
 def test_reference_reader_reads_a_whole_file() -> None:
     entries = resnet20_entries(scale=0.5)[:5]
     rows = weight_entry("rows", np.arange(-10, 10).reshape(4, 5), np.array([0.5, 0.25, 2.0, 1.0]))
@@ -75,6 +114,7 @@ def test_reference_reader_reads_a_whole_file() -> None:
         rows,
         trellis,
         weight_entry("vector", np.array([1, 0, -3]), 0.1),
+        weight_entry("codebook", np.tile([[1, 2, 3, -1, -2, -3, 0, 0, 0]], (4, 2)), 0.3, codec="codebook", vector=3),
         grid_entry("norm", *grid_codes(values[0, 0].reshape(-1), 7), 7),
         weight_entry("groups", codes, rng.random((4, 4)), group=4),
         weight_entry("fp8", numbers, rng.random(3), codec="fp8"),

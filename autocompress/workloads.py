@@ -1,0 +1,115 @@
+"""What a layer's profile costs, counted before it is made: operations of each kind, and seconds from measured rates.
+
+The counts follow the engine's loops. A layer (groups, rows, d) has R = groups · rows rows; a structure of sparsity s
+leaves m = (1 - s) d columns of each; S = min(R, 16) rows are what a rate table is learned from.
+
+    trace      multiply-adds of the greedy order        R d³/3; d³ for a layer that shares one order
+    factor     of triangular factors                    Σ over structures of m³/3 per row (and once more for the refit
+                                                        of uniform grids); d³/3 for a layer that shares one
+    feedback   of each code's error on the next ones    m²/2 per row and cell, and for the gather of a factor; 64 d
+                                                        for a layer that shares one, whose other errors are products
+    product    of products of whole matrices            d² per row for each error and each step of a shared refit;
+                                                        d²/2 per row and cell for a layer that shares one factor
+    coded      weights that are rounded and coded       m per row and cell, rounded; R d per option, coded
+    searched   weights that a step is searched for      R d per uniform width
+    trellis    weights that a trellis walks             R d per (step, λ), and three times S d
+    option     options that are quantised, whose arrays cost the same whatever the layer's size
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from autocompress.obs import EXACT_LIMIT, exact_operations
+from autocompress.types import Option
+
+__all__ = ["KINDS", "REFERENCE", "counts", "pays", "schedule", "seconds"]
+
+KINDS = ("trace", "factor", "feedback", "product", "coded", "searched", "trellis", "option")
+SAMPLED = 16  # rows that a rate table is learned from (obs.quantising)
+REFITS = 24  # steps of conjugate gradients where a layer shares one order (obs.wide)
+Shape = Sequence[int]
+
+
+def counts(
+    shape: Shape, options: Iterable[Option], table: bool = False, exact_limit: float = EXACT_LIMIT
+) -> Counter[str]:
+    """Operations by kind for one layer (groups, rows, d) with these options.
+
+    table: rows that are only looked up, whose columns are on their own: no factors, no feedback. Options beyond uniform
+    grids, rate-distortion and trellis are counted as uniform grids of their structure.
+    """
+    groups, rows, d = shape
+    R, S = groups * rows, min(rows, SAMPLED) * min(groups, SAMPLED)
+    exact = exact_operations(shape) <= exact_limit
+    found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    structures: dict[tuple[str, float], int] = Counter()
+    for option in options:
+        if option.is_dense or option.half or (option.trellis and (table or not exact)):
+            continue
+        found["option"] += 1
+        if not table:
+            found["product"] += R * d * d
+        if option.trellis:
+            found["trellis"] += (R + (3 * S if option.lam else 0)) * d
+            continue
+        found["coded"] += R * d
+        if option.step is None:
+            found["searched"] += R * d
+        structures["rd" if option.step is not None else "grid", option.sparsity] += 1
+    if table:
+        return found
+    if structures:
+        found["trace"] += round(exact_operations(shape)) if exact else groups * d**3
+    if any(option.trellis for option in options):
+        found["factor"] += groups * d**3 // 3
+    for (kind, sparsity), cells in structures.items():
+        m = max(0.0, (1.0 - sparsity / 100.0) * d)
+        walked = cells * (R + (S if kind == "rd" else 0))
+        found["coded"] += round(walked * m)
+        passes = R * (1 + (kind == "grid" and sparsity > 0)) + (S if kind == "rd" else 0)
+        if exact:
+            found["factor"] += round(passes * m**3 / 3)
+            found["feedback"] += round((passes + walked) * m * m / 2)
+        else:
+            found["factor"] += groups * d**3 // 3 * (1 + (kind == "rd"))
+            found["product"] += (REFITS * passes * d * d if sparsity > 0 else 0) + walked * d * d // 2
+            found["feedback"] += 64 * walked * d
+    return found
+
+
+# Seconds per operation of each kind on one thread, and to start a worker, as experiments/results/engines_rates.csv has
+# them; `estimating.measured_rates` measures those of the machine at hand.
+REFERENCE: Mapping[str, float] = {
+    "trace": 5.13e-11,
+    "factor": 1.05e-11,
+    "product": 1.66e-11,
+    "feedback": 1.03e-9,
+    "coded": 7.98e-8,
+    "searched": 3.39e-7,
+    "trellis": 1.87e-6,
+    "option": 2.02e-4,
+}
+START_SECONDS = 0.7  # of one core, for a worker to be there with its libraries
+
+
+def seconds(counted: Mapping[str, float], rates: Mapping[str, float] = REFERENCE) -> float:
+    """Seconds on one thread: the sum over kinds of operations times seconds per operation."""
+    return math.fsum(counted[kind] * rates[kind] for kind in KINDS)
+
+
+def pays(shapes: Iterable[Shape], options: Sequence[Option], workers: int) -> bool:
+    """Whether that many processes save more than their start costs, for layers of these shapes."""
+    tasks = [seconds(counts(shape, options)) for shape in shapes]
+    return len(tasks) > 1 and workers > 1 and sum(tasks) > START_SECONDS + schedule(tasks, workers)
+
+
+def schedule(tasks: Sequence[float], workers: int) -> float:
+    """Seconds until the last of these tasks is done, each begun in the order given by the first worker that is free."""
+    free = [0.0] * max(1, min(workers, len(tasks)))
+    for task in tasks:
+        at = free.index(min(free))
+        free[at] += task
+    return max(free)

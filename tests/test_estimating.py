@@ -1,0 +1,158 @@
+"""Estimates against what is counted: bytes of real stores, shapes of published networks, rates that are recovered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import OPTIONS, convnet, images, kinds, profiled
+from tiny_tasks import call, write_task
+
+from autocompress import estimating
+from autocompress.batches import batch_samples, split_batches
+from autocompress.compressors import default_options
+from autocompress.estimating import Network, Unit, estimate, fit, llama, network_of, task_bytes
+from autocompress.layers import find_layers
+from autocompress.threads import default_workers
+from autocompress.workloads import KINDS, REFERENCE, counts, seconds
+
+SEVEN = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+@pytest.mark.parametrize("case", ["convnet", "kinds"])
+def test_disk_is_that_of_the_store(case: str, tmp_path: Path) -> None:
+    """Up to the headers of archives, which have some hundred bytes per array."""
+    model, data = (convnet(), images()) if case == "convnet" else kinds()
+    found = profiled(model, data, OPTIONS, store=tmp_path)
+    predicted = estimate(network_of(model, data), REFERENCE, 1, list(OPTIONS)).disk_bytes
+    arrays = 0
+    for path in [tmp_path / "statistics.npz", *(tmp_path / "layers").iterdir()]:
+        with np.load(path) as kept:
+            held = {name: kept[name].nbytes for name in kept.files}
+        arrays += sum(size for name, size in held.items() if name[0] == "h" or name in ("order", "losses"))
+    assert len(found.layers) == len(list((tmp_path / "layers").iterdir()))
+    # A Hessian that few samples leave equal to another by chance is stored once; none is here.
+    assert predicted == arrays
+
+
+def test_a_network_is_what_its_model_and_calibration_say() -> None:
+    model, data = convnet(), images()
+    found = network_of(model, data)
+    layers = {layer.name: layer for layer in find_layers(model)}
+    assert {u.name: u.shape for u in found.units} == {name: layer.matrix_shape for name, layer in layers.items()}
+    assert {u.name: u.positions for u in found.units} == {"conv1": 36.0, "conv2": 36.0, "conv3": 36.0, "linear": 1.0}
+    assert found.samples == sum(map(batch_samples, split_batches(data)[0]))
+    assert found.data_bytes == sum(batch.numel() * 4 for batch in data)
+    assert found.pass_seconds is not None
+    assert found.pass_seconds > 0
+
+
+def test_shapes_of_published_networks_have_their_numbers_of_parameters() -> None:
+    seven = llama(SEVEN)
+    assert seven.parameters == 6_738_415_616  # Llama 2 7B, arXiv 2307.09288's checkpoint
+    seventy = llama(
+        {
+            **SEVEN,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        }
+    )
+    assert seventy.parameters == 68_976_648_192
+    # q, k and v read one input, gate and up another: four Hessians of a block, of three sizes.
+    assert seven.hessian_bytes(seven.block) == 8 * (3 * 4096**2 + 11008**2)
+    assert seven.hessian_bytes() == 32 * seven.hessian_bytes(seven.block) + 8 * 4096**2
+    assert len(seven.units) == 32 * 7 + 2
+    tied = llama({**SEVEN, "tie_word_embeddings": True})
+    assert seven.parameters - tied.parameters == 32000 * 4096
+    assert tied.hessian_bytes() == seven.hessian_bytes()
+
+
+def test_streaming_holds_a_block_and_its_statistics() -> None:
+    network = llama(SEVEN)
+    found = estimate(network, REFERENCE, 8)
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    assert found.streaming_bytes == 4 * block + network.hessian_bytes(network.block) + round(1.5 * 2**30)
+    assert found.streaming_bytes < found.memory_bytes / 10
+    assert estimate(network_of(convnet(), images()), REFERENCE).streaming_bytes is None
+
+
+def test_time_is_the_scheduled_sum_of_counted_work() -> None:
+    network = llama(SEVEN, samples=8, tokens=16)
+    alone, eight, many = (estimate(network, REFERENCE, workers) for workers in (1, 8, 10_000))
+    expected = sorted(seconds(counts(u.shape, default_options(), u.table), REFERENCE) for u in network.units)[::-1]
+    assert list(alone.tasks) == pytest.approx(expected)
+    assert alone.profile_seconds == pytest.approx(sum(expected))
+    assert sum(expected) / 8 < eight.profile_seconds < 1.1 * sum(expected) / 8
+    assert many.profile_seconds == pytest.approx(expected[0], rel=1e-3)  # one layer is one task
+    assert many.worker_bytes == eight.worker_bytes > alone.worker_bytes == 0
+    passed = sum(u.macs for u in network.units) + 16 / 2 * network.hessian_bytes() / 8
+    assert alone.calibrate_seconds == pytest.approx(8 * passed * REFERENCE["product"] / default_workers())
+    assert many.calibrate_seconds == alone.calibrate_seconds, "the caller calibrates, however many workers there are"
+    tiny = Network((Unit("a", (1, 4, 9), "a", 1.0), Unit("b", (1, 4, 9), "b", 1.0)), 4, 72, 0, pass_seconds=0.5)
+    assert estimate(tiny, REFERENCE, 8).workers == 1, "processes that do not pay are not started"
+    assert estimate(tiny, REFERENCE, 8).calibrate_seconds == 2.0
+
+
+def test_a_task_holds_its_codes_up_to_a_limit() -> None:
+    options = default_options()
+    small, large = Unit("s", (1, 8, 64), "s", 1.0), Unit("l", (1, 4096, 4096), "l", 1.0)
+    assert task_bytes(small, options) >= 8 * small.weights * len(options)
+    assert task_bytes(large, options) < 8 * large.weights * len(options)
+    table = Unit("t", (1, 8, 64), "t", 1.0, table=True)
+    assert task_bytes(table, options) < task_bytes(small, options)
+
+
+def test_rates_are_recovered_from_times_that_they_made() -> None:
+    true = {**REFERENCE, "option": 2e-4}
+    work = [counts(shape, options, exact_limit=limit) for shape, options, limit in benches()]
+    known = {kind: true[kind] for kind in ("trace", "factor", "product")}
+    found = fit(work, [seconds(c, true) for c in work], known)
+    assert found == pytest.approx(true)
+    assert set(found) == set(KINDS)
+
+
+def benches() -> list[Any]:
+    return [(s, options, limit) for s, limit in estimating.BENCHES for options in estimating.families(s)]
+
+
+def test_the_command_says_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "measured_rates", lambda: dict(REFERENCE))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SEVEN))
+    found = json.loads(call("doctor", "--estimate", config, "--workers", 8, "--json").out)
+    expected = estimate(llama(SEVEN), REFERENCE, 8)
+    assert found["minutes"] == round(expected.minutes, 3)
+    assert found["memory_bytes_block_by_block"] == expected.streaming_bytes
+    assert found["weights"] == 6_738_149_376
+    small = json.loads(call("doctor", "--estimate", write_task(tmp_path), "--options", "w4,w8", "--json").out)
+    assert small["layers"] == 3
+    assert small["workers"] == 1
+    assert "memory_bytes_block_by_block" not in small
+    assert "minutes" in call("doctor", "--estimate", config).out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "is not the description of a network"),
+        ("[]", "lacks names and values"),
+        ('{"hidden_size": 8}', "lacks intermediate_size, num_hidden_layers, num_attention_heads, vocab_size"),
+    ],
+)
+def test_a_description_that_lacks_something_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    assert words in call("doctor", "--estimate", config).refused(2)
