@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--budgets", default=";".join(BUDGETS))
+    parser.add_argument("--families", default=";".join(FAMILIES))
     parser.add_argument("--store", type=Path, default=ROOT / "runs" / "joint_cifar10")
     parser.add_argument("--results", type=Path, default=RESULTS / "joint_cifar10.csv")
     given = parser.parse_args()
@@ -74,7 +75,8 @@ def run(name: str, given: argparse.Namespace) -> None:
     assert task.evaluate is not None
     for text in given.budgets.split(";"):
         budget = Budget.of(text)
-        for family, belongs in FAMILIES.items():
+        for family in given.families.split(";"):
+            belongs = FAMILIES[family]
             if (name, str(budget), family) in done_keys(given.results, KEYS):
                 continue
             part = within(only(profile, belongs), budget_bytes(budget, profile))
