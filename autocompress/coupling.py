@@ -29,11 +29,14 @@ def vector_bytes(profile: Profile, group: str, level: float) -> int:
     return total(profile.template.narrowed({group: level}).entries) - total(profile.template.entries)
 
 
-def solve_layers(profile: Profile, problem: Problem, gap: float = 1e-4) -> Solution:
+def solve_layers(
+    profile: Profile, problem: Problem, gap: float = 1e-4, smallest: bool = False, time_limit: float | None = None
+) -> Solution:
     """The answer to the problem of a joint profile (`planning.problem_of`) in which layers agree on their channels.
 
     What shorter norms and biases save counts in: `problem`'s bytes are those of payloads beside the vectors of the
-    whole network. `cost` of the answer is less by it; `choice` has one entry per layer.
+    whole network. `cost` of the answer is less by it; `choice` has one entry per layer. smallest: losses are bytes, and
+    those of vectors are losses too.
     """
     levels = _levels(profile)
     names = list(levels)
@@ -51,12 +54,14 @@ def solve_layers(profile: Profile, problem: Problem, gap: float = 1e-4) -> Solut
     for v, name in enumerate(names):
         saved = np.zeros((len(levels[name]), len(problem.resources)), np.int64)
         saved[:, 0] = [vector_bytes(profile, name, level) for level in levels[name]]
-        loss.append(np.zeros(len(saved)))
+        loss.append(saved[:, 0] * float(smallest))
         cost.append(saved)
         scope.append((v,))
         state.append(np.arange(len(saved))[:, None])
     whole = Problem(loss, cost, problem.budget, problem.resources)
-    found = solve_coupled(whole, Coupling([len(levels[n]) for n in names], scope, state), gap=gap)
+    found = solve_coupled(
+        whole, Coupling([len(levels[n]) for n in names], scope, state), gap=gap, time_limit=time_limit
+    )
     return dataclasses.replace(found, choice=found.choice[: problem.groups])
 
 

@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 SHAPE_BYTES = 8  # what narrower shapes may save of a layer's part of the compressed header, at most
+ADVICE_SECONDS = 10.0  # for what a refusal says would do: sums of costs alone can be as hard as any
 NAME_BYTES = 4  # what an option's name may save in the compressed header, at most
 NANOSECONDS = 10**6  # of a millisecond: solvers add up whole numbers, so that no limit is passed by a rounding
 WORDS = {"macs": "{:,} MACs", "bops": "{:,} BOPs", "latency_ms": "{:.6f} ms"}
@@ -433,7 +434,11 @@ def _allocate_coupled(profile: Profile, limits: Limits, losses: Mapping[str, np.
     while True:
         solution = solve_layers(profile, problem_of(profile, limits, losses, allowed))
         if not solution.found:
-            raise _infeasible_coupled(profile, limits)
+            rows, size = _smallest_coupled(profile)
+            if size > limits.bytes or not _keeps(profile, limits)({n: row.option for n, row in rows.items()}):
+                raise _infeasible_coupled(profile, limits)
+            loss = _total(losses, profile, rows, "sum")
+            return Allocation(rows, loss, -math.inf, math.inf, size, limits.bytes - _header(profile, rows))
         chosen = {n: profile.layers[n].rows[int(i)] for n, i in zip(names, solution.choice, strict=True)}
         size = template.file_bytes(chosen)
         if size <= limits.bytes:
@@ -449,11 +454,19 @@ def _allocate_coupled(profile: Profile, limits: Limits, losses: Mapping[str, np.
     )
 
 
+def _smallest_coupled(profile: Profile) -> tuple[dict[str, Measured], int]:
+    """The smaller of the smallest files of the whole network and of the narrowest: its rows and its length."""
+    found = [_smallest(profile.whole())]
+    with contextlib.suppress(MismatchError):  # where a layer has no option that is narrow on both sides
+        found.append(_smallest(profile.at({group: levels[-1] for group, levels in profile.levels().items()})))
+    return min(found, key=lambda pair: pair[1])
+
+
 def _infeasible_coupled(profile: Profile, limits: Limits) -> InfeasibleError:
     """The refusal of limits that no network, narrower ones included, keeps; each limit that would do if it alone gave
     way, and how far.
     """
-    texts, smallest = [], size_range(profile.whole())[0]
+    texts, smallest = [], size_range(profile)[0]
     for name in ("bytes", *limits.running):
         free = Limits(1 << 61, limits.running) if name == "bytes" else limits.without(name)
         if name == "bytes":
@@ -461,11 +474,15 @@ def _infeasible_coupled(profile: Profile, limits: Limits) -> InfeasibleError:
         else:
             least = {n: cost.astype(np.float64) for n, cost in row_costs(profile, name).items()}
         room = free.bytes - _leanest_header(profile.whole())
-        found = solve_layers(profile, problem_of(profile, free, least, room))
+        found = solve_layers(
+            profile, problem_of(profile, free, least, room), smallest=name == "bytes", time_limit=ADVICE_SECONDS
+        )
         if found.found:
             rows = {n: x.rows[int(i)] for (n, x), i in zip(profile.layers.items(), found.choice, strict=True)}
             if name == "bytes":
                 smallest = profile.template.file_bytes(rows)
+                if not limits.running:
+                    smallest = min(smallest, _smallest_coupled(profile)[1])  # by a leaner header
                 texts.append(f"{smallest:,} bytes")
             else:
                 texts.append(_amount(name, running_cost(profile, name, {n: row.option for n, row in rows.items()})))

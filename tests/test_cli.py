@@ -104,7 +104,7 @@ def test_options_by_name_and_by_family(done: Path, tmp_path: Path) -> None:
     assert call("verify", out).code == 0
     words = call(*arguments, "int9").refused(2)
     assert "'int9' is not an option" in words
-    assert "families of options are default, int8, int4g128" in words
+    assert "families of options are default, lean, fine, int8, int4g128" in words
     assert "no compressor realises 'rank8w8t'" in call(
         "profile", task, "--store", out, "--options", "rank8w8t"
     ).refused(2)

@@ -130,8 +130,8 @@ def test_what_another_channel_says_too_goes_first() -> None:
 
 def test_what_scores_refuse() -> None:
     model, data, stats = calibrated()
-    assert set(SCORES) == {"obs", "l1", "taylor", "cka"}
-    with pytest.raises(OptionError, match="score is 'l2'; it is one of obs, l1, taylor, cka"):
+    assert set(SCORES) == {"obs", "l1", "taylor", "cka", "pfp"}
+    with pytest.raises(OptionError, match="score is 'l2'; it is one of obs, l1, taylor, cka, pfp"):
         widths(model, data[0], stats, "l2")
     with pytest.raises(OptionError, match="'taylor' needs labelled batches and the task's loss"):
         widths(model, data[0], stats, "taylor", batches=data)
