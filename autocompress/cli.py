@@ -153,7 +153,7 @@ def _offered(options: str | None, task: str = "") -> list[Any] | None:
     """What --options names; without it, for a model folder, a fifth of the usual ones. Raises OptionError."""
     from autocompress.compressors import named_options
 
-    if options is None and Path(task).is_dir():
+    if options is None and task and Path(task).is_dir():
         options = "lean,fine"
     return None if options is None else list(named_options([options]))
 
@@ -602,7 +602,7 @@ def doctor(
     from autocompress.reporting.tables import facts_table
 
     if estimate is not None:
-        _show_facts(_estimated(estimate, _offered(options), workers, samples, tokens), as_json)
+        _show_facts(_estimated(estimate, _offered(options, estimate), workers, samples, tokens), as_json)
         return
     found = diagnose()
     if as_json:
