@@ -29,7 +29,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
 
 @pytest.fixture(autouse=True)
 def same_weights() -> Iterator[None]:
-    """Networks here draw their weights anew; now and then those leave a group of channels that nothing can be proven of."""
+    """Networks here draw their weights; now and then those leave a group of channels that nothing can be proven of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
