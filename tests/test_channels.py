@@ -5,6 +5,7 @@ same channels erased.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from autocompress import digits
 from autocompress.channels import Groups, channel_groups, narrow, narrow_to
 from autocompress.errors import LayerError, MismatchError
 from autocompress.tasks import load_task
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Concat(nn.Module):
@@ -236,8 +239,8 @@ def test_what_narrow_refuses() -> None:
 
 
 @pytest.mark.data
-def test_shortcuts_padded_with_zeros_keep_a_stage_and_blocks_can_lose_channels() -> None:
-    task = load_task("experiments/tasks/resnet56_cifar10.py")
+def test_shortcuts_padded_with_zeros_keep_a_stage_and_blocks_can_lose_channels(data_folder: Path) -> None:
+    task = load_task(ROOT / "experiments" / "tasks" / "resnet56_cifar10.py")
     groups = channel_groups(task.model(), next(iter(task.calibration(0))))
     assert groups["conv1"].reason == "F.pad widens it by channels of zeros, as shortcuts without weights do"
     blocks = [f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in range(9)]

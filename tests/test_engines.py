@@ -138,7 +138,7 @@ def test_a_worker_that_dies_while_it_is_fed_is_replaced() -> None:
             os.kill(child, signal.SIGKILL)
 
     def children() -> set[int]:
-        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        found = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
         return {int(pid) for pid in found}
 
     answers = run_tasks(die_at, tasks, 2)

@@ -160,7 +160,8 @@ def test_a_profile_whose_worker_is_killed_has_the_same_bytes(stored: Any, tmp_pa
     killed: list[int] = []
 
     def progress(done: int, total: int, name: str) -> None:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        # Of every thread: pytest-xdist may run a test in another one than the first.
+        children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
         if not killed:
             killed.append(int(children[-1]))
             os.kill(killed[0], signal.SIGKILL)
