@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from autocompress.profiling import Profile
+from autocompress.records import Template
 from solvers import Problem, Solution
 from solvers.coupled import Coupling, solve_coupled
 
@@ -23,10 +24,10 @@ def vector_bytes(profile: Profile, group: str, level: float) -> int:
     """What the norms and biases of a group of channels take more at a level than whole: not above 0."""
     weights = set(profile.template.keys.values())
 
-    def total(entries: tuple[object, ...]) -> int:
-        return sum(e.bytes for e in entries if e.name not in weights)  # type: ignore[attr-defined]
+    def total(template: Template) -> int:
+        return sum(entry.bytes for entry in template.entries if entry.name not in weights)
 
-    return total(profile.template.narrowed({group: level}).entries) - total(profile.template.entries)
+    return total(profile.template.narrowed({group: level})) - total(profile.template)
 
 
 def solve_layers(

@@ -90,7 +90,7 @@ def solve_coupled(
         raise ProblemError("coupled groups are solved for the sum of losses, without pairwise, lower or fixed terms")
     if [len(s) for s in coupling.state] != [len(a) for a in problem.loss]:
         raise ProblemError("the coupling is of another problem: it has other numbers of options")
-    return _Search(problem, coupling, gap, Deadline(time_limit)).run()
+    return _Search(problem, coupling, gap, Deadline(time_limit)).run().check(problem)
 
 
 class _Search:

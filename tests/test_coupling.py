@@ -14,6 +14,7 @@ from autocompress.coupling import is_coupled, vector_bytes
 from autocompress.errors import InfeasibleError
 from autocompress.measuring import Context
 from autocompress.planning import allocate, dense_cost, energy_losses, limits_of, running_cost
+from autocompress.records import Template
 from autocompress.strategies.auto import Auto
 from autocompress.types import Budget
 
@@ -36,8 +37,8 @@ def test_vectors_of_a_group_are_counted_once() -> None:
     narrower = found.template.narrowed(dict.fromkeys(groups, 50.0))
     weights = set(found.template.keys.values())
 
-    def total(template: object) -> int:
-        return sum(e.bytes for e in template.entries if e.name not in weights)  # type: ignore[attr-defined]
+    def total(template: Template) -> int:
+        return sum(entry.bytes for entry in template.entries if entry.name not in weights)
 
     assert sum(saved.values()) == total(narrower) - total(found.template)
     assert vector_bytes(found, "conv1", 100.0) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -156,9 +156,9 @@ def test_the_smallest_budget_of_agreeing_choices_is_named() -> None:
         (lambda: Coupling([2], [(0,), (0,)], [np.array([[0]])]), "1 have states"),
     ],
 )
-def test_couplings_that_are_none(coupling: object, says: str) -> None:
+def test_couplings_that_are_none(coupling: Callable[[], Coupling], says: str) -> None:
     with pytest.raises(ProblemError, match=says):
-        coupling()  # type: ignore[operator]
+        coupling()
 
 
 def test_variables_that_hang_together_too_much_are_refused_with_what_to_do() -> None:
