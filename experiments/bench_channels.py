@@ -50,11 +50,13 @@ def scores() -> None:
     done = done_keys(path, SCORE_KEYS)
     for network in ("resnet20", "resnet56"):
         task = load_task(str(ROOT / "experiments" / "tasks" / f"{network}_cifar10.py"))
+        assert task.score is not None
+        assert task.evaluate is not None
         model, data = task.build_model(), task.calibration_batches(0)
         context = ac.Context(model, data, seed=0)
         stats = ac.calibrate(model, data, seed=0)
         labelled = []
-        for batch in task.training(0):  # type: ignore[misc]
+        for batch in task.training_batches(0):
             labelled.append(batch)
             if sum(map(batch_samples, labelled)) >= 2 * CORRECTION_SAMPLES:
                 break
@@ -81,8 +83,8 @@ def scores() -> None:
                         "macs": round(running_cost(found, "macs", plan.layers) / dense_cost(found, "macs"), 4),
                         "loss": "" if name == "plain" else f"{error_of(found, plan):.5g}",
                         "kl": f"{context.divergence_of(small):.5g}",
-                        "top1_score": task.score(small),  # type: ignore[misc]
-                        "top1": round(task.evaluate(small), 2),  # type: ignore[misc]
+                        "top1_score": task.score(small),
+                        "top1": round(task.evaluate(small), 2),
                         **environment(),
                     }
                     keep_row(path, row, SCORE_KEYS)
