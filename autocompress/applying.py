@@ -136,7 +136,7 @@ def with_weights(
     layers: Mapping[str, Option] | None = None,
 ) -> nn.Module:
     """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will
-    be stored; a layer of which there are two factors becomes two layers. `moments`: the dense model's on `data`, where
+    be stored; a layer of which there are factors becomes as many layers. `moments`: the dense model's on `data`, where
     they are known. layers: the options that the weights are of, where some are narrower: so is the copy then.
     """
     kept = profile.kept(layers or {})
@@ -148,7 +148,7 @@ def with_weights(
         for name, parts in weights.items():
             weight = small.get_parameter(profile.layers[name].layer.key)
             layer = found[name] = replace(profile.layers[name].layer, shape=tuple(weight.shape))
-            whole = product(*parts, layer.stored_shape) if isinstance(parts, tuple) else parts
+            whole = product(parts, layer.stored_shape) if isinstance(parts, tuple) else parts
             weight.copy_(torch.from_numpy(layer.unmatrix(whole)))
         fold_norms(small)
         store = VectorStore(profile.template)
@@ -160,10 +160,11 @@ def with_weights(
                 reference = narrow(model, kept, groups)
             correct_statistics(reference, small, owners, data, store, moments)
         store.store_rest(small)
-        factorise(small, {n: Halves(found[n].shape[1] // p[0].shape[1], len(p[0])) for n, p in split.items()})
+        groups_of = {n: found[n].shape[1] // p[0].shape[1] for n, p in split.items()}
+        factorise(small, {n: Halves(groups_of[n], len(p[0]), len(p) > 2) for n, p in split.items()})
         rename_vectors(small, split)
         for name, parts in split.items():
-            for key, values in zip(factor_keys(found[name].key), parts, strict=True):
+            for key, values in zip(factor_keys(found[name].key, len(parts)), parts, strict=True):
                 small.get_parameter(key).copy_(torch.from_numpy(values))
     return small
 

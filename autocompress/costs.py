@@ -5,9 +5,10 @@ All three are of one forward pass of one sample and over the layers that calibra
 
 MACs    multiplications that a dense runtime carries out: weights times the positions that each is used at. Zeros count,
         since no runtime that we export to skips them, so only an option that changes a layer's shape changes its MACs:
-        the two factors of a low-rank one have those of both.
+        the factors of a low-rank one have those of both, and of the layer beside them, if there is one.
 BOPs    b_w · b_a · MACs · density: what bit-serial or zero-skipping hardware would do. b_w is the least width that
-        holds every code of the layer (16 or 32 for floats; that of each row, where rows have widths of their own),
+        holds every code of the layer (16 or 32 for floats; that of each row, where rows have widths of their own, and
+        that of each of three layers in the place of one),
         b_a = 32 as activations are floats, density the part of the weights that is not zero.
 """
 
@@ -36,18 +37,22 @@ def code_bits(codes: np.ndarray) -> int:
     return max((-low - 1).bit_length() if low < 0 else 0, high.bit_length()) + 1
 
 
-def factor_shapes(shape: Sequence[int], option: Option) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the two layers that a low-rank option makes of one of shape (out, in, *kernel): a grouped one with the
-    kernel, from each of the `groups` runs of inputs to `rank` channels, then one of kernel 1. Both are used at the
-    positions of the output. Source: ALDS, arXiv 2107.11442, section 2.
+def factor_shapes(shape: Sequence[int], option: Option) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the layers that a low-rank option makes of one of shape (out, in, *kernel): a grouped one with the
+    kernel, from each of the `groups` runs of inputs to `rank` channels, then one of kernel 1; and, where the option has
+    a residual, one as large as the whole. All are used at the positions of the output. Source: ALDS, arXiv 2107.11442,
+    section 2.
 
     >>> factor_shapes((64, 32, 3, 3), Option.parse("k4r12"))
     ((48, 8, 3, 3), (64, 48, 1, 1))
+    >>> factor_shapes((64, 32, 3, 3), Option.parse("rank2w4+w2"))
+    ((2, 32, 3, 3), (64, 2, 1, 1), (64, 32, 3, 3))
     """
     out, inputs, *kernel = shape
     groups = option.groups or 1
     between = groups * (option.rank or 0)
-    return (between, inputs // groups, *kernel), (out, between, *(1 for _ in kernel))
+    shapes = (between, inputs // groups, *kernel), (out, between, *(1 for _ in kernel))
+    return shapes if option.residual is None else (*shapes, tuple(shape))
 
 
 def row_bits(codes: np.ndarray) -> int:

@@ -1,4 +1,6 @@
-"""A layer as two thinner ones: what a low-rank option makes of a module, and of the tensors of a file."""
+"""A layer as two thinner ones, and a third beside them for what they leave: what a low-rank option makes of a module,
+and of the tensors of a file.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,16 @@ class GroupedLinear(nn.Module):
 
 class Factored(nn.Sequential):
     """Two layers in the place of one: the first with its kernel, stride, padding and dilation and no bias, grouped, the
-    second of kernel 1 with its bias.
+    second of kernel 1 with its bias. A third one, as the layer itself and without a bias, is added to them.
 
-    `weight` is what both are together, for code that looks at the weight of a layer instead of calling it.
+    `weight` is what all are together, for code that looks at the weight of a layer instead of calling it.
     """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = self[1](self[0](input))
+        for residual in list(self)[2:]:
+            output = output + residual(input)
+        return output
 
     @property
     def weight(self) -> torch.Tensor:
@@ -48,7 +56,8 @@ class Factored(nn.Sequential):
         rows = first.weight.reshape(groups, first.weight.shape[0] // groups, -1)
         parts = second.weight.reshape(second.weight.shape[0], groups, -1)
         dense = torch.einsum("fgr,grd->fgd", parts, rows)
-        return dense.reshape(dense.shape[0], groups * first.weight.shape[1], *first.weight.shape[2:])
+        dense = dense.reshape(dense.shape[0], groups * first.weight.shape[1], *first.weight.shape[2:])
+        return sum((cast(Any, residual).weight for residual in list(self)[2:]), dense)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -57,10 +66,13 @@ class Factored(nn.Sequential):
 
 @dataclass(frozen=True)
 class Halves:
-    """How a layer is split: `groups` runs of its inputs, `between` channels between its two halves in all."""
+    """How a layer is split: `groups` runs of its inputs, `between` channels between its two halves in all, and whether
+    a third layer holds the residual.
+    """
 
     groups: int
     between: int
+    residual: bool = False
 
 
 def bias_key(layer: str) -> str:
@@ -89,6 +101,8 @@ def split_shapes(
         del found[f"{name}.weight"]
         found[f"{name}.0.weight"] = (halves.between, shape[1] // halves.groups, *shape[2:])
         found[f"{name}.1.weight"] = (shape[0], halves.between, *(1 for _ in shape[2:]))
+        if halves.residual:
+            found[f"{name}.2.weight"] = shape
     return found
 
 
@@ -101,7 +115,7 @@ def _splittable(model: nn.Module, name: str) -> bool:
 
 
 def factorise(model: nn.Module, layers: Mapping[str, Halves]) -> nn.Module:
-    """Replace layers, by name, by two each, wherever the model holds them; the new weights are not set.
+    """Replace layers, by name, by two or three each, wherever the model holds them; the new weights are not set.
 
     The bias is moved over, the same tensor. Layers that are split already stay as they are; every other one must be a
     linear layer or a convolution of one group, as `Layer.factorable` and `split_shapes` see to.
@@ -120,15 +134,15 @@ def factorise(model: nn.Module, layers: Mapping[str, Halves]) -> nn.Module:
 
 def _split(module: nn.Module, halves: Halves) -> Factored:
     with torch.device("meta"):
-        first, second = _halves(module, halves)
+        layers = _halves(module, halves)
     weight = cast(torch.Tensor, module.weight)
-    new = Factored(first, second).to_empty(device=weight.device).to(weight.dtype)
+    new = Factored(*layers).to_empty(device=weight.device).to(weight.dtype)
     new.requires_grad_(weight.requires_grad).train(module.training)
-    second.register_parameter("bias", module._parameters.get("bias"))
+    new[1].register_parameter("bias", module._parameters.get("bias"))
     return new
 
 
-def _halves(module: nn.Module, halves: Halves) -> tuple[nn.Module, nn.Module]:
+def _halves(module: nn.Module, halves: Halves) -> list[nn.Module]:
     groups, between = halves.groups, halves.between
     if type(module) is nn.Linear:
         first: nn.Module
@@ -136,19 +150,13 @@ def _halves(module: nn.Module, halves: Halves) -> tuple[nn.Module, nn.Module]:
             first = nn.Linear(module.in_features, between, bias=False)
         else:
             first = GroupedLinear(module.in_features, between, groups)
-        return first, nn.Linear(between, module.out_features, bias=False)
+        residual = [nn.Linear(module.in_features, module.out_features, bias=False)] * halves.residual
+        return [first, nn.Linear(between, module.out_features, bias=False), *residual]
     assert type(module) in CONVOLUTIONS
     conv = cast(Any, module)
     kind = type(conv)
-    first = kind(
-        conv.in_channels,
-        between,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        groups,
-        bias=False,
-        padding_mode=conv.padding_mode,
-    )
-    return first, kind(between, conv.out_channels, 1, bias=False)
+    place = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    how: Any = {"bias": False, "padding_mode": conv.padding_mode}
+    first = kind(conv.in_channels, between, *place, groups, **how)
+    residual = [kind(conv.in_channels, conv.out_channels, *place, **how)] * halves.residual
+    return [first, kind(between, conv.out_channels, 1, bias=False), *residual]

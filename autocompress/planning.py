@@ -224,17 +224,17 @@ def size_range(profile: Profile) -> tuple[int, int]:
 def coarsest(options: Sequence[Option]) -> list[Option]:
     """The options, of any sparsity, that no other one is coarser than: the smallest file is made of these.
 
-    Of low-rank ones and codebooks, which not every layer has, one of fewer channels or words is coarser; they leave all
-    others in, as do codebooks of other vectors.
+    Of low-rank ones and codebooks, which not every layer has, one of fewer channels or words is coarser, and what they
+    leave; they leave all others in, as do codebooks of other vectors.
     """
 
     def kind(o: Option) -> tuple[object, ...]:
-        return o.rank is None, o.words is None, o.vector
+        return o.rank is None, o.residual and kind(o.residual), o.words is None, o.vector
 
     def facts(o: Option) -> tuple[float, ...]:
         bits = 16 if o.half else o.bits or 32
         if o.rank:
-            return (-bits, -o.rank * (o.groups or 1))
+            return (-bits, -o.rank * (o.groups or 1), *(facts(o.residual) if o.residual else ()))
         if o.words:
             return (-bits, -o.words, o.price)
         shares = accumulate(o.mix or (0.0,) * len(MIXED_WIDTHS))

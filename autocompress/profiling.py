@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -50,7 +51,7 @@ from autocompress.workloads import pays
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 6
+PROFILE_VERSION = 7
 log = logging.getLogger(__name__)
 
 
@@ -389,7 +390,7 @@ def _save_layer(
         "nonzero": np.array([r.nonzero for r in rows], np.int64),
         "row_bits": np.array([-1 if r.row_bits is None else r.row_bits for r in rows], np.int64),
         "multiplied": np.array([r.multiplied or 0 for r in rows], np.int64),
-        "first_bytes": np.array([r.first_bytes for r in rows], np.int64),
+        "part_bytes": np.array([n for r in rows for n in r.part_bytes], np.int64),
         "energy": np.array(energy),
     }
     if order is not None and losses is not None:
@@ -408,14 +409,20 @@ def _load_layer(store: Store, key: str) -> tuple[list[Measured], np.ndarray | No
     try:
         with np.load(path, allow_pickle=False) as data:
             names = [line.split(" ") for line in bytes(data["options"]).decode().split("\n")]
-            numbers = ("errors", "bytes", "widths", "nonzero", "row_bits", "multiplied", "first_bytes")
+            numbers = ("errors", "bytes", "widths", "nonzero", "row_bits", "multiplied")
             columns = zip(*(data[field].tolist() for field in numbers), strict=True)
+            parts = iter(data["part_bytes"].tolist())
             rows = [
-                Measured(Option.parse(option), error, size, codec, step, seconds, width, nonzero, own(b), m or None, n)
-                for (option, codec, step), seconds, (error, size, width, nonzero, b, m, n) in zip(
+                Measured(
+                    *(Option.parse(option), error, size, codec, step, seconds, width, nonzero, own(b), m or None),
+                    tuple(itertools.islice(parts, len(step.split(",")) if "," in step else 0)),
+                )
+                for (option, codec, step), seconds, (error, size, width, nonzero, b, m) in zip(
                     names, store.read_seconds(key, len(names)), columns, strict=True
                 )
             ]
+            if list(parts):
+                raise ValueError("lengths of parts that belong to no option")
             order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
             return rows, order, losses, float(data["energy"])
     except FileNotFoundError:

@@ -252,15 +252,21 @@ class Template:
             if any(level != WHOLE for level in structure.values()):
                 return self.narrowed(structure).file_bytes(choice)
         rows = {self.keys[name]: row for name, row in choice.items()}
-        split = [name for name, row in choice.items() if row.first_bytes]
+        split = [name for name, row in choice.items() if row.part_bytes]
         names = renamed((entry.name for entry in self.entries), split)
-        found = []
+        found: list[Entry] = []
+        residual: list[Entry] = []  # stands behind the bias of its layer, which directly follows the weight
         for entry in self.entries:
             if entry.name in rows:
-                found += _stand_ins(entry, rows[entry.name])
+                parts = _stand_ins(entry, rows[entry.name])
+                found += [*residual, *parts[:2]]
+                residual = parts[2:]
+            elif names[entry.name] == entry.name:
+                found += [*residual, entry]
+                residual = []
             else:
-                found.append(dataclasses.replace(entry, name=names[entry.name]) if split else entry)
-        return file_size(found)
+                found.append(dataclasses.replace(entry, name=names[entry.name]))
+        return file_size([*found, *residual])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -289,14 +295,12 @@ class Template:
 
 
 def _stand_ins(entry: Entry, row: Measured) -> list[Entry]:
-    """Entries of the lengths that `row` will have, two if it is one of factors; their bytes are zeros."""
-    if row.first_bytes:
+    """Entries of the lengths that `row` will have, several if it is one of factors; their bytes are zeros."""
+    if row.part_bytes:
         params = {**entry.params, "option": str(row.option), "factor": row.option.groups or 1}
-        lengths = row.first_bytes, row.bytes - row.first_bytes
-        each = zip(
-            factor_keys(entry.name), factor_shapes(entry.shape, row.option), lengths, row.step.split(","), strict=True
-        )
-        return [Entry(name, shape, "float32", row.codec, bytes(n), step, params) for name, shape, n, step in each]
+        names, shapes = factor_keys(entry.name, len(row.part_bytes)), factor_shapes(entry.shape, row.option)
+        each = zip(names, shapes, row.codec.split(","), row.part_bytes, row.step.split(","), strict=True)
+        return [Entry(name, shape, "float32", codec, bytes(n), step, params) for name, shape, codec, n, step in each]
     return [_whole_stand_in(entry, row)]
 
 

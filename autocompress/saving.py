@@ -224,24 +224,27 @@ def _less(size: int, whole: int) -> bool:
 
 
 def halves_of(archive: Mapping[str, Entry]) -> dict[str, Halves]:
-    """The layers that a file has as two, by name, in file order. Raises FormatError where two do not fit together."""
+    """The layers that a file has as two or three, by name, in file order. Raises FormatError where these do not fit
+    together.
+    """
     found: dict[str, Halves] = {}
     for name, entry in archive.items():
         groups = entry.params.get("factor")
-        if groups is None or name.endswith(".1.weight"):
+        if groups is None or name.endswith((".1.weight", ".2.weight")):
             continue
         layer = name.removesuffix(".0.weight")
         other = archive[f"{layer}.1.weight"] if f"{layer}.1.weight" in archive else None
         if layer == name or other is None or other.params.get("factor") != groups:
             raise FormatError(f"entry {name!r}: the other factor of its layer is not there")
-        found[layer] = _halves(entry, other, groups)
+        rest = archive[f"{layer}.2.weight"] if f"{layer}.2.weight" in archive else None
+        found[layer] = _halves(entry, other, rest, groups)
     for name, entry in archive.items():
         if "factor" in entry.params and name.rpartition(".")[0].rpartition(".")[0] not in found:
             raise FormatError(f"entry {name!r}: the other factor of its layer is not there")
     return found
 
 
-def _halves(first: Entry, second: Entry, groups: object) -> Halves:
+def _halves(first: Entry, second: Entry, rest: Entry | None, groups: object) -> Halves:
     between = first.shape[0] if first.shape else 0
     if (
         type(groups) is not int
@@ -252,7 +255,10 @@ def _halves(first: Entry, second: Entry, groups: object) -> Halves:
         or second.shape[1:] != (between, *(1,) * (len(first.shape) - 2))
     ):
         raise FormatError(f"entry {first.name!r}: {first.shape} and {second.shape} in {groups!r} groups are no layer")
-    return Halves(groups, between)
+    whole = (second.shape[0], groups * first.shape[1], *first.shape[2:])
+    if rest is not None and (rest.shape != whole or rest.params.get("factor") != groups):
+        raise FormatError(f"entry {rest.name!r}: {rest.shape} is no residual of a layer of {whole} in {groups} groups")
+    return Halves(groups, between, rest is not None)
 
 
 def _copy_in(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -53,7 +53,8 @@ class Option:
       `ch50`     `channels`: whole input channels;  `out50`  `out`: whole output channels
       `rank32`   two thinner layers, `rank` channels between them, of least error on the inputs;  `k4r12`: of `rank`
                  channels for each of `groups` equal runs of input channels;  `rank32p`, `k4r12p`: `plain`, from the
-                 singular vectors of the weight alone
+                 singular vectors of the weight alone;  `rank4w6+s75w4`: beside these a third layer, `residual`, of
+                 the shape of the whole and with any other option, for what they leave of the weight
       `pq4x64w6`  a codebook: each `vector` = 4 consecutive weights of a row, as they are stored, become one of
                  `words` = 64 vectors, the same for the whole layer, of least error on the inputs; their numbers are on
                  the grid of the bits that follow.  `pq4x64@1w6`: `price` of a bit of their indices, in units of the
@@ -107,6 +108,7 @@ class Option:
     words: int | None = None
     vector: int | None = None
     price: float = 0.0
+    residual: Option | None = None
 
     def __post_init__(self) -> None:
         self._validate(str(self))
@@ -139,6 +141,8 @@ class Option:
         text += "fp16" * self.half + "fp8" * self.fp8
         if self.mix is not None:
             text += "mix" + "/".join(map(_number, self.mix))
+        if self.residual is not None:
+            text += f"+{self.residual}"
         return text or "dense"
 
     @property
@@ -174,6 +178,9 @@ class Option:
         if text == "dense":
             return DENSE
         match = _OPTION.fullmatch(text)
+        front, _, behind = text.partition("+")
+        if match is None and front and behind:
+            return dataclasses.replace(cls.parse(front), residual=cls.parse(behind))
         if not text or match is None:
             raise OptionError(
                 f"{text!r} is not an option; known look like dense, fp16, w4, s75w4, 2:4w8, rd(0.25,0.1)s60"
@@ -230,6 +237,13 @@ class Option:
         need(
             sum(value is not None for value in structures) <= 1,
             "at most one structure: s, N:M, blk, rank, k..r, ch, out, kq or pq",
+        )
+        rest = self.residual
+        need(rest is None or self.rank is not None, "what is left belongs to a low rank, as in rank4w6+s75w4")
+        need(
+            rest is None
+            or not (rest.is_dense or rest.rank is not None or rest.width is not None or rest.mix is not None),
+            "what is left takes any option but dense, rank, n and mix",
         )
         values = [self.bits is not None, self.step is not None, self.half, self.fp8, self.mix is not None]
         need(sum(values) <= 1, "at most one representation of the values: w, rd, fp16, fp8 or mix")

@@ -214,7 +214,7 @@ def _cost_checks(archive: Archive, plan: Plan, metrics: dict[str, Any]) -> list[
 
 
 def _layer_of(entry: Entry) -> str:
-    """The layer that a weight is of, whole or as one of two factors."""
+    """The layer that a weight is of, whole or as one of its factors."""
     owner, _, field = entry.name.rpartition(".")
     owner = owner if field == "weight" else entry.name
     return owner.rpartition(".")[0] if "factor" in entry.params else owner
@@ -235,8 +235,10 @@ def _bops(entries: Sequence[Entry], layer_macs: int) -> int:
     weights = sum(entry.numel for entry in entries)
     if option.mix is not None:
         return bops(layer_macs, 1, sum(row_bits(entry.codes()) for entry in entries), weights)
-    nonzero = sum(int(np.count_nonzero(entry.dequantise())) for entry in entries)
-    return bops(layer_macs, max(map(_width, entries)), nonzero, weights)
+    nonzero = [int(np.count_nonzero(entry.dequantise())) for entry in entries]
+    if option.residual is not None:
+        return bops(layer_macs, 1, sum(n * _width(entry) for n, entry in zip(nonzero, entries, strict=True)), weights)
+    return bops(layer_macs, max(map(_width, entries)), sum(nonzero), weights)
 
 
 def _width(entry: Entry) -> int:

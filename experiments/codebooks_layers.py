@@ -47,10 +47,6 @@ VECTORS = [f"pq{v}x{k}{how}" for v in (2, 3, 4, 8, 18) for k in (16, 64, 256) fo
 DEFAULT = frozenset(default_options())
 AT_ONCE = 24  # options of a layer that are made before they are kept
 BUDGETS = ("24x", "32x", "16x", "12x")
-FAMILIES: dict[str, Callable[[Option], bool]] = {
-    "default": lambda o: o in DEFAULT,
-    "codebooks": lambda o: True,
-}
 
 
 def finer() -> list[Option]:
@@ -114,21 +110,22 @@ def of_layers(given: argparse.Namespace) -> None:
             print(network, name, flush=True)
 
 
-def in_one_solve(given: argparse.Namespace) -> None:
+def in_one_solve(given: argparse.Namespace, added: str, is_added: Callable[[Option], bool]) -> None:
+    """Plans over the default options, and over these and those of a family that is added."""
     network = given.solve
     task = load_task(NETWORKS[network][0])
     assert task.score is not None
     assert task.evaluate is not None
     context = task_context(task, 0, "normal")
     stats = ac.calibrate(context.model, task.calibration_batches(0), seed=0)
-    profile = ac.profile(context.model, stats, given.store / network, ["default", "codebooks"])
+    profile = ac.profile(context.model, stats, given.store / network, ["default", added])
     for text in given.budgets.split(";"):
         budget = Budget.of(text)
-        for family, belongs in FAMILIES.items():
+        for family in ("default", added):
             if (network, str(budget), family) in done_keys(given.solved, SOLVED_KEYS):
                 continue
             layers = {
-                n: dataclasses.replace(x, rows=tuple(r for r in x.rows if belongs(r.option)))
+                n: dataclasses.replace(x, rows=tuple(r for r in x.rows if family == added or r.option in DEFAULT))
                 for n, x in profile.layers.items()
             }
             part = dataclasses.replace(profile, layers=layers)
@@ -140,13 +137,13 @@ def in_one_solve(given: argparse.Namespace) -> None:
                 "budget": str(budget),
                 "family": family,
                 "bytes": plan.predicted_bytes,
-                "codebooks": sum(o.words is not None for o in plan.layers.values()),
+                added: sum(map(is_added, plan.layers.values())),
                 "loss": f"{plan.predicted_loss:.6g}",
                 "bound": f"{plan.bound:.6g}",
                 "kl": f"{context.divergence_of(small):.5g}",
                 "score": f"{task.score(small):.2f}",
                 "evaluate": f"{task.evaluate(small):.2f}",
-                "chosen": " ".join(str(o) for o in plan.layers.values() if o.words is not None),
+                "chosen": " ".join(str(o) for o in plan.layers.values() if is_added(o)),
             }
             keep_row(given.solved, row | environment(), SOLVED_KEYS)
             print(row, flush=True)
@@ -160,7 +157,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "codebooks_layers.csv")
     parser.add_argument("--solved", type=Path, default=RESULTS / "codebooks_solved.csv")
     given = parser.parse_args()
-    (in_one_solve if given.solve else of_layers)(given)
+    if given.solve:
+        in_one_solve(given, "codebooks", lambda option: option.words is not None)
+    else:
+        of_layers(given)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ from autocompress.saving import halves_of
 from autocompress.storage import Entry, FormatError, read, serialise
 from autocompress.types import Budget, Option, Plan
 
-RANKS = (*("fp16", "w8", "rank1w8", "rank2fp16", "rank2", "k2r2", "k2r2w8", "k2r1w8", "rank3w6", "rank2pw8", "rank3p"),)
+RANKS = (
+    *("fp16", "w8", "rank1w8", "rank2fp16", "rank2", "k2r2", "k2r2w8", "k2r1w8", "rank3w6", "rank2pw8", "rank3p"),
+    *("k2r1w4+s75w2", "rank1w4+w2", "rank2+s75fp16"),
+)
 
 
 class Geometry(nn.Module):
@@ -62,37 +65,64 @@ def planned(profile: Profile, layers: dict[str, str], budget: str = "1x") -> Pla
 
 
 MIXED = {"a": "k2r2w8", "b": "k2r2", "c": "rank3w6", "fc": "k2r1w8", "head": "rank2fp16"}
+BESIDE = {"a": "k2r1w4+s75w2", "b": "rank1w4+w2", "c": "rank1w4+w2", "fc": "k2r1w4+s75w2", "head": "rank2+s75fp16"}
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def geometry_profile() -> Profile:
+    return profiled(*geometry(), RANKS)
+
+
+def assert_same(again: nn.Module, small: nn.Module, batch: torch.Tensor) -> None:
+    """The same weights, bit for bit, and outputs but for BLAS: its sums for so thin a layer depend on alignment."""
+    for name, module in small.named_modules():
+        if not isinstance(module, Factored) and hasattr(module, "weight"):
+            assert torch.equal(again.get_submodule(name).weight, module.weight), name  # type: ignore[arg-type]
+    torch.testing.assert_close(again(batch), small(batch), rtol=1e-5, atol=1e-6)
+
+
+def written(found: Profile, layers: dict[str, str], folder: Path) -> Any:
     model, data = geometry()
-    found = profiled(model, data, RANKS)
-    plan = planned(found, MIXED)
+    plan = planned(found, layers)
     small = ac.apply(model, plan, found, data)
-    path = tmp_path_factory.mktemp("mixed") / "model.acz"
-    info = ac.save(small, plan, path)
-    return model, data, found, plan, small, path, info
+    info = ac.save(small, plan, folder / "model.acz")
+    return model, data, found, plan, small, folder / "model.acz", info
+
+
+@pytest.fixture(scope="module")
+def mixed(geometry_profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return written(geometry_profile, MIXED, tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="module", params=["two", "three"])
+def split_model(geometry_profile: Profile, request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """With every layer as two; and with every layer as three."""
+    layers = MIXED if request.param == "two" else BESIDE
+    return written(geometry_profile, layers, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "fc", "head"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_two_layers_compute_what_one_with_their_product_does(name: str, groups: int) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_layers_compute_what_one_with_their_product_does(name: str, groups: int, residual: bool) -> None:
     model, data = geometry()
-    split = factorise(copy.deepcopy(model), {name: Halves(groups, 2 * groups)})
+    halves = Halves(groups, 2 * groups, residual)
+    split = factorise(copy.deepcopy(model), {name: halves})
     found: Any = split.get_submodule(name)
+    assert len(found) == 2 + residual
     with torch.no_grad():
-        for parameter in (found[0].weight, found[1].weight):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        for i, parameter in enumerate(layer.weight for layer in found):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
         model.get_submodule(name).weight.copy_(found.weight)  # type: ignore[operator]
         torch.testing.assert_close(split(data[0]), model(data[0]), rtol=1e-4, atol=1e-5)
         assert isinstance(found, Factored)
         assert (found.bias is None) == (model.get_submodule(name).bias is None)
     wanted: dict[str, Any] = {n: tuple(t.shape) for n, t in stored_tensors(split).items()}
     dense = {n: tuple(t.shape) for n, t in stored_tensors(model).items()}
-    assert split_shapes(model, dense, {name: Halves(groups, 2 * groups)}) == wanted
-    shapes = factor_shapes(find_layers(model)[name].shape, Option(rank=2, groups=groups))
-    assert shapes == (wanted[f"{name}.0.weight"], wanted[f"{name}.1.weight"])
+    assert split_shapes(model, dense, {name: halves}) == wanted
+    option = Option(rank=2, groups=groups, residual=Option(bits=2) if residual else None)
+    shapes = factor_shapes(find_layers(model)[name].shape, option)
+    assert shapes == tuple(wanted[f"{name}.{i}.weight"] for i in range(2 + residual))
 
 
 def test_a_layer_under_two_names_is_replaced_under_both() -> None:
@@ -109,31 +139,32 @@ def test_only_plain_layers_with_a_weight_of_their_own_can_be_split() -> None:
     assert not find_layers(model)["conv1"].factorable
 
 
-def test_the_file_has_the_predicted_length_and_gives_back_the_applied_model(mixed: Any) -> None:
-    model, data, _, plan, small, path, info = mixed
+def test_the_file_has_the_predicted_length_and_gives_back_the_applied_model(split_model: Any) -> None:
+    model, data, _, plan, small, path, info = split_model
     assert info.bytes == plan.predicted_bytes == path.stat().st_size
     assert all(isinstance(module, Factored) for module in small.children())
     for packed in (False, True, "bits"):
         again = ac.load(path, copy.deepcopy(model), packed=packed)
-        assert torch.equal(again(data[0]), small(data[0])), packed
+        assert_same(again, small, data[0])
     twice = ac.load(path, ac.load(path, copy.deepcopy(model)))  # what is split already is filled
-    assert torch.equal(twice(data[0]), small(data[0]))
+    assert_same(twice, small, data[0])
     tensors = ac.load(path)
     assert all(torch.equal(t, tensors[n]) for n, t in stored_tensors(small).items())
-    assert tensors["a.0.weight"].shape == (4, 2, 3, 2)
+    assert tensors["a.0.weight"].shape == ((4, 2, 3, 2) if plan.layers["a"].rank == 2 else (2, 2, 3, 2))
+    assert ("a.2.weight" in tensors) == (plan.layers["a"].residual is not None)
     assert tensors["a.1.bias"].shape == (10,)
 
 
-def test_the_applied_model_is_the_measured_one(mixed: Any) -> None:
-    model, data, found, plan, small, *_ = mixed
+def test_the_applied_model_is_the_measured_one(split_model: Any) -> None:
+    model, data, found, plan, small, *_ = split_model
     context = ac.Context(model, data)
     measured = context.measure(found.with_vectors(plan.vector_bits), plan.layers)
     assert measured == context.divergence_of(small)
     assert measured > 1e-6
 
 
-def test_macs_and_bops_are_those_of_two_layers(mixed: Any) -> None:
-    _, data, found, plan, small, *_ = mixed
+def test_macs_and_bops_are_those_of_two_layers(split_model: Any) -> None:
+    _, data, found, plan, small, *_ = split_model
     counted: dict[str, int] = {}
 
     def count(module: Any, args: Any, output: torch.Tensor, name: str) -> None:
@@ -147,12 +178,15 @@ def test_macs_and_bops_are_those_of_two_layers(mixed: Any) -> None:
     small(data[0][:1])
     for layer in plan.layers:
         row = found.layers[layer].row(plan.layers[layer])
-        assert found.macs(layer, row) == counted[f"{layer}.0"] + counted[f"{layer}.1"] < found.macs(layer)
+        parts = sum(macs for name, macs in counted.items() if name.startswith(f"{layer}."))
+        assert found.macs(layer, row) == parts
+        assert (parts < found.macs(layer)) == (plan.layers[layer].residual is None)
     assert running_cost(found, "macs", plan.layers) == sum(counted.values())
     assert running_cost(found, "macs", dict.fromkeys(plan.layers, Option())) == dense_cost(found, "macs")
     assert running_cost(found, "bops", plan.layers) < 32 * 32 * sum(counted.values())
     table = found.table.set_index(["layer", "option"])
-    assert table.loc[("a", "k2r2w8"), "macs"] == counted["a.0"] + counted["a.1"]
+    whole = str(plan.layers["a"])
+    assert table.loc[("a", whole), "macs"] == sum(m for name, m in counted.items() if name.startswith("a."))
 
 
 def test_a_limit_on_macs_is_kept_and_one_below_every_rank_is_refused() -> None:
@@ -176,18 +210,22 @@ def test_a_store_gives_back_the_same_profile(tmp_path: Path) -> None:
         assert again.layers[name].layer == layer.layer
 
 
-def test_tuning_and_sequential_mode_keep_the_two_layers(mixed: Any, tmp_path: Path) -> None:
-    model, data, found, plan, small, *_ = mixed
-    context = ac.Context(model, data)
-    tuned: Any = ac.tune(model, small, context, 20)
+def test_tuning_and_sequential_mode_keep_the_two_layers(split_model: Any, tmp_path: Path) -> None:
+    model, data, found, plan, small, *_ = split_model
+
+    def error(other: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float((other(batch) - model(batch)).square().sum()) for batch in data)
+
+    tuned: Any = ac.tune(model, small, ac.Context(model, data), 20)
     for made in (tuned, ac.apply_sequentially(model, plan, found, data)):
         carried = encoded_of(made).plan
         assert isinstance(made.a, Factored)
         info = ac.save(made, carried, tmp_path / "model.acz")
         assert info.bytes == carried.predicted_bytes
         again = ac.load(tmp_path / "model.acz", copy.deepcopy(model))
-        assert torch.equal(again(data[0]), made(data[0]))
-        assert context.divergence_of(made) < 1.05 * context.divergence_of(small)
+        assert_same(again, made, data[0])
+        assert error(made) < error(small)
     assert not torch.equal(tuned.a[1].bias, small.a[1].bias)
     realised = encoded_of(ac.apply_sequentially(model, plan, found, data)).plan
     taken = cost_facts(found.with_realised(realised), realised.budget, realised.layers)
@@ -195,12 +233,12 @@ def test_tuning_and_sequential_mode_keep_the_two_layers(mixed: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("format", ["onnx", "safetensors"])
-def test_exports_hold_both_layers(mixed: Any, format: str, tmp_path: Path) -> None:
-    model, data, _, _, small, path, _ = mixed
+def test_exports_hold_both_layers(split_model: Any, format: str, tmp_path: Path) -> None:
+    model, data, _, plan, small, path, _ = split_model
     ways = (path, model), (small, None)
     for i, (source, given) in enumerate(ways):
         info = ac.export(source, given, format, tmp_path / f"{i}.bin", example=data[0][:2])
-        assert ("a.0", "k2r2w8") in [layer[:2] for layer in info.layers]
+        assert ("a.0", str(plan.layers["a"])) in [layer[:2] for layer in info.layers]
     if format == "safetensors":
         from safetensors.torch import load_file
 
@@ -210,7 +248,7 @@ def test_exports_hold_both_layers(mixed: Any, format: str, tmp_path: Path) -> No
 def test_a_format_of_whole_layers_refuses(mixed: Any, tmp_path: Path) -> None:
     small = copy.deepcopy(mixed[4])
     small.config = SimpleNamespace(to_dict=dict)
-    with pytest.raises(ExportError, match="layer 'a' is two layers"):
+    with pytest.raises(ExportError, match="layer 'a' is several layers"):
         ac.export(small, None, "compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

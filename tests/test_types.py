@@ -86,6 +86,11 @@ def test_an_option_reads_back_from_its_name(option: Option) -> None:
         ("tcq(0.34,0.4)", Option(step=0.34, lam=0.4, trellis=True)),
         ("rank32w8", Option(rank=32, bits=8)),
         ("k4r12w8", Option(groups=4, rank=12, bits=8)),
+        ("rank4w4+w2", Option(rank=4, bits=4, residual=Option(bits=2))),
+        (
+            "k2r4fp16+rd(1e-05,0.1)2:4",
+            Option(groups=2, rank=4, half=True, residual=Option(step=1e-05, lam=0.1, nm=(2, 4))),
+        ),
         ("k4r12pw8", Option(groups=4, rank=12, bits=8, plain=True)),
         ("rank32pfp16", Option(rank=32, half=True, plain=True)),
         ("ch50w8", Option(channels=50, bits=8)),
@@ -150,6 +155,11 @@ def test_the_names_of_the_design(text: str, option: Option) -> None:
         ("out100", "out must be at least 0 and below 100 percent"),
         ("blk0x4@50", "block_rows is 0, needed at least 1"),
         ("tcq(0.1,0.1)s60", "tcq finds its zeros itself: no structure"),
+        ("rank4w4+", "is not an option"),
+        ("+w2", "is not an option"),
+        ("rank4w4+dense", "what is left takes any option but dense"),
+        ("rank4w4+w2+w2", "what is left belongs to a low rank"),
+        ("w4+w2", "what is left belongs to a low rank"),
     ],
 )
 def test_what_is_not_an_option_is_refused_in_words(text: str, words: str) -> None:
@@ -189,6 +199,10 @@ def test_any_text_is_an_option_or_an_option_error(text: str) -> None:
         ({"width": (100, 100), "bits": 4}, "a layer of full width has no width"),
         ({"width": (0, 50)}, "widths are above 0 and at most 100 percent"),
         ({"width": (50, 50), "rank": 4}, "a narrower layer takes no rank"),
+        ({"bits": 4, "residual": Option(bits=2)}, "what is left belongs to a low rank"),
+        ({"rank": 4, "residual": Option()}, "what is left takes any option but dense, rank, n and mix"),
+        ({"rank": 4, "residual": Option(rank=2)}, "what is left takes any option but dense, rank, n and mix"),
+        ({"rank": 4, "width": (50, 50), "residual": Option(bits=2)}, "a narrower layer takes no rank"),
         ({"mix": (-25, 25, 50, 50, 0)}, "percentages"),
     ],
 )

@@ -18,6 +18,7 @@ from autocompress.compressors.plain import Plain
 from autocompress.compressors.pq import ProductQuantised, pq_grid
 from autocompress.compressors.pruned import Pruned
 from autocompress.compressors.rd import RateDistortion, default_grid
+from autocompress.compressors.residual import LowRankResidual, residual_grid
 from autocompress.compressors.tcq import TrellisCoded, trellis_grid
 from autocompress.errors import OptionError
 from autocompress.threads import single_threaded
@@ -47,6 +48,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "rd": RateDistortion(),
     "tcq": TrellisCoded(),
     "lowrank": LowRank(),
+    "residual": LowRankResidual(lambda option: compressor_of(option)[1]),
     "mixed": MixedRows(),
     "narrow": Narrow(lambda option: compressor_of(option)[1]),
     "kq": KernelQuantised(),
@@ -61,7 +63,7 @@ def compressor_of(option: Option) -> tuple[str, Compressor]:
             return name, compressor
     raise OptionError(
         f"no compressor realises {str(option)!r}; there are {', '.join(COMPRESSORS)} "
-        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0, kq64w6)"
+        "(dense, fp16, s75w4, 2:4w8, rd(0.25,0.1)s60, tcq(0.34,0.4), mix25/0/25/50/0, kq64w6, rank4w6+w2)"
     )
 
 
@@ -107,6 +109,7 @@ FAMILIES: dict[str, Callable[[], list[Option]]] = {
     "channels": narrow_grid,
     "units": lambda: _named(*(f"{s}{p}{v}" for s in ("ch", "out") for p in _PERCENT for v in ("", "fp16", "w8"))),
     "lowrank": lowrank_grid,
+    "residuals": residual_grid,
     "mixed": mixed_grid,
     "codebooks": lambda: [*kq_grid(), *pq_grid()],
     "floats": lambda: _named("fp16", "fp8", "s50fp8", "2:4fp8"),

@@ -18,7 +18,7 @@ from autocompress.types import Option
 
 __all__ = ["Compressor", "LayerProblem", "Measured", "Realised", "by_structure", "storable"]
 
-Parts = np.ndarray | tuple[np.ndarray, np.ndarray]  # a weight, or both factors of one
+Parts = np.ndarray | tuple[np.ndarray, ...]  # a weight, or its factors and what they leave, if that is kept
 CODES_HELD = 1 << 26  # codes made at once (256 MiB): a large table has 10^7 for each of hundreds of options
 
 
@@ -231,9 +231,9 @@ class Realised:
 
     step: one number, one per row, or (rows, groups) where each `group` consecutive weights of a row share one.
     vector: how many consecutive codes are one word of a codebook, where the codec has one.
-    factors: of a low-rank weight the two layers that take its place, the one that is applied first in front, each of a
-    shape of `costs.factor_shapes`; nothing else is stored then. cut: of a narrower layer, the columns and the rows that
-    stay; `shape` is that of what stays.
+    factors: of a low-rank weight the two layers that take its place, the one that is applied first in front, and the
+    residual, if there is one, each of a shape of `costs.factor_shapes`; nothing else is stored then. cut: of a narrower
+    layer, the columns and the rows that stay; `shape` is that of what stays.
     """
 
     shape: tuple[int, ...]
@@ -242,19 +242,24 @@ class Realised:
     step: np.ndarray | float = 1.0
     values: np.ndarray | None = None
     group: int | None = None
-    factors: tuple[Realised, Realised] | None = None
+    factors: tuple[Realised, ...] | None = None
     mixed: bool = False
     cut: tuple[np.ndarray, np.ndarray] | None = None
     vector: int | None = None
 
     @property
     def step_kind(self) -> str:
-        """As an entry says it; of factors both, with a comma between them."""
+        """As an entry says it; of factors each, with commas between them."""
         if self.factors is not None:
             return ",".join(factor.step_kind for factor in self.factors)
         if self.codes is None:
             return "none"
         return ("tensor", "row", f"group{self.group}")[np.ndim(self.step)]
+
+    @property
+    def codecs(self) -> str:
+        """The codec; of factors each, with commas between them."""
+        return self.codec if self.factors is None else ",".join(factor.codec for factor in self.factors)
 
     @property
     def width(self) -> int:
@@ -266,8 +271,8 @@ class Realised:
         return 8 if self.codec == "fp8" else code_bits(self.codes)
 
     def parts(self) -> Parts:
-        """The weight, or both factors of one, as a reader of the file gets them."""
-        return self.weight() if self.factors is None else (self.factors[0].weight(), self.factors[1].weight())
+        """The weight, or its factors, as a reader of the file gets them."""
+        return self.weight() if self.factors is None else tuple(factor.weight() for factor in self.factors)
 
     @property
     def multiplied(self) -> int:
@@ -282,13 +287,19 @@ class Realised:
 
     @property
     def row_bits(self) -> int | None:
-        """Bits of all weights that are not zero, where rows have widths of their own (`costs.row_bits`)."""
+        """Bits of all weights that are not zero, where rows have widths of their own (`costs.row_bits`), or each of
+        three layers has.
+        """
+        if self.factors is not None and len(self.factors) > 2:
+            return sum(factor.width * factor.nonzero for factor in self.factors)
         return row_bits(self.codes.reshape(self.shape)) if self.mixed and self.codes is not None else None
 
     def weight(self) -> np.ndarray:
-        """What a reader of the file gets, float32 in the weight's shape; of factors their product, rounded once."""
+        """What a reader of the file gets, float32 in the weight's shape; of factors their product and the residual,
+        rounded once.
+        """
         if self.factors is not None:
-            return product(self.factors[0].weight(), self.factors[1].weight(), self.shape)
+            return product([factor.weight() for factor in self.factors], self.shape)
         if self.codes is None:
             assert self.values is not None
             stored = self.values.astype(np.float16) if self.codec == "fp16" else self.values
@@ -302,7 +313,7 @@ class Realised:
     def entry(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> Entry:
         """The record for the file; `layout` is what it says beside the option (see `Layer.params`).
 
-        Of factors there are two: see `entries`.
+        Of factors there are several: see `entries`.
         """
         params: dict[str, Any] = {"option": str(option), **(layout or {})}
         if self.codes is None:
@@ -312,14 +323,15 @@ class Realised:
         return weight_entry(key, codes, self.step, params=params, **how)
 
     def entries(self, key: str, option: Option, layout: Mapping[str, int] | None = None) -> list[Entry]:
-        """The records for the file: that of `entry`, or of both factors, each with the number of groups."""
+        """The records for the file: that of `entry`, or of all factors, each with the number of groups."""
         if self.factors is None:
             return [self.entry(key, option, layout)]
         groups = {**(layout or {}), "factor": option.groups or 1}
-        return [factor.entry(name, option, groups) for factor, name in zip(self.factors, factor_keys(key), strict=True)]
+        names = factor_keys(key, len(self.factors))
+        return [factor.entry(name, option, groups) for factor, name in zip(self.factors, names, strict=True)]
 
     def bytes(self) -> int:
-        """Length of the entry's payload, exactly; of those of both factors together."""
+        """Length of the entry's payload, exactly; of those of all factors together."""
         if self.factors is not None:
             return sum(factor.bytes() for factor in self.factors)
         if self.codes is None:
@@ -331,21 +343,25 @@ class Realised:
         return self.values.reshape(self.shape).astype(np.float32)
 
 
-def product(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The weight of that shape (out, in, *kernel), float32 and rounded once, that two layers after each other have:
-    `first` (groups · rank, in / groups, *kernel) grouped, then `second` (out, groups · rank, 1, ...).
+def product(parts: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    """The weight of that shape (out, in, *kernel), float32 and rounded once, that these layers have together: the
+    first (groups · rank, in / groups, *kernel) grouped, then the second (out, groups · rank, 1, ...), and beside both
+    the third, if there is one, of the whole shape.
     """
+    first, second, *residual = parts
     groups = shape[1] // first.shape[1]
     rows = first.astype(np.float64).reshape(groups, len(first) // groups, -1)
-    parts = second.astype(np.float64).reshape(len(second), groups, -1)
-    found: np.ndarray = np.einsum("fgr,grd->fgd", parts, rows, optimize=True)
-    return found.astype(np.float32).reshape(shape)
+    columns = second.astype(np.float64).reshape(len(second), groups, -1)
+    found: np.ndarray = np.einsum("fgr,grd->fgd", columns, rows, optimize=True).reshape(shape)
+    for rest in residual:
+        found = found + rest.reshape(shape)
+    return found.astype(np.float32)
 
 
-def factor_keys(key: str) -> tuple[str, str]:
-    """Names of the factors of a weight in the state dict, as `factors.factorise` gives them."""
+def factor_keys(key: str, count: int) -> tuple[str, ...]:
+    """Names of the `count` factors of a weight in the state dict, as `factors.factorise` gives them."""
     owner = key.removesuffix("weight")
-    return f"{owner}0.weight", f"{owner}1.weight"
+    return tuple(f"{owner}{i}.weight" for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -356,8 +372,9 @@ class Measured:
     `codec` and `step` (none, tensor, row, group32) say how it would be stored: the file's header has to spell that out.
     `width`: the bits that hold every code, 16 or 32 for floats; `nonzero`: how many weights are not zero (see
     `costs.bops`); `row_bits`: the bits of all of those, where rows have widths of their own. `multiplied`: how many
-    weights there are where an option changes that, and `first_bytes`: of `bytes`, those of the first of two factors;
-    None and 0 otherwise.
+    weights there are where an option changes that, and `part_bytes`: of `bytes`, those of each of the layers that take
+    the place of one, in the order of their names; None and empty otherwise. Of such layers `codec` and `step` are
+    several, with commas between them.
     """
 
     option: Option
@@ -370,7 +387,7 @@ class Measured:
     nonzero: int
     row_bits: int | None = None
     multiplied: int | None = None
-    first_bytes: int = 0
+    part_bytes: tuple[int, ...] = ()
 
     @property
     def bits(self) -> int:
@@ -415,12 +432,13 @@ def measure(compressor: Compressor, problem: LayerProblem, options: Sequence[Opt
         error = 0.0 if problem.hessian is None else problem.error(problem.whole(realised))
         factors = realised.factors
         nonzero = realised.nonzero if factors else int(np.count_nonzero(weight))
-        size, first = realised.bytes(), factors[0].bytes() if factors else 0
+        lengths = tuple(factor.bytes() for factor in factors or ())
+        size = sum(lengths) if factors else realised.bytes()
         changed = realised.multiplied if factors or realised.cut is not None else None
         seconds = each + time.perf_counter() - start
-        how = realised.codec, realised.step_kind
+        how = realised.codecs, realised.step_kind
         width, bits = realised.width, realised.row_bits
-        rows.append(Measured(option, error, size, *how, seconds, width, nonzero, bits, changed, first))
+        rows.append(Measured(option, error, size, *how, seconds, width, nonzero, bits, changed, lengths))
     return rows
 
 

@@ -58,8 +58,8 @@ class CompressedTensors:
             )
         if split := next((name for name, module in model.named_modules() if isinstance(module, Factored)), None):
             raise ExportError(
-                f"layer {split!r} is two layers (low rank), and what reads compressed-tensors builds the architecture "
-                "of config.json, which has one; ONNX and safetensors hold both"
+                f"layer {split!r} is several layers (low rank), and what reads compressed-tensors builds the "
+                "architecture of config.json, which has one; ONNX and safetensors hold both"
             )
 
     def hold(self, weight: Weight, owner: nn.Module) -> Held:

@@ -136,12 +136,17 @@ def _value(option: Option) -> Option:
     return dataclasses.replace(option.inner, rank=None, groups=None, plain=False)
 
 
+def _is_smaller(option: Option) -> bool:
+    """Whether a layer of that option computes less."""
+    return option.width is not None or (option.rank is not None and option.residual is None)
+
+
 def _values(profile: Profile) -> list[Option]:
     """Ways to store values, unstructured, that every layer has at its full width, and that some layer has with fewer
     singular values or channels.
     """
     reached = [layer for layer in profile.layers.values() if layer.reached]
-    smaller = {_value(r.option) for x in reached for r in (*x.rows, *x.narrowed) if r.option.rank or r.option.width}
+    smaller = {_value(r.option) for x in reached for r in (*x.rows, *x.narrowed) if _is_smaller(r.option)}
     shared = [r.option for r in reached[0].rows if r.option in smaller] if reached else []
     if DENSE in smaller and DENSE not in shared:
         shared.insert(0, DENSE)

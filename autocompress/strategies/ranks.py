@@ -49,13 +49,18 @@ def rank_families(profile: Profile, strategy: str) -> list[RankFamily]:
     """
     values: dict[Option, None] = {}
     for layer in profile.layers.values():
-        values |= dict.fromkeys(_value(row.option) for row in layer.rows if row.option.rank is not None)
+        values |= dict.fromkeys(_value(row.option) for row in layer.rows if _is_low_rank(row.option))
     if not values:
         raise MismatchError(
             f"strategy {strategy!r} sets a rank for every layer, and this profile has no low-rank options, such as "
             "rank8w8: profile with --options default,lowrank"
         )
     return [RankFamily(value, {name: _ladder(profile, name, value) for name in profile.layers}) for value in values]
+
+
+def _is_low_rank(option: Option) -> bool:
+    """Whether a rank is all that the layer keeps: no rule knows of a third layer beside the two."""
+    return option.rank is not None and option.residual is None
 
 
 def _value(option: Option) -> Option:
@@ -71,7 +76,7 @@ def _ladder(profile: Profile, name: str, value: Option) -> Ladder:
     whole = next((row for row in layer.rows if row.option == kept), None) or layer.row(Option())
     rows: dict[int, list[Measured]] = {}
     for row in layer.rows:
-        if row.option.rank is not None and _value(row.option) == value and row.bytes < whole.bytes:
+        if _is_low_rank(row.option) and _value(row.option) == value and row.bytes < whole.bytes:
             rows.setdefault(row.option.groups or 1, []).append(row)
     return Ladder(whole, {k: sorted(r, key=lambda row: row.option.rank or 0) for k, r in sorted(rows.items())})
 
