@@ -233,7 +233,7 @@ def compress(
     metric = found.evaluate if evaluate is None else load_evaluate(evaluate)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
-        _show_facts(pipeline.forecast(model, data, wanted, out, store) | _counted(offered), as_json)
+        _show_facts(pipeline.forecast(model, data, wanted, out, store, offered or ()) | _counted(offered), as_json)
         return
     with _progress() as progress:
         result = pipeline.compress(
@@ -284,7 +284,7 @@ def profile(
     found = _task(task, text, length, samples)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
-        _show_facts(pipeline.forecast(model, data, None, None, store) | _counted(offered), as_json)
+        _show_facts(pipeline.forecast(model, data, None, None, store, offered or ()) | _counted(offered), as_json)
         return
     with _progress() as progress:
         made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine)
@@ -381,7 +381,7 @@ def compare(
     offered = _offered(options)
     found = load_task(task)
     model, data = found.build_model(), found.calibration_batches(draws[0])
-    facts = [pipeline.forecast(model, data, budget, out, None) for budget in wanted]
+    facts = [pipeline.forecast(model, data, budget, out, None, offered or ()) for budget in wanted]
     if dry_run:
         limits = {str(budget): fact.get("budget_bytes") for budget, fact in zip(wanted, facts, strict=True)}
         rows = {"budgets": limits, "strategies": names, "seeds": draws, "rows": len(wanted) * len(names) * len(draws)}
@@ -549,6 +549,7 @@ def precrop(
     from safetensors.torch import save_file
 
     from autocompress.files import atomic_path
+    from autocompress.layers import stored_tensors
     from autocompress.precropping import precrop as precropped
     from autocompress.saving import write_text
     from autocompress.tasks import load_task
@@ -565,7 +566,7 @@ def precrop(
     )
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / "model.safetensors") as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in found.model.state_dict().items()}, scratch)
+        save_file({name: tensor.contiguous() for name, tensor in stored_tensors(found.model).items()}, scratch)
     write_text(out / "widths.json", found.to_json())
     facts = {
         **{name: f"{getattr(found, name):,} of {dense:,}" for name, dense in found.dense.items()},

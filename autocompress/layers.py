@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "Layers",
     "dense_file_bytes",
     "find_layers",
+    "float32_file_bytes",
     "is_rms_norm",
     "model_digest",
     "stored_tensors",
@@ -276,11 +278,15 @@ def dense_file_bytes(model: nn.Module) -> int:
     """Length of a safetensors file without metadata that holds the floating-point tensors of the state dict as fp32,
     tied ones once.
     """
-    tensors = {k: v for k, v in stored_tensors(model).items() if v.is_floating_point()}
+    return float32_file_bytes({k: tuple(v.shape) for k, v in stored_tensors(model).items() if v.is_floating_point()})
+
+
+def float32_file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Length of a safetensors file without metadata of float32 tensors of these shapes."""
     offset, header = 0, {}
-    for name in sorted(tensors):
-        size = 4 * tensors[name].numel()
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [offset, offset + size]}
+    for name in sorted(shapes):
+        size = 4 * math.prod(shapes[name])
+        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
         offset += size
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + (text + 7) // 8 * 8 + offset

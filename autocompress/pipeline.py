@@ -40,7 +40,7 @@ from autocompress.planning import (
     within,
 )
 from autocompress.profiling import Profile, profile
-from autocompress.records import make_template
+from autocompress.records import Template, make_template
 from autocompress.salience import widths
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
@@ -362,7 +362,12 @@ def _named_stage(progress: Progress, prefix: str, stage: str, done: int, total: 
 
 
 def forecast(
-    model: nn.Module, data: list[Batch], budget: Budget | None, out: str | Path | None, store: str | Path | None
+    model: nn.Module,
+    data: list[Batch],
+    budget: Budget | None,
+    out: str | Path | None,
+    store: str | Path | None,
+    options: Sequence[Option | str] = (),
 ) -> dict[str, Any]:
     """What a run would do, for `--dry-run`: everything that is quick is checked, nothing is written.
 
@@ -380,7 +385,7 @@ def forecast(
         "calibration_samples": sum(batch_samples(b) for b in data),
         "original_bytes": template.dense_bytes,
     }
-    least = least_bytes(template)
+    least = _floor(template, options)
     if budget is not None:
         limit = limit_bytes(budget, template)
         if limit is not None and limit < least:
@@ -388,7 +393,7 @@ def forecast(
                 f"no allocation fits in {limit:,} bytes: what no choice changes has {least:,} bytes by itself", least
             )
         found |= {"budget_bytes": limit} if limit is not None else {}
-    found |= {"no_file_below_bytes": least}
+    found |= {"no_file_below_bytes": least} if least else {}
     for name, folder in (("results", out), ("profile", store or (Path(out) / "profile" if out else None))):
         if folder is not None:
             good, text = writable(Path(folder), name)
@@ -415,11 +420,17 @@ def _calibrated(
     limit = None if budget is None else limit_bytes(budget, template)
     with say.stage("calibrate"):
         stats = calibrate(model, data, seed=seed)
-    if limit is not None and limit < least_bytes(template):
-        given = named_options(["default"] if options is None else options)
+    given = named_options(["default"] if options is None else options)
+    if limit is not None and limit < _floor(template, given):
         small = profile(model, stats, options=coarsest(given), workers=workers)
         allocate(within(small, limit), limit, energy_losses(small))
     return stats
+
+
+def _floor(template: Template, options: Sequence[Option | str]) -> int:
+    """A size that no file can be below, known before the profile; 0 where layers may be narrower: none is then."""
+    narrower = any(option.width is not None for option in named_options(options))
+    return 0 if narrower else least_bytes(template)
 
 
 def _profiled(

@@ -17,7 +17,7 @@ from autocompress.batches import Batch, batch_samples, chunk_batch
 from autocompress.calibration import positions_of
 from autocompress.channels import channel_groups
 from autocompress.errors import BudgetError, InfeasibleError, LayerError, TaskError
-from autocompress.layers import dense_file_bytes, find_layers, stored_tensors
+from autocompress.layers import dense_file_bytes, find_layers, float32_file_bytes, stored_tensors
 from autocompress.narrowing import ChannelGroup, Groups, reshape_to
 from autocompress.synflow import ROUNDS, synflow_densities
 from autocompress.tasks import Task
@@ -41,9 +41,10 @@ class Precropped:
     the reason. params, macs (of one sample), bytes (as float32 in a safetensors file): of the network itself, counted;
     dense: the same of the factory's. limits: what they were held to. value: Σ log p_l over the layers, p_l the part of
     its weights that a layer keeps; relaxed: the programme's value before widths were whole; bound: no widths within the
-    limits have a larger one (-inf: a rule's widths, nothing claimed). method: how the widths were found; rounded: how
-    they became whole. copied: parameters whose modules have no initialiser of their own, which are cut from the
-    factory's network as it made them.
+    limits have a larger one. It is -inf, nothing claimed, for a rule's widths, and where a layer reads several groups
+    side by side: there the programme takes the mean of the logarithms for that of the sum, which is larger. method: how
+    the widths were found; rounded: how they became whole. copied: parameters whose modules have no initialiser of their
+    own, which are cut from the factory's network as it made them.
     """
 
     model: nn.Module = field(repr=False)
@@ -68,7 +69,7 @@ class Precropped:
         body["bound"] = self.bound if math.isfinite(self.bound) else None
         body["widths"] = {name: {"given": given, "now": now} for name, (given, now) in self.widths.items()}
         body["copied"] = list(self.copied)
-        body["shapes"] = {key: list(tensor.shape) for key, tensor in self.model.state_dict().items()}
+        body["shapes"] = {key: list(tensor.shape) for key, tensor in stored_tensors(self.model).items()}
         return json.dumps(body, indent=2, default=dict, allow_nan=False) + "\n"
 
 
@@ -199,6 +200,7 @@ class Structure:
     dense: Mapping[str, int]
     parameters: int
     tensors: Mapping[str, tuple[int, ...]] = field(repr=False)
+    floating: frozenset[str] = field(repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, example: Batch) -> Structure:
@@ -225,7 +227,7 @@ class Structure:
             "bytes": dense_file_bytes(model),
         }
         numbers = sum(math.prod(tensors[key]) for key in floating)
-        # The header; it is not longer where sizes are smaller.
+        # The header; it is not longer where sizes are smaller (where they are larger, see `problem`).
         terms[G, G] = terms.get((G, G), 0) + np.array([0, 0, dense["bytes"] - 4 * numbers], np.int64)
         keys = [key for key, uses in per_sample.items() if uses]
         shares = np.zeros((len(keys), G))
@@ -237,7 +239,7 @@ class Structure:
                         if v != G:
                             row[v] += n * variables[v].count / size
         kept = {group.name: group.reason for group in groups if not group.prunable}
-        return cls(variables, kept, forms, terms, shares, keys, dense, numbers, tensors)
+        return cls(variables, kept, forms, terms, shares, keys, dense, numbers, tensors, frozenset(floating))
 
     def limits(self, budget: Budget | None, params: float | str | None, macs: float | str | None) -> dict[str, float]:
         """The limits as numbers, of those resources that have one. Raises BudgetError."""
@@ -277,16 +279,25 @@ class Structure:
             widths = {variable.count, *range(step, most + 1, step)} if degree[v] > 0.0 else {variable.count}
             allowed.append(np.array(sorted(widths)))
         rows = [RESOURCES.index(name) for name in limits]
+        pairs, costs = list(self.terms), np.stack(list(self.terms.values()), axis=1)
+        largest = np.array([widths[-1] for widths in allowed])
+        extra = max(0, self._header(largest) - self._header(np.array([v.count for v in self.variables])))
+        costs[RESOURCES.index("bytes"), pairs.index((len(self.variables),) * 2)] += extra
         return WidthProblem(
             degree,
             np.array([variable.count for variable in self.variables]),
             allowed,
-            np.stack(list(self.terms.values()), axis=1)[rows],
-            np.array(list(self.terms)),
+            costs[rows],
+            np.array(pairs),
             np.array(list(limits.values())),
             tuple(limits),
             tuple(variable.name for variable in self.variables),
         )
+
+    def _header(self, widths: np.ndarray) -> int:
+        """Bytes of the file's header at these widths; none of smaller ones has more."""
+        shapes = {key: shape for key, shape in {**self.tensors, **self.shapes(widths)}.items() if key in self.floating}
+        return float32_file_bytes(shapes) - 4 * sum(map(math.prod, shapes.values()))
 
     def choose(self, problem: WidthProblem, method: str, model: nn.Module, example: Batch) -> WidthSolution:
         """Widths by a method (see `precrop`); the model, at its full width, is what SynFlow looks at."""
@@ -340,6 +351,11 @@ class Structure:
             v.name: (v.count * v.channels, int(n) * v.channels)
             for v, n in zip(self.variables, found.widths, strict=True)
         }
+        value, bound = found.value, found.bound
+        if (self.shares % 1.0 != 0.0).any():
+            now = {**self.tensors, **self.shapes(found.widths)}
+            value = math.fsum(math.log(math.prod(now[k]) / math.prod(self.tensors[k])) for k in self.keys)
+            bound = -math.inf
         step = "whole channels" if round_to == 1 else f"multiples of {round_to} channels"
         rounded = f"down to {step}, then up and exchanged while that fits and gains"
         if found.method in METHODS:
@@ -353,9 +369,9 @@ class Structure:
             got["bytes"],
             self.dense,
             dict(limits),
-            found.value,
+            value,
             found.relaxed_value,
-            found.bound,
+            bound,
             found.method,
             rounded,
             copied,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def widths(
 
     score, which says what goes first: "obs" (default), the error of losing a whole input channel of the layers that
     read it, the rest refitted, over their energies, greedily (`obs_order`); "l1", the norm of the weights that make a
-    channel (arXiv 1608.08710); "taylor", (Σ w ∂L/∂w)² of them on labelled `batches` with `loss` (arXiv 1906.10771,
+    channel (arXiv 1608.08710); "taylor", (Σ w ∂L/∂w)² of them, summed over labelled `batches`, with `loss` (1906.10771,
     equation 8); "cka", how alike a channel is to the others of its group on `batches`, ITPruner's measure between
     layers (arXiv 2105.13649) between channels: what others say too goes first. round_to: channels of a group that stay
     are a multiple of it, where the group has so many. Left out are groups that reach beyond the linear layers that
@@ -93,7 +93,7 @@ def _count(group: ChannelGroup, level: float, round_to: int) -> int:
     """Units that stay at a level: the nearest multiple of `round_to` channels, at least one such multiple."""
     if round_to < 1:
         raise OptionError(f"round_to is {round_to}; needed at least 1")
-    step = min(math.ceil(round_to / group.unit), group.size)
+    step = min(round_to // math.gcd(round_to, group.unit), group.size)
     return min(group.size, max(step, math.floor(level / WHOLE * group.size / step + 0.5) * step))
 
 
@@ -171,36 +171,40 @@ def obs_order(readers: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], size
 
 
 def _l1(data: _Data, group: ChannelGroup) -> list[int]:
-    return _by_producers(group, lambda axis: np.abs(data.weight(axis)))
+    return _by_producers(group, lambda axis: _other_sums(np.abs(data.weight(axis)), axis.dim))
 
 
 def _taylor(data: _Data, group: ChannelGroup) -> list[int]:
     if data.loss is None or not data.batches:
         raise OptionError("score 'taylor' needs labelled batches and the task's loss")
-    found: dict[str, np.ndarray] = {}
+    squares: dict[tuple[str, int], Any] = {(axis.key, axis.dim): 0.0 for axis in group.producers}
     keys = {axis.key: data.model.get_parameter(axis.key) for axis in group.producers}
     asked = [p for p in keys.values() if not p.requires_grad]
     with torch.enable_grad(), evaluating(data.model):
         try:
             for parameter in asked:
                 parameter.requires_grad_(True)
-            total = sum(data.loss(data.model, batch) for batch in data.batches)
-            gradients = torch.autograd.grad(cast(torch.Tensor, total), list(keys.values()))
+            for batch in data.batches:  # of each by itself: the mean gradient of a trained network is next to nothing
+                gradients = torch.autograd.grad(data.loss(data.model, batch), list(keys.values()))
+                products = {k: (p.detach() * g).double() for (k, p), g in zip(keys.items(), gradients, strict=True)}
+                for key, dim in squares:
+                    squares[key, dim] = squares[key, dim] + _other_sums(products[key].cpu().numpy(), dim) ** 2
         finally:
             for parameter in asked:
                 parameter.requires_grad_(False)
-    for (key, parameter), gradient in zip(keys.items(), gradients, strict=True):
-        found[key] = (parameter.detach() * gradient).double().cpu().numpy()
-    return _by_producers(group, lambda axis: found[axis.key], squared=True)
+    return _by_producers(group, lambda axis: squares[axis.key, axis.dim])
 
 
-def _by_producers(group: ChannelGroup, values: Callable[[Axis], np.ndarray], squared: bool = False) -> list[int]:
-    """Units by the sum of values over the weights that make them, in units of the mean of each producer."""
+def _other_sums(values: np.ndarray, dim: int) -> np.ndarray:
+    """Sums over all dimensions but one."""
+    return values.sum(axis=tuple(i for i in range(values.ndim) if i != dim))
+
+
+def _by_producers(group: ChannelGroup, values: Callable[[Axis], np.ndarray]) -> list[int]:
+    """Units by the sum of values, of the outputs that make them, in units of the mean of each producer."""
     total = np.zeros(group.size)
     for axis in group.producers:
-        of_axis = values(axis)
-        sums = of_axis.sum(axis=tuple(i for i in range(of_axis.ndim) if i != axis.dim))
-        sums = sums**2 if squared else sums
+        sums = values(axis)
         own = np.bincount(np.maximum(axis.units, 0), weights=sums * (np.array(axis.units) >= 0), minlength=group.size)
         total += own / (float(sums.mean()) or 1.0)
     return np.argsort(total, kind="stable").tolist()

@@ -320,6 +320,7 @@ class _Search:
         info, found = solver.getInfo(), np.array(solver.getSolution().col_value)
         if len(found) == columns and info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
             picked = [int(rows[np.argmax(found[start[g] : start[g + 1]])]) for g, rows in enumerate(live)]
+            self._offer(np.array(picked))  # by itself: there may be no time left to solve its levels again
             self._try(tuple(np.maximum(self.coupling.assignment(np.array(picked)), 0).tolist()))
         if math.isfinite(info.mip_dual_bound):
             # Variables of a group, or of a coupling, add up to one: each has a tolerance of its reduced cost, no more.

@@ -380,6 +380,39 @@ def test_precrop_writes_a_narrower_network_and_its_widths(tmp_path: Path) -> Non
     assert "no limit is given" in call("precrop", task, "--out", tmp_path).refused(2)
 
 
+def test_precrop_writes_tied_weights_once(tmp_path: Path) -> None:
+    (tmp_path / "tied.py").write_text(
+        """
+import torch
+from torch import nn
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.wide, self.back = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        return self.head(self.back(torch.relu(self.wide(self.table(x).mean(1)))))
+
+
+def model():
+    return Tied()
+
+
+def calibration():
+    return [torch.randint(0, 20, (8, 5)) for _ in range(3)]
+"""
+    )
+    outcome = call("precrop", tmp_path / "tied.py", "--params", "80%", "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert "table.weight" in state
+    assert "head.weight" not in state
+
+
 def test_the_demo(tmp_path: Path) -> None:
     """The embedded default: a tenth of the size, nearly nothing lost, proven, and verified from the file."""
     outcome = call("demo", "--out", tmp_path / "demo")

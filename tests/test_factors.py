@@ -358,3 +358,15 @@ def test_a_plan_without_ranks_splits_nothing() -> None:
     assert not any(isinstance(m, Factored) for m in small.modules())
     assert not halves_of({e.name: e for e in encoded_of(small).entries})
     assert Budget.of("2x") == plan.budget
+
+
+def test_options_do_not_depend_on_what_else_is_asked_for_where_a_layer_is_nearly_too_wide(tmp_path: Path) -> None:
+    """Factors of the highest rank alone would cost more than the limit, those of the chosen one less."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)))
+    data = batches(32, count=5, size=40)
+    options = [f"rank{r}w4" for r in (2, 3, 4, 6, 8)]
+    found = ac.profile(model, ac.calibrate(model, data), options=options, workers=1, exact_limit=4 * 32**3 / 3 + 1)
+    for budget in (300, 324, 340, 400):
+        plan = ac.plan(found, budget, "exact")
+        info = ac.save(ac.apply(model, plan, found, data), plan, tmp_path / "model.acz")
+        assert info.bytes == plan.predicted_bytes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import KINDS, OPTIONS, Kinds, convnet, images, kinds, profiled, seeded
+from networks import KINDS, OPTIONS, Kinds, batches, convnet, images, kinds, profiled, seeded
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -24,13 +24,15 @@ from autocompress import pipeline
 from autocompress.applying import encoded_of
 from autocompress.costs import code_bits
 from autocompress.errors import CalibrationError, InfeasibleError, TaskError
-from autocompress.layers import model_digest
+from autocompress.layers import find_layers, model_digest
 from autocompress.pipeline import RESULTS
+from autocompress.planning import least_bytes
 from autocompress.profiling import load_profile
+from autocompress.records import make_template
 from autocompress.saving import OutputError
 from autocompress.strategies import StrategyError
 from autocompress.tasks import load_task
-from autocompress.types import Option
+from autocompress.types import Budget, Option
 
 # The keys of metrics.json that are promised; there may be more.
 KEYS = {
@@ -455,3 +457,15 @@ def test_what_measures_worse_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.plan.measured["kl"] == plain.plan.measured["kl"]
     assert [note.rpartition(": ")[2] for note in found.plan.notes[-2:]] == ["not used", "not used"]
     assert found.plan.replace(notes=(), measured={}) == plain.plan.replace(notes=(), measured={})
+
+
+def test_a_budget_below_what_the_whole_network_needs_is_not_refused_where_layers_narrow(tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 600), nn.BatchNorm1d(600), nn.ReLU(), nn.Linear(600, 3)))
+    data = batches(4, size=32)
+    options: list[Option | str] = ["w2", "s90w2", "n100/25w2", "n100/25s90w2", "n25/100w2", "n25/100s90w2"]
+    assert "no_file_below_bytes" in pipeline.forecast(model, data, None, None, None)
+    assert "no_file_below_bytes" not in pipeline.forecast(model, data, Budget.of(900), None, None, options)
+    found = ac.compress(
+        model, data, 900, strategy="exact", effort="fast", options=options, out=tmp_path / "out", workers=1
+    )
+    assert found.info.bytes <= 900 < least_bytes(make_template(model, find_layers(model)))

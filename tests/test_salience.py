@@ -16,8 +16,9 @@ import autocompress as ac
 from autocompress import digits
 from autocompress.calibration import Statistics
 from autocompress.errors import LayerError, MismatchError, OptionError
+from autocompress.narrowing import ChannelGroup
 from autocompress.obs import unit_trace
-from autocompress.salience import SCORES, obs_order, widths
+from autocompress.salience import SCORES, _count, obs_order, widths
 
 
 @cache
@@ -92,6 +93,8 @@ def test_something_of_every_layer_stays_and_units_are_whole() -> None:
     model = seeded(Separable)
     found = widths(model, data[0], ac.calibrate(model, data), levels=(50,), round_to=4)
     assert len(found.kept["point"][50.0]) == 2  # units of two channels
+    assert [_count(ChannelGroup("g", 64, (), (), (), 6), level, 4) for level in (75, 50, 25)] == [48, 32, 16]
+    assert [_count(ChannelGroup("g", 16, (), (), (), 3), level, 8) for level in (75, 50, 25)] == [16, 8, 8]
     # A depthwise convolution's inputs are its outputs: it has one level, on the side of the rows.
     assert found.ends["depth"] == ("", "point")
     assert found.ends["mix"] == ("point", "mix")
@@ -107,10 +110,10 @@ def test_norms_and_gradients_order_channels_by_their_own_formula() -> None:
     by_slope = widths(model, data[0], stats, "taylor", (50,), batches=labelled, loss=digits.loss).kept[group][50.0]
     copy = seeded(digits.DigitsNet)
     copy.load_state_dict(model.state_dict())
-    sum(digits.loss(copy, batch) for batch in labelled).backward()  # type: ignore[union-attr]
-    own = copy.get_parameter(f"{group}.weight")
-    assert own.grad is not None
-    slopes = (own.detach() * own.grad).double().sum((1, 2, 3)) ** 2
+    own, slopes = copy.get_parameter(f"{group}.weight"), torch.zeros(16, dtype=torch.float64)
+    for batch in labelled:  # batch by batch, as their mean is near nothing
+        (slope,) = torch.autograd.grad(digits.loss(copy, batch), [own])
+        slopes += (own.detach() * slope).double().sum((1, 2, 3)) ** 2
     assert set(by_slope) == set(slopes.topk(8).indices.tolist())
     assert all(parameter.requires_grad for parameter in copy.parameters())
 

@@ -5,6 +5,7 @@ feedback.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class LowRank:
     the error is OBC's, arXiv 2208.11580.
     """
 
-    version = 1
+    version = 2
     source = "ALDS, arXiv 2107.11442"
 
     def __init__(self, share: float = 0.5, sweeps: int = 2) -> None:
@@ -115,7 +116,7 @@ class _Pair:
             rows = self.rows / np.where(self.peaks > 0.0, self.peaks, 1.0)[..., None]
             shape = (rows.shape[0] * rows.shape[1], rows.shape[2])
             hessians = np.stack([h for h, _ in _runs(problem, self.groups)])
-            return LayerProblem(problem.name, shape, rows, hessians, exact_limit=problem.exact_limit)
+            return LayerProblem(problem.name, shape, rows, hessians, exact_limit=_limit(problem))
 
         def once(name: str, find: Callable[[], Any]) -> Any:
             return problem.once((name, *key), find) if self.nested else find()
@@ -153,7 +154,7 @@ class _Pair:
         step = storable(np.broadcast_to(whole.step, len(whole.codes)).astype(np.float64)[taken] * sizes)
         first = Realised(self.shapes[0], whole.codec, codes=whole.codes[taken].reshape(self.shapes[0]), step=step)
         columns, hessian = self._refitted(first)
-        limit = self.problem.exact_limit
+        limit = _limit(self.problem)
         inner = LayerProblem(self.problem.name, columns.shape, columns[None], hessian[None], exact_limit=limit)
         second = ObcUniform().realise_all(inner, [Option(bits=bits)])[0]
         if second is None or second.codes is None:
@@ -169,6 +170,11 @@ class _Pair:
         inner = 0.5 * (inner + inner.T)
         inner += (FAINT * float(np.diag(inner).mean()) or 1.0) * np.eye(len(inner))
         return np.linalg.solve(inner, wide @ target.T).T, inner
+
+
+def _limit(problem: LayerProblem) -> float:
+    """Factors are exact where the whole layer is: how many rows they have depends on what else is asked for."""
+    return math.inf if problem.exact else 0.0
 
 
 def _runs(problem: LayerProblem, groups: int) -> list[tuple[np.ndarray, np.ndarray]]:

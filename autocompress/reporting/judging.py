@@ -31,15 +31,19 @@ def frontier_section(plan: Plan, profile: Profile, metrics: Mapping[str, Any], r
     text = f"<p>{_certificate(plan)}</p>"
     if not any(layer.reached and layer.energy > 0.0 for layer in profile.layers.values()):
         return text
+    others = [other for other in metrics.get("measured_plans", []) if other["bytes"] <= plan.budget_bytes]
+    at_widths = ""
+    if profile.widths is not None:  # the line, and what is proven by it, is of networks as wide as this one
+        profile, others = profile.at(profile.widths.structure_of(plan.layers)), []
+        at_widths = " All of this holds for networks as wide as this result; others have a line of their own."
     line = Tradeoff(profile)
     loss = sum(row.error or 0.0 for row in rows)
-    others = [other for other in metrics.get("measured_plans", []) if other["bytes"] <= plan.budget_bytes]
     chosen = TradeoffPoint(metrics["bytes"], loss, line.below(sum(row.bytes for row in rows)))
     picture = frontier_chart(line, chosen, plan.budget_bytes, others)
     caption = (
         "One profile answers every budget. The line is the least possible sum of relative errors (each layer's error "
         "over that of losing it) for files of any length, by the curves above; a bar leads from what is proven to be "
-        "the least to what is there, and the optimum is on it."
+        "the least to what is there, and the optimum is on it." + at_widths
     )
     entries = [("chosen", "this result"), ("known", "best known at round ratios")]
     legend = key([*entries, ("other", "other plans that were measured")] if others else entries)
@@ -98,7 +102,7 @@ def _certificate(plan: Plan) -> str:
 def _place(plan: Plan, chosen: TradeoffPoint) -> str:
     """Where the result lies beside the frontier, and why it need not be on it."""
     words = f"This result's relative errors sum to {chosen.loss:.3g}, "
-    if chosen.gap <= 1e-9:
+    if abs(chosen.gap) <= 1e-9:
         return words + "the least that is proven possible for its bytes."
     words += f"{percent(chosen.gap)} above what the line proves for its bytes. "
     reasons = []

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
-from networks import small_profile
+from networks import grid_profile, small_profile
 
 from autocompress.planning import allocate, energy_losses, size_range, within
 from autocompress.reporting.curves import FAMILIES, POINTS, family_of, layer_curves
+from autocompress.reporting.judging import frontier_section
+from autocompress.reporting.rows import layer_rows
 from autocompress.reporting.svg import Axis
 from autocompress.reporting.tradeoff import Tradeoff
 from autocompress.strategies import plan
@@ -104,3 +107,18 @@ def test_a_logarithmic_axis_has_a_few_ticks_on_it(low: float, high: float) -> No
     assert axis(low) == 0.0
     assert axis(high) == 100.0
     assert axis((low * high) ** 0.5) == pytest.approx(50.0)
+
+
+def test_the_frontier_of_a_narrower_network_is_that_of_its_widths() -> None:
+    """The line of the whole network would lie far above the result, and be called a proof."""
+    _, _, profile = grid_profile()
+    found = plan(profile, "300", "exact")
+    rows = layer_rows(found, profile)
+    assert any(option.width is not None for option in found.layers.values())
+    text = frontier_section(found, profile, {"bytes": found.predicted_bytes, "measured_plans": []}, rows)
+    assert "networks as wide as this result" in text
+    loss = sum(row.error or 0.0 for row in rows)
+    assert Tradeoff(profile).below(sum(row.bytes for row in rows)) > 2.0 * loss  # what no page may say
+    proven = [float(x) for x in re.findall(r"[\d,]+ bytes, (\S+), gap", text)]
+    assert proven
+    assert min(proven) <= loss * 1.01

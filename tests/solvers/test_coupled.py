@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Problem, ProblemError, SolutionError, Status, solve
-from solvers.coupled import Coupling, solve_coupled
+from solvers.coupled import Coupling, _Search, solve_coupled
+from solvers.problem import Deadline
 
 
 @st.composite
@@ -168,3 +169,18 @@ def test_variables_that_hang_together_too_much_are_refused_with_what_to_do() -> 
     problem = Problem([[0.0]] * len(scope), [[1]] * len(scope), 100)
     with pytest.raises(ProblemError, match="fewer levels"):
         solve_coupled(problem, Coupling(levels, scope, state))
+
+
+def test_what_highs_finds_is_kept_when_no_time_is_left_to_solve_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, coupling = network(9, 12, 2, 1)
+    search = _Search(problem, coupling, 1e-6, Deadline(None))
+    price, _ = search._prices()
+
+    def out_of_time(self: _Search, levels: tuple[int, ...]) -> None:
+        del self, levels
+
+    monkeypatch.setattr(_Search, "_try", out_of_time)
+    search._highs([search._left(g, price) for g in range(problem.groups)])
+    assert search.choice is not None
+    assert problem.feasible(search.choice)
+    coupling.assignment(search.choice)
