@@ -17,9 +17,11 @@ from autocompress import digits
 from autocompress.applying import encoded_of
 from autocompress.calibration import calibrate
 from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.measuring import Trial
 from autocompress.planning import budget_bytes, limits_of, make_plan, running_cost, single_options, within
 from autocompress.profiling import Profile, profile
 from autocompress.strategies import STRATEGIES, StrategyError, needs_of
+from autocompress.strategies.base import chosen_plan
 from autocompress.types import Budget, Plan
 
 BUDGETS = ["3x", "6x", "9x", "420", "5bpw", "6x,bops=9%", "bops=40%,macs=100%"]
@@ -167,6 +169,30 @@ def test_a_bad_strategy_is_replaced_by_the_best_single_option() -> None:
     assert plan.notes[-1].startswith("worst measured ")
     assert ac.plan(found, "4x", worst).strategy == "worst"
     assert plan.predicted_bytes <= plan.budget_bytes
+
+
+def test_a_plan_of_the_strategy_that_no_single_option_beats_is_used_before_a_single_option() -> None:
+    """What a strategy measured on the way may be handed out; of several the best on all of the data."""
+    found = small_profile()[2]
+    measuring = context()
+
+    def second_thoughts(profile: Profile, budget: Budget, context: Any) -> Plan:
+        good = [ac.plan(profile, budget, name) for name in ("exact", "greedy")]
+        for kl_all, plan in ((0.5, good[0]), (0.25, good[1])):
+            kl = context.measure(profile, plan.layers)
+            plan = plan.replace(measured={"kl": kl, "kl_all": kl_all})
+            context.log.append(Trial(plan.strategy, plan.layers, kl if allowed else 9.0, kl_all, plan))
+        rows = {n: min(x.rows, key=lambda row: row.bytes) for n, x in profile.layers.items()}
+        return chosen_plan(profile, budget, rows, "worst")
+
+    allowed = True
+    plan = ac.plan(found, "4x", second_thoughts, measuring)
+    assert plan.strategy == "greedy"
+    assert plan.measured["kl"] <= plan.measured["single_option_kl"]
+    assert plan.measured["kl_all"] == 0.25
+    assert "greedy, of the plans that measured no more the best on all data, is used" in plan.notes[-1]
+    allowed = False
+    assert ac.plan(found, "4x", second_thoughts, measuring).strategy in ("uniform", "uniform, topped up")
 
 
 @pytest.mark.parametrize(
