@@ -39,7 +39,7 @@ from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import model_digest
 from autocompress.profiling import Profile
 from autocompress.threads import default_workers, single_threaded
-from autocompress.types import Option
+from autocompress.types import Option, Plan
 
 __all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
@@ -66,13 +66,14 @@ EVALUATIONS = {"fast": 40, "normal": 120, "max": 1000}
 @dataclass(frozen=True)
 class Trial:
     """A plan that was measured: what it was tried as, its options, its KL on the held-out slice and, where known, on
-    all of the data.
+    all of the data. plan: the plan itself, of a strategy that would hand it out if its first choice may not be.
     """
 
     label: str
     layers: Mapping[str, Option]
     kl: float
     kl_all: float | None = None
+    plan: Plan | None = None
 
 
 class Context:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autocompress.compressors import Measured
 from autocompress.coupling import is_coupled
 from autocompress.errors import AutocompressError
-from autocompress.measuring import Context
+from autocompress.measuring import Context, Trial
 from autocompress.planning import (
     allocate,
     budget_bytes,
@@ -126,14 +126,19 @@ def plan(
     profile = within(profile, budget_bytes(wanted, profile))
     if getattr(strategy, "couples", False) and wanted.latency_ms is None:  # narrower layers have no measured times
         profile = profile.joint()
+    seen = 0 if context is None else len(context.log)
     found = strategy(profile, wanted, context)
     if context is None or not context.held:
         return found
-    return never_worse(found, profile, wanted, context)
+    return never_worse(found, profile, wanted, context, context.log[seen:])
 
 
-def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context) -> Plan:
+def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context, tried: Sequence[Trial] = ()) -> Plan:
     """The plan with its measured KL, or the best single-option plan where that one's is smaller.
+
+    tried: what the strategy measured on the way. Where the single option beats its choice, but not every plan that it
+    would hand out, the one of these with the smallest KL on all of the data is: on the held-out slice alone the least
+    of many single options is small by chance too.
 
     Measured are the single-option plans that no other one beats in every layer, and, as a larger error in every layer
     now and then comes with a smaller KL, all others whose relative errors sum to at most `RIVALS` times the plan's, or
@@ -166,6 +171,14 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context)
         return found.replace(measured={**found.measured, **figures})
     single = {n: profile.layers[n].row(o) for n, o in rivals[best].items()}
     option = _shared_option(profile, rivals[best])
+    others = [t for t in tried if t.plan is not None and t.kl_all is not None and t.kl <= measured[best]]
+    if others:
+        other = min(others, key=lambda t: (t.kl_all, t.kl))
+        assert other.plan is not None
+        note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: {other.label}, "
+        note += f"of the plans that measured no more the best on all data, is used ({other.kl:.6g})"
+        own = {**other.plan.measured, **figures, "kl": other.kl}
+        return other.plan.replace(seed=found.seed, measured=own, notes=(*found.notes, note))
     note = f"{found.strategy} measured {kl:.6g}, the single option {option} {measured[best]:.6g}: that one is used"
     # A single option rarely fills the budget: what it leaves goes to layers that a smaller error can be bought for.
     smaller = no_worse_than(offered, single)

@@ -152,8 +152,8 @@ def _judged(profile: Profile, plan: Plan, context: Context) -> _Judged:
     held, fit = context.held_samples, sum(batch_samples(b) for b in context.fit)
     parts = context.judge(small), context.judge(small, "fit")
     kl_all, soft = ((a * held + b * fit) / (held + fit) for a, b in zip(*parts, strict=True))
-    context.log.append(Trial(plan.strategy, plan.layers, parts[0][0], kl_all))
     plan = plan.replace(measured={"kl": parts[0][0], "kl_all": kl_all})
+    context.log.append(Trial(plan.strategy, plan.layers, parts[0][0], kl_all, plan))
     return _Judged(plan, merit(*parts[0]), merit(kl_all, soft))
 
 
