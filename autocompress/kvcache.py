@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -184,6 +184,7 @@ class CacheProfile:
     context: Context
     dtype: torch.dtype
     longest: int
+    _found: dict[tuple[str, str], dict[str, list[Block]]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, budget: Any, allocation: str = "auto", factors: str = "loss", heads: str = "joint") -> CachePlan:
         """Ranks within a budget of cached bytes per token; see `compress_cache`."""
@@ -245,7 +246,10 @@ class CacheProfile:
         return dataclasses.replace(plan, measured=self.context.divergence_of(self.apply(plan)))
 
     def _blocks(self, heads: str, factors: str) -> dict[str, list[Block]]:
-        return {p.name: p.blocks(heads, factors) for pair in self.layers.values() for p in pair}
+        if (key := (heads, factors)) not in self._found:
+            every = [p for pair in self.layers.values() for p in pair]
+            self._found[key] = {p.name: p.blocks(heads, factors) for p in every}
+        return self._found[key]
 
     def _dense_bytes(self) -> int:
         return self.dtype.itemsize * sum(len(p.weight) for pair in self.layers.values() for p in pair)
