@@ -71,7 +71,8 @@ def row_of(
 ) -> dict[str, Any]:
     heads, factors, allocation = method
     if not heads:
-        model, facts = profile.context.model, {"bytes": 1280, "bytes_fp16": 640}
+        model: Any = profile.context.model
+        facts: dict[str, Any] = {"bytes": 1280, "bytes_fp16": 640}
     else:
         plan = profile.plan(budget, allocation, factors, heads)
         plan = plan if plan.measured is not None else profile.measured(plan)
