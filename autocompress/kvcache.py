@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from autocompress.batches import Batch, batch_samples, evaluating, feed
 from autocompress.calibration import calibrate
 from autocompress.compressors.base import LayerProblem
 from autocompress.compressors.lowrank import bases
-from autocompress.errors import BudgetError, InfeasibleError, LayerError, OptionError
+from autocompress.errors import BudgetError, InfeasibleError, LayerError, MismatchError, OptionError
 from autocompress.factors import Halves, factorise
 from autocompress.latents import LatentAttention, position_columns
 from autocompress.measuring import Context, logits
@@ -37,7 +39,8 @@ from solvers import Problem, solve
 __all__ = ["CachePlan", "CacheProfile", "CompressedCache", "compress_cache", "profile_cache"]
 
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # one forward, but for biases and windows
-ALLOCATIONS = ("auto", "exact", "outputs", "progressive", "uniform")
+RULES = ("exact", "outputs", "progressive", "uniform")
+ALLOCATIONS = ("auto", "refined", *RULES)
 FACTORS = ("loss", "inputs", "weights")
 HEADS = ("joint", "each")
 DAMPING = 1e-2  # of the mean diagonal of G, as `calibrate` has it for Hessians
@@ -50,7 +53,8 @@ class CachePlan:
     ranks: projection -> its rank, or that of each KV head. elements: numbers cached per token, over all layers;
     bytes_per_token: these in `dtype`, and the position. loss: what the ranks are predicted to cost, KL to the dense
     model in nats per token; bound: no ranks within the budget are predicted to cost less with these factors. measured:
-    that KL on calibration data that no statistics saw, None where nobody measured it.
+    that KL on calibration data that no statistics saw, None where nobody measured it. profile: the fingerprint of the
+    profile that makes the factors.
     """
 
     ranks: Mapping[str, tuple[int, ...]]
@@ -63,6 +67,7 @@ class CachePlan:
     dense_bytes_per_token: int
     loss: float
     bound: float
+    profile: str
     measured: float | None = None
 
     @property
@@ -104,16 +109,15 @@ def compress_cache(
 
     budget: bytes per token in the model's type, or "4x": what the dense model caches, divided. `generate` and calls
     with use_cache=True keep working with transformers' DynamicCache and StaticCache. allocation: `exact`, the least
-    predicted KL; `outputs`, the least sum of relative errors of keys and values; `progressive`, LoRC's ranks;
-    `uniform`, one rank everywhere; `auto`, the one of these whose KL on held-out calibration data is the least.
+    predicted KL; `refined`, the same once more with what exact's result says of the KL (see `CacheProfile.refined`);
+    `outputs`, the least sum of relative errors of keys and values; `progressive`, LoRC's ranks; `uniform`, one rank
+    everywhere; `auto`, the one of these whose KL on held-out calibration data is the least.
     factors: least error of the predicted KL (`loss`), of what a projection puts out (`inputs`), of W (`weights`, as
     LoRC has it). heads: `joint`, or `each` KV head by itself. Raises LayerError for a model without such attention or
     with rotary embeddings that change with the length, OptionError, BudgetError, and InfeasibleError naming the least
     budget. Source: LoRC, arXiv 2410.03111; the predicted KL is that of K-FAC, arXiv 1503.05671.
     """
-    profile = profile_cache(model, calibration, seed)
-    plan = profile.plan(budget, allocation, factors, heads)
-    return CompressedCache(profile.apply(plan), plan)
+    return profile_cache(model, calibration, seed).compress(budget, allocation, factors, heads)
 
 
 @dataclass(frozen=True)
@@ -186,12 +190,49 @@ class CacheProfile:
     longest: int
     _found: dict[tuple[str, str], dict[str, list[Block]]] = field(default_factory=dict, repr=False, compare=False)
 
-    def plan(self, budget: Any, allocation: str = "auto", factors: str = "loss", heads: str = "joint") -> CachePlan:
-        """Ranks within a budget of cached bytes per token; see `compress_cache`."""
-        known = (("allocation", allocation, ALLOCATIONS), ("factors", factors, FACTORS), ("heads", heads, HEADS))
-        for what, value, values in known:
-            if value not in values:
-                raise OptionError(f"{what} is {value!r}; it is one of {', '.join(values)}")
+    def compress(
+        self, budget: Any, allocation: str = "auto", factors: str = "loss", heads: str = "joint"
+    ) -> CompressedCache:
+        """As `compress_cache`, without the statistics being made again."""
+        _known("allocation", allocation, ALLOCATIONS)
+        tried: list[tuple[CacheProfile, CachePlan]] = []
+        for rule in ALLOCATIONS[1:] if allocation == "auto" else (allocation,):
+            if rule == "refined":
+                profile = self.refined(self.plan(budget, "exact", factors, heads))
+                plan = dataclasses.replace(profile.plan(budget, "exact", factors, heads), allocation=rule)
+            else:
+                profile, plan = self, self.plan(budget, rule, factors, heads)
+            tried.append((profile, profile.measured(plan)))
+        profile, plan = min(tried, key=lambda pair: cast(float, pair[1].measured))  # of equals the first
+        return CompressedCache(profile.apply(plan), plan)
+
+    def refined(self, plan: CachePlan) -> CacheProfile:
+        """This profile with G = ⅔ G of the dense model + ⅓ G of the one that the plan makes.
+
+        The KL of ΔW is ∫ (1 - t) ΔWᵀ F_t ΔW dt with F_t the Fisher information at t ΔW, t from 0 to 1, and F_t is taken
+        as linear in t. Large errors of one layer make a model less sure, and so change what others cost.
+        """
+        names = {p.name: f"{p.name}.1" for pair in self.layers.values() for p in pair}  # the halves that put keys out
+        there = _gradients(self.apply(plan), self.context.fit, list(names.values()), self.context.seed)
+
+        def of(p: Projection) -> Projection:
+            return dataclasses.replace(p, G=(2.0 * p.G + there[names[p.name]]) / 3.0)
+
+        layers = {name: (of(keys), of(values)) for name, (keys, values) in self.layers.items()}
+        return CacheProfile(layers, self.context, self.dtype, self.longest)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of everything that makes the factors."""
+        digest = hashlib.sha256()
+        for p in (p for pair in self.layers.values() for p in pair):
+            digest.update(p.name.encode() + b"".join(np.ascontiguousarray(x).tobytes() for x in (p.weight, p.C, p.G)))
+        return digest.hexdigest()
+
+    def plan(self, budget: Any, rule: str = "exact", factors: str = "loss", heads: str = "joint") -> CachePlan:
+        """Ranks within a budget of cached bytes per token, not measured; see `compress_cache`."""
+        for what, value, known in (("allocation", rule, RULES), ("factors", factors, FACTORS), ("heads", heads, HEADS)):
+            _known(what, value, known)
         limit, size = self._limit(budget), self.dtype.itemsize
         groups = self._blocks(heads, factors)
         blocks = [block for found in groups.values() for block in found]
@@ -207,26 +248,31 @@ class CacheProfile:
         problem = Problem([block.losses for block in blocks], costs, room, names=names)
         best = solve(problem, "exact")
 
-        def of(rule: str) -> CachePlan:
-            if rule == "exact":
-                choice = best.choice
-            elif rule == "outputs":
-                choice = solve(problem.with_loss([block.errors for block in blocks]), "exact").choice
-            else:
-                choice = self._by_rule(rule, [len(found) for found in groups.values()], costs, room)
-            left, loss = iter((choice + 1).tolist()), problem.total_loss(choice)
-            ranks = {name: tuple(next(left) for _ in found) for name, found in groups.items()}
-            return CachePlan(
-                ranks, rule, factors, heads, self.dtype, self.longest, limit, self._dense_bytes(), loss, best.bound
-            )
-
-        if allocation != "auto":
-            return of(allocation)
-        tried = [self.measured(of(rule)) for rule in ALLOCATIONS if rule != "auto"]
-        return min(tried, key=lambda plan: cast(float, plan.measured))  # of equals the first
+        if rule == "exact":
+            choice = best.choice
+        elif rule == "outputs":
+            choice = solve(problem.with_loss([block.errors for block in blocks]), "exact").choice
+        else:
+            choice = self._by_rule(rule, [len(found) for found in groups.values()], costs, room)
+        left = iter((choice + 1).tolist())
+        return CachePlan(
+            ranks={name: tuple(next(left) for _ in found) for name, found in groups.items()},
+            allocation=rule,
+            factors=factors,
+            heads=heads,
+            dtype=self.dtype,
+            longest=self.longest,
+            budget_bytes=limit,
+            dense_bytes_per_token=self._dense_bytes(),
+            loss=problem.total_loss(choice),
+            bound=best.bound,
+            profile=self.fingerprint,
+        )
 
     def apply(self, plan: CachePlan) -> nn.Module:
-        """A copy of the model that caches latents of these ranks."""
+        """A copy of the model that caches latents of these ranks. Raises MismatchError for another profile's plan."""
+        if plan.profile != self.fingerprint:
+            raise MismatchError("the plan was made of another profile; apply it with that one, or plan again")
         small: Any = copy.deepcopy(self.context.model)
         groups = self._blocks(plan.heads, plan.factors)
         factorise(small, {name: Halves(1, sum(ranks)) for name, ranks in plan.ranks.items()})
@@ -280,6 +326,11 @@ class CacheProfile:
             if sum(int(cost[r - 1]) for cost, r in zip(costs, found, strict=True)) <= room:
                 return found - 1
         raise AssertionError("rank 1 everywhere was within the budget")
+
+
+def _known(what: str, value: str, values: Sequence[str]) -> None:
+    if value not in values:
+        raise OptionError(f"{what} is {value!r}; it is one of {', '.join(values)}")
 
 
 def _depth_shares(layers: Sequence[tuple[Projection, Projection]]) -> np.ndarray:

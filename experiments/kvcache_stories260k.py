@@ -32,6 +32,7 @@ BUDGETS = tuple(4 + 160 * k for k in range(7, 0, -1))
 RULES = ("uniform", "progressive", "outputs", "exact")
 METHODS = [
     *(("joint", factors, rule) for factors in ("weights", "inputs", "loss") for rule in RULES),
+    ("joint", "loss", "refined"),
     ("joint", "loss", "auto"),
     *(("each", factors, rule) for factors in ("weights", "loss") for rule in ("uniform", "progressive", "exact")),
 ]
@@ -74,9 +75,8 @@ def row_of(
         model: Any = profile.context.model
         facts: dict[str, Any] = {"bytes": 1280, "bytes_fp16": 640}
     else:
-        plan = profile.plan(budget, allocation, factors, heads)
-        plan = plan if plan.measured is not None else profile.measured(plan)
-        model = profile.apply(plan)
+        made = profile.compress(budget, allocation, factors, heads)
+        model, plan = made.model, made.plan
         facts = {
             "bytes": plan.bytes_per_token,
             "bytes_fp16": plan.bytes_in(torch.float16),

@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 import autocompress as ac
 from autocompress import kvcache
-from autocompress.errors import BudgetError, InfeasibleError, LayerError, OptionError
+from autocompress.errors import BudgetError, InfeasibleError, LayerError, MismatchError, OptionError
 from autocompress.kvcache import CacheProfile, profile_cache
 from autocompress.tasks import load_task
 from solvers import Problem, solve
@@ -233,8 +233,32 @@ def test_the_gradients_predict_the_kl_of_noise() -> None:
         assert found == pytest.approx(0.5 * float(np.diag(G) @ spread.square().numpy()), rel=0.1)
 
 
+def test_refined_gradients_are_a_third_those_of_the_compressed_model(profile: CacheProfile) -> None:
+    """At full rank the compressed model is the dense one, and nothing changes; elsewhere predictions come closer."""
+    at_full = profile.refined(profile.plan(10_000, "uniform"))
+    for found, pair in zip(at_full.layers.values(), profile.layers.values(), strict=True):
+        for a, b in zip(found, pair, strict=True):
+            np.testing.assert_allclose(a.G, b.G, rtol=1e-6, atol=1e-12)
+    plan = profile.plan("4x")
+    low = profile.refined(plan)
+    other = profile_cache(_materialised(profile.apply(plan), profile.context.model), batches())
+    for found, pair, there in zip(low.layers.values(), profile.layers.values(), other.layers.values(), strict=True):
+        for a, b, c in zip(found, pair, there, strict=True):
+            np.testing.assert_allclose(a.G, (2.0 * b.G + c.G) / 3.0, rtol=1e-6, atol=1e-12)
+
+
+def _materialised(small: Any, dense: Any) -> Any:
+    """The dense model with the products of the factors as its weights."""
+    model = copy.deepcopy(dense)
+    for name, module in small.named_modules():
+        if name.endswith(("k_proj", "v_proj")):
+            with torch.no_grad():
+                model.get_submodule(name).weight.copy_(module.weight)
+    return model
+
+
 def test_exact_ranks_are_the_least_and_the_others_know_how_far_they_are(profile: CacheProfile) -> None:
-    plans = {rule: profile.plan("2.5x", rule) for rule in kvcache.ALLOCATIONS if rule != "auto"}
+    plans = {rule: profile.plan("2.5x", rule) for rule in kvcache.RULES}
     exact = plans["exact"]
     blocks = [block for pair in profile.layers.values() for p in pair for block in p.blocks("joint", "loss")]
     costs = [8 * np.arange(1, 17)] * 6
@@ -255,13 +279,14 @@ def test_exact_ranks_are_the_least_and_the_others_know_how_far_they_are(profile:
 
 def test_auto_is_no_worse_than_any_rule_on_data_that_no_statistics_saw(profile: CacheProfile) -> None:
     for budget in ("2x", "5x"):
-        auto = profile.plan(budget)
+        made = profile.compress(budget)
+        small, auto, held = made.model, made.plan, profile.context.held
         for rule in kvcache.ALLOCATIONS[1:]:
-            other = profile.measured(profile.plan(budget, rule))
+            other = profile.compress(budget, rule).plan
+            assert other.allocation == rule
             assert auto.measured is not None
             assert other.measured is not None
             assert auto.measured <= other.measured
-        small, held = profile.apply(auto), profile.context.held
         kl, count = 0.0, 0
         for batch in held:
             a, b = (logits_at_once(m, batch["input_ids"]).log_softmax(-1) for m in (profile.context.model, small))
@@ -319,7 +344,10 @@ def test_what_cannot_be_done_is_refused(profile: CacheProfile) -> None:
         profile.plan("3bpw")
     for wrong in ({"allocation": "best"}, {"factors": "svd"}, {"heads": "all"}):
         with pytest.raises(OptionError, match=f"{next(iter(wrong))} is .*; it is one of"):
-            profile.plan("2x", **wrong)
+            profile.compress("2x", **wrong)
+    plan = profile.plan("4x")
+    with pytest.raises(MismatchError, match="of another profile"):
+        profile.refined(plan).apply(plan)
     shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = transformers.BertModel(transformers.BertConfig(**shape))  # type: ignore[arg-type]
     longer = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
@@ -365,14 +393,14 @@ def test_the_small_llama_remembers_its_stories_in_half_the_bytes() -> None:
         whole.generate(ids, max_new_tokens=40, do_sample=False).tolist()
         == dense.generate(ids, max_new_tokens=40, do_sample=False).tolist()
     )
-    plan = profile.plan("2x")
+    made = profile.compress("2x")
+    plan = made.plan
     assert plan.bytes_per_token <= 640 == plan.dense_bytes_per_token // 2
     assert plan.bytes_in(torch.float16) <= 320 + 2
-    assert plan.allocation == "exact"
+    assert plan.allocation in ("exact", "refined")
     uniform = profile.measured(profile.plan("2x", "uniform"))
     assert plan.measured is not None
     assert uniform.measured is not None
     assert plan.measured < 0.6 * uniform.measured
-    small = profile.apply(plan)
-    step, at_once = logits_step_by_step(small, ids), logits_at_once(small, ids)
+    step, at_once = logits_step_by_step(made.model, ids), logits_at_once(made.model, ids)
     close(step, at_once, 1e-4)
