@@ -1,7 +1,7 @@
 """Cached bytes per token against perplexity: a Llama of 260,032 parameters whose keys and values are cached as latents.
 
     python experiments/kvcache_stories260k.py             # every row, three seeds: minutes on two cores
-    python experiments/kvcache_stories260k.py --table     # the results as the tables of docs/kvcache.md
+    python experiments/kvcache_stories260k.py --table     # the results as the table of docs/kvcache.md
 
 Calibrated on stories 0 to 39, four fifths of them for statistics and one fifth, drawn by the seed, for `measured`, the
 KL per token by which `auto` chooses; perplexity is that of stories 40 to 118, and nothing is chosen by it. `stepwise`,
@@ -37,7 +37,7 @@ METHODS = [
     *(("each", factors, rule) for factors in ("weights", "loss") for rule in ("uniform", "progressive", "exact")),
 ]
 STEPWISE = {("joint", "weights", "progressive", 644), ("joint", "loss", "auto", 644), ("joint", "loss", "auto", 324)}
-NAMES = {"weights": "weights alone (LoRC)", "inputs": "inputs", "loss": "predicted KL"}
+NAMES = {"weights": "weights, as LoRC", "inputs": "inputs", "loss": "predicted KL"}
 
 
 def main() -> None:
@@ -106,20 +106,19 @@ def stepwise_perplexity(model: Any, stories: Sequence[torch.Tensor]) -> float:
 
 
 def tables(rows: list[dict[str, str]]) -> list[str]:
-    """Perplexity of each method at each budget, mean and spread over seeds, as Markdown."""
-    (dense,) = (row["perplexity"] for row in rows if not row["heads"])
-    found = [f"Dense: 1,280 bytes per token, perplexity {float(dense):.3f}.", ""]
+    """Perplexity of each method at each budget, mean and spread over seeds, as Markdown; without methods that have none."""
     columns = [f"{b:,} B" for b in BUDGETS]
-    for heads in ("joint", "each"):
-        found += [f"| factors: least error of | ranks | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
-        for _, factors, rule in (method for method in METHODS if method[0] == heads):
-            at = [
-                [r for r in rows if (r["budget"], *(r[k] for k in KEYS[1:4])) == (str(b), heads, factors, rule)]
-                for b in BUDGETS
-            ]
-            cells = [spread([float(r["perplexity"]) for r in of]) for of in at]
-            found.append(f"| {NAMES[factors]} | {rule} | {' | '.join(cells)} |")
-        found.append("")
+    found = [
+        f"| heads | factors: least error of | ranks | {' | '.join(columns)} |",
+        "|---|---|---|" + "---:|" * len(columns),
+    ]
+    values: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        values.setdefault(tuple(row[key] for key in KEYS[:4]), []).append(float(row["perplexity"]))
+    for method in METHODS:
+        cells = [spread(values.get((str(budget), *method), [])) for budget in BUDGETS]
+        if any(cells):
+            found.append(f"| {method[0]} | {NAMES[method[1]]} | {method[2]} | {' | '.join(cells)} |")
     return found
 
 
