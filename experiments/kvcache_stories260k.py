@@ -106,7 +106,7 @@ def stepwise_perplexity(model: Any, stories: Sequence[torch.Tensor]) -> float:
 
 
 def tables(rows: list[dict[str, str]]) -> list[str]:
-    """Perplexity of each method at each budget, mean and spread over seeds, as Markdown; without methods that have none."""
+    """Perplexity by method and budget, mean and spread over seeds, as Markdown; methods without any are left out."""
     columns = [f"{b:,} B" for b in BUDGETS]
     found = [
         f"| heads | factors: least error of | ranks | {' | '.join(columns)} |",
