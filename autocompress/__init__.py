@@ -31,6 +31,7 @@ _HOME = {
     "calibrate": "calibration",
     "compare": "comparing",
     "compress": "pipeline",
+    "compress_cache": "kvcache",
     "export": "exporting",
     "load": "saving",
     "load_comparison": "comparing",
@@ -64,6 +65,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compress",
+    "compress_cache",
     "export",
     "load",
     "load_comparison",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from autocompress.comparing import compare, load_comparison, spending
     from autocompress.errors import AutocompressError
     from autocompress.exporting import export
+    from autocompress.kvcache import compress_cache
     from autocompress.measuring import Context
     from autocompress.pipeline import Result, compress
     from autocompress.planning import problem

@@ -47,6 +47,8 @@ ORDER = [
     "measuring",
     "tuning",
     "strategies",
+    "latents",
+    "kvcache",
     "salience",
     "comparing",
     "packed",
