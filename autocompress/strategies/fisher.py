@@ -12,7 +12,7 @@ from autocompress.strategies.base import solved_plan, with_context
 from autocompress.strategies.weighing import differentiable, kept, losses_of_changes
 from autocompress.types import Budget, Plan
 
-__all__ = ["Fisher", "squared_gradients"]
+__all__ = ["Fisher", "own_loss", "squared_gradients"]
 
 VERSION = 1
 
