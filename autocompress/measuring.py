@@ -338,7 +338,7 @@ class Context:
         if is_coupled(profile):
             profile = profile.whole()
         batch = join_batches(self.fit, SAMPLE)
-        facts = [SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature]
+        facts = [SENSITIVITY_VERSION, profile.key, batch_digest(batch), levels, self.temperature]
         key = json.dumps([*facts, *self.judged_by])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         found: dict[str, list[list[float]]] | None = None

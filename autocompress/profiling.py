@@ -122,13 +122,27 @@ class Profile:
                     digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def key(self) -> str:
+        """SHA-256 of the fingerprint and of the rows that each layer has now: what is kept by row is kept under this.
+
+        Plans of all structures of a profile are plans of that profile, so these share its fingerprint; their rows
+        differ.
+        """
+        rows = [
+            [name, *([[str(r.option), r.error.hex(), r.bytes] for r in each] for each in (layer.rows, layer.narrowed))]
+            for name, layer in self.layers.items()
+        ]
+        return hashlib.sha256(json.dumps([self.fingerprint, rows]).encode()).hexdigest()
+
     def with_vectors(self, bits: int) -> Profile:
         """The profile with that many bits per value of norms and biases (16: half precision); its rows are the same."""
         if bits == self.template.bits:
             return self
         found = dataclasses.replace(self, template=self.template.at(bits))
-        if "fingerprint" in self.__dict__:  # which the template is no part of
-            found.__dict__["fingerprint"] = self.fingerprint
+        for name in ("fingerprint", "key"):  # which the template is no part of
+            if name in self.__dict__:
+                found.__dict__[name] = self.__dict__[name]
         return found
 
     def levels(self) -> dict[str, tuple[float, ...]]:
@@ -181,7 +195,12 @@ class Profile:
 
     def whole(self) -> Profile:
         """The profile with the rows of whole layers only: of a joint one, what it was made from."""
-        return self._with_rows(lambda x: (tuple(r for r in x.rows if r.option.width is None), x.narrowed))
+
+        def rows(x: LayerProfile) -> tuple[tuple[Measured, ...], tuple[Measured, ...]]:
+            own, narrower = (tuple(r for r in x.rows if (r.option.width is None) == whole) for whole in (True, False))
+            return own, (*narrower, *x.narrowed)
+
+        return self._with_rows(rows)
 
     def _with_rows(self, rows: Callable[[LayerProfile], tuple[tuple[Measured, ...], tuple[Measured, ...]]]) -> Profile:
         if self.widths is None:

@@ -189,6 +189,17 @@ def test_rows_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(list((tmp_path / "rows").iterdir())) == before + 3
 
 
+def test_rows_of_one_structure_are_not_found_for_another(tmp_path: Path) -> None:
+    _, _, found = grid_profile()
+    parts = [found.at({"conv1": level, "conv3": level}) for level in (75.0, 25.0)]
+    kept, fresh = (
+        [ac.compare(part, [430], ["exact"], context(), store=store) for part in parts] for store in (tmp_path, None)
+    )
+    for one, other in zip(kept, fresh, strict=True):
+        pd.testing.assert_frame_equal(without_seconds(one), without_seconds(other), check_exact=True)
+    assert kept[0]["layers"][0] != kept[1]["layers"][0]
+
+
 def test_ones_own_strategies_run_again_unless_they_have_a_version(tmp_path: Path) -> None:
     class Mine:
         runs = 0

@@ -169,7 +169,7 @@ class _Bench:
                 torch.__version__,
                 getattr(strategy, "version", _source(strategy)),
             ],
-            "profile": self.profile.fingerprint,
+            "profile": self.profile.key,
             "vectors": self.profile.template.bits,
             "latency": None if self.profile.latency is None else repr(self.profile.latency),
             "data": None if self.context is None else self.context.data_digest,

@@ -163,7 +163,7 @@ class Scores:
         self.walk, self.context = walk, context
         data = [batch_digest(batch) for batch in (*context.fit, *context.held)]
         profile = walk.profile
-        facts = [SCORES_VERSION, profile.fingerprint, profile.template.bits, data, search, str(walk.limits)]
+        facts = [SCORES_VERSION, profile.key, profile.template.bits, data, search, str(walk.limits)]
         self.path = f"extra/episodes-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.measured = 0
         stored = None if profile.store is None else profile.store.read_json(self.path)
