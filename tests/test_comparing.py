@@ -189,6 +189,16 @@ def test_rows_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(list((tmp_path / "rows").iterdir())) == before + 3
 
 
+def test_strategies_get_narrower_layers_as_users_get_them() -> None:
+    _, _, found = grid_profile()
+    table = ac.compare(found, ["300", "700, macs=60%"], ["exact", "raw"], None)
+    assert set(table["plan"]) == {"exact(coupled)", "raw(coupled)"}
+    for row in table.to_dict("records"):
+        plan = ac.plan(found, row["budget"], row["strategy"])
+        own = [plan.strategy, plan.predicted_loss, plan.predicted_bytes, plan.bound]
+        assert [row[k] for k in ("plan", "predicted_loss", "bytes", "bound")] == own
+
+
 def test_rows_of_one_structure_are_not_found_for_another(tmp_path: Path) -> None:
     _, _, found = grid_profile()
     parts = [found.at({"conv1": level, "conv3": level}) for level in (75.0, 25.0)]

@@ -29,9 +29,9 @@ from autocompress.compressors import Measured
 from autocompress.engines import WorkerError, run_tasks
 from autocompress.errors import AutocompressError, MismatchError, StoreError
 from autocompress.measuring import Context
-from autocompress.planning import budget_bytes, within
+from autocompress.planning import budget_bytes
 from autocompress.profiling import Profile, Store
-from autocompress.strategies import STRATEGIES, Strategy, StrategyError, needs_of
+from autocompress.strategies import STRATEGIES, Strategy, StrategyError, needs_of, offered_to
 from autocompress.strategies import plan as never_worse_plan
 from autocompress.strategies.auto import Auto
 from autocompress.tasks import Task, load_task
@@ -39,7 +39,7 @@ from autocompress.types import Budget, Plan
 
 __all__ = ["CompareWarning", "compare", "task_context"]
 
-COMPARE_VERSION = 1
+COMPARE_VERSION = 2
 Progress = Callable[[str, int, int], None]
 
 
@@ -205,7 +205,7 @@ class _Bench:
             if isinstance(strategy, Auto):
                 plan = never_worse_plan(profile, budget, strategy, context)
             else:
-                plan = strategy(within(profile, limit), budget, context)
+                plan = strategy(offered_to(strategy, profile, budget), budget, context)
             rows = _checked(profile, plan, limit)
         except (StoreError, WorkerError):
             raise
