@@ -138,10 +138,11 @@ class Context:
 
     def seeded(self, seed: int) -> Context:
         """This context with another seed for what searches draw, and evaluations counted from 0; the same split of the
-        data, and what was measured is shared.
+        data. Weights and outputs are shared. What strategies found out (`kept`) is not: that comes from a store, which
+        can say what it took.
         """
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, seed=seed, evaluations=0)
+        other.__dict__.update(self.__dict__, seed=seed, evaluations=0, kept={})
         return other
 
     @functools.cached_property
