@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from autocompress.compressors import Measured
-from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.errors import BudgetError, InfeasibleError, MismatchError
 from autocompress.measuring import Context
 from autocompress.planning import (
     Allocation,
@@ -39,6 +39,7 @@ __all__ = [
     "chosen_plan",
     "largest_that_fits",
     "needs_of",
+    "no_times",
     "no_worse_than",
     "refused",
     "searchable",
@@ -64,6 +65,15 @@ def with_context(context: Context | None, strategy: str, why: str) -> Context:
     if context is None:
         raise MismatchError(f"strategy {strategy!r} {why}: give a context (on the command line: --task)")
     return context
+
+
+def no_times(budget: Budget, strategy: str) -> None:
+    """Raise BudgetError where milliseconds are limited: there is no table of them for what this strategy makes."""
+    if budget.latency_ms is not None:
+        raise BudgetError(
+            f"strategy {strategy!r} makes layers narrower, and there is no table of milliseconds for narrower layers; "
+            "limit macs or bops instead, or ask a strategy that leaves channels alone, such as exact"
+        )
 
 
 def weights_of(profile: Profile, context: Context | None, strategy: str) -> dict[str, np.ndarray]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from autocompress.batches import batch_digest
 from autocompress.compressors import Measured
 from autocompress.errors import StoreError
 from autocompress.measuring import Context
@@ -161,8 +160,7 @@ class Scores:
 
     def __init__(self, walk: Walk, context: Context, search: str) -> None:
         self.walk, self.context = walk, context
-        data = [batch_digest(batch) for batch in (*context.fit, *context.held)]
-        profile = walk.profile
+        profile, data = walk.profile, context.data_digest
         facts = [SCORES_VERSION, profile.key, profile.template.bits, data, search, str(walk.limits)]
         self.path = f"extra/episodes-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.measured = 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.batches import batch_digest
 from autocompress.measuring import Context
 from autocompress.planning import budget_bytes, limits_of, within, within_limits
 from autocompress.profiling import Profile
@@ -83,7 +82,7 @@ class Nsga2:
                 points.append([score, sum(row.bytes for row in rows.values()), indices])
             return {"front": [point for point in points if math.isfinite(point[0])]}
 
-        key = [VERSION, str(wide), evaluations, population, context.seed, *map(batch_digest, context.pieces("all"))]
+        key = [VERSION, str(wide), evaluations, population, context.seed, context.data_digest]
         return [(score, size, answer) for score, size, answer in kept(context, profile, "nsga2", key, run)["front"]]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from networks import profiled, small_profile
 
 import autocompress as ac
@@ -82,6 +83,21 @@ def test_one_front_serves_the_budgets_of_an_octave(tmp_path: Path) -> None:
         assert tried <= sum(size <= plan.budget_bytes - plan.fixed_bytes + NAMES for size in sizes)
     # The answer is the same whichever budget came first.
     assert Nsga2()(profiled(model, data), ac.Budget(ratio=5.0), ac.Context(model, data, effort="fast")) == five
+
+
+def largest(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """An `embedding` of a task."""
+    return 100.0 * output.amax(1, keepdim=True)
+
+
+def test_a_front_of_other_outputs_is_another_front() -> None:
+    model, data, found = small_profile()
+    plain, judged = ac.Context(model, data, effort="fast"), ac.Context(model, data, effort="fast", embedding=largest)
+    first = Nsga2().front(found, ac.Budget(ratio=6.0), plain)
+    judged.kept = plain.kept  # as in a store
+    second = Nsga2().front(found, ac.Budget(ratio=6.0), judged)
+    assert judged.evaluations > 4
+    assert [score for score, *_ in second] != [score for score, *_ in first]
 
 
 def test_an_answer_whose_header_is_too_long_gives_way_by_as_little_as_it_can() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from networks import convnet, grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
-from autocompress.errors import InfeasibleError, MismatchError, OptionError
+from autocompress.costs import Latency
+from autocompress.errors import BudgetError, InfeasibleError, MismatchError, OptionError
 from autocompress.narrowing import WHOLE
 from autocompress.planning import within_limits
 from autocompress.profiling import profile
@@ -187,6 +189,16 @@ def test_profiles_without_narrower_layers_are_refused() -> None:
     assert narrower_values(grid_profile()[2], "ft") == [Option.parse("w4"), Option.parse("w2")]
     with pytest.raises(MismatchError, match="strategy 'pfp' runs the model: give a context"):
         STRATEGIES["pfp"](grid_profile()[2], Budget.parse("6x"), None)
+
+
+@pytest.mark.parametrize("name", ["ft", "ft_global", "pfp", "cc"])
+def test_milliseconds_of_narrower_layers_are_refused(name: str) -> None:
+    found = grid_profile()[2]
+    times = {n: dict.fromkeys([row.option for row in layer.rows], 0.0) for n, layer in found.layers.items()}
+    timed = dataclasses.replace(found, latency=Latency(1.0, times, [], {}))
+    with pytest.raises(BudgetError, match=f"strategy '{name}' makes layers narrower, and there is no table of millis"):
+        ac.plan(timed, "400, latency_ms=120%", name, context())
+    assert ac.plan(timed, "400, latency_ms=120%", "exact").strategy.startswith("exact")
 
 
 def test_too_small_a_budget_names_the_size_of_the_narrowest() -> None:
