@@ -30,7 +30,7 @@ from autocompress.compressors import Measured
 from autocompress.engines import WorkerError, run_tasks
 from autocompress.errors import AutocompressError, MismatchError, StoreError
 from autocompress.measuring import Context
-from autocompress.planning import budget_bytes
+from autocompress.planning import budget_bytes, paper_bytes
 from autocompress.profiling import Profile, Store
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, needs_of, offered_to
 from autocompress.strategies import plan as never_worse_plan
@@ -65,8 +65,8 @@ def compare(
 ) -> pd.DataFrame:
     """One row per (strategy, budget, seed): what its plan promises, what it measures, what it took.
 
-    Columns: strategy, budget, seed, budget_bytes; bytes (of the file, exact); paper_bytes (as papers count: codes of
-    the weights that are not zero, sum of nonzero * width / 8, without positions, scales, norms and biases);
+    Columns: strategy, budget, seed, budget_bytes; bytes (of the file, exact); paper_bytes (as papers count: codes
+    without positions, scales, norms and biases, see `planning.paper_bytes`);
     predicted_loss, bound and gap (of the strategy's own objective: not comparable between strategies); kl (measured, to
     the dense model, on the calibration slice that the Hessians never saw); metric (what evaluate says of the
     model); seconds (of planning alone; later rows find weights made by earlier ones); evaluations (model runs that the
@@ -219,7 +219,7 @@ class _Bench:
         plan = plan.replace(seed=seed)
         values |= {
             "bytes": plan.predicted_bytes,
-            "paper_bytes": -(-sum(row.nonzero * (row.option.bits or row.width) for row in rows.values()) // 8),
+            "paper_bytes": paper_bytes(profile, plan),
             "predicted_loss": plan.predicted_loss,
             "bound": plan.bound,
             "gap": plan.gap,

@@ -17,6 +17,7 @@ from autocompress.planning import (
     single_options,
     within,
 )
+from autocompress.planning import paper_bytes as paper_counted
 from autocompress.profiling import Profile
 from autocompress.strategies.ajpq import Ajpq
 from autocompress.strategies.alds import Alds
@@ -43,7 +44,6 @@ from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, 
 from autocompress.strategies.spdy import Spdy
 from autocompress.strategies.tpe import Tpe
 from autocompress.strategies.yang import Yang
-from autocompress.strategies.yang import paper_bytes as paper_counted
 from autocompress.types import Budget, Option, Plan
 
 __all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "offered_to", "paper_counted", "plan"]

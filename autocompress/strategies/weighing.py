@@ -28,8 +28,8 @@ __all__ = ["differentiable", "kept", "losses_of_changes", "realised_weights"]
 def kept(
     context: Context, profile: Profile, what: str, key: Sequence[Any], make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """`make()`, a JSON value by layer, or what it gave before for that key and these rows of the profile: in this context
-    or in another one, where the profile has a store.
+    """`make()`, a JSON value by layer, or what it gave before for the key and the rows of this profile: in this
+    context, or in another one where the profile has a store.
 
     The key holds a version and all that the value depends on beside the profile.
     """
