@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import zipfile
@@ -212,6 +213,25 @@ class Profile:
         found = dataclasses.replace(self, layers=layers)
         found.__dict__["fingerprint"] = self.fingerprint
         return found
+
+    def cut(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The columns and the rows of a layer's matrices (rows of all groups one after the other) that are left in all
+        of its options: all of them, but for the profile `at` a narrower structure.
+        """
+        layer = self.layers[name].layer
+        groups, rows, columns = layer.matrix_shape
+        found = np.arange(columns), np.arange(groups * rows)
+        at = {row.option.width for row in self.layers[name].rows}
+        if self.widths is None or len(at) != 1 or (width := at.pop()) is None:
+            return found
+        inputs, outputs = self.widths.cuts(layer)
+        return inputs.get(width[0], found[0]), outputs.get(width[1], found[1])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a layer's weight, all rows in the first dimension, as this profile's options leave it (`cut`)."""
+        columns, rows = self.cut(name)
+        kernel = self.layers[name].layer.stored_shape[2:]
+        return (len(rows), len(columns) // math.prod(kernel), *kernel)
 
     def kept(self, layers: Mapping[str, Option]) -> dict[str, tuple[int, ...]]:
         """The units that stay of each group that these options narrow. Raises MismatchError where layers disagree."""
