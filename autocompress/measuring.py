@@ -139,10 +139,11 @@ class Context:
 
     def seeded(self, seed: int) -> Context:
         """This context with another seed for what searches draw, and evaluations counted from 0; the same split of the
-        data, and what was measured is shared.
+        data. Weights and outputs are shared. What strategies found out (`kept`) is not: that comes from a store, which
+        can say what it took.
         """
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, seed=seed, evaluations=0)
+        other.__dict__.update(self.__dict__, seed=seed, evaluations=0, kept={})
         return other
 
     @functools.cached_property
@@ -339,7 +340,7 @@ class Context:
         if is_coupled(profile):
             profile = profile.whole()
         batch = join_batches(self.fit, SAMPLE)
-        facts = [SENSITIVITY_VERSION, profile.fingerprint, batch_digest(batch), levels, self.temperature]
+        facts = [SENSITIVITY_VERSION, profile.key, batch_digest(batch), levels, self.temperature]
         key = json.dumps([*facts, *self.judged_by])
         name = f"extra/sensitivity-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         found: dict[str, list[list[float]]] | None = None

@@ -16,7 +16,7 @@ from autocompress import costs
 from autocompress.compressors import Measured
 from autocompress.coupling import is_coupled, solve_layers
 from autocompress.errors import BudgetError, InfeasibleError, MismatchError
-from autocompress.profiling import Profile
+from autocompress.profiling import LayerProfile, Profile
 from autocompress.records import LEAST_BITS, Template, vector_bits
 from autocompress.storage.bits import least_bytes as least_payload
 from autocompress.types import MIXED_WIDTHS, RUNNING_COSTS, Budget, Option, Plan, exact
@@ -38,6 +38,7 @@ __all__ = [
     "limit_bytes",
     "limits_of",
     "make_plan",
+    "paper_bytes",
     "problem",
     "problem_of",
     "relative_error",
@@ -181,6 +182,27 @@ def _scaled(name: str, limit: float) -> int:
 def _amount(name: str, value: float) -> str:
     """A running cost for people; rounded so that a limit of what is said can be met."""
     return WORDS[name].format(value if name == "latency_ms" else math.ceil(value))
+
+
+def paper_bytes(profile: Profile, plan: Plan) -> int:
+    """Bytes of a plan as papers count them: the codes of all layers, rounded up; positions, steps, biases, norms and
+    the header are free.
+
+    Σ b · nnz / 8, b the bits of a code (32 of a float32) and nnz the weights that are not zero. Codes of entropy-coded
+    options count by what holds the largest of them; rows that have widths of their own by those. Of a codebook of K
+    words of v weights, N weights count as N / v indices of log2 K bits and K v numbers of b bits.
+    Sources: Yang et al., arXiv 1910.05897; Kernel Quantization, arXiv 2003.05148.
+    """
+    profile = profile.with_realised(plan)
+    return math.ceil(sum(_paper_bits(profile.layers[n], profile.layers[n].row(o)) for n, o in plan.layers.items()) / 8)
+
+
+def _paper_bits(layer: LayerProfile, row: Measured) -> float:
+    option, weights = row.option, layer.layer.size if row.multiplied is None else row.multiplied
+    if option.words:
+        length = option.vector or math.prod(layer.layer.stored_shape[2:])  # of kernel quantisation a whole kernel
+        return weights / length * math.log2(option.words) + option.words * length * (option.bits or row.width)
+    return row.bits if row.row_bits is not None else row.nonzero * (option.bits or row.width)
 
 
 def within(profile: Profile, budget: int) -> Profile:

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import time
 import zipfile
@@ -123,13 +124,27 @@ class Profile:
                     digest.update(array.tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def key(self) -> str:
+        """SHA-256 of the fingerprint and of the rows that each layer has now: what is kept by row is kept under this.
+
+        Plans of all structures of a profile are plans of that profile, so these share its fingerprint; their rows
+        differ.
+        """
+        rows = [
+            [name, *([[str(r.option), r.error.hex(), r.bytes] for r in each] for each in (layer.rows, layer.narrowed))]
+            for name, layer in self.layers.items()
+        ]
+        return hashlib.sha256(json.dumps([self.fingerprint, rows]).encode()).hexdigest()
+
     def with_vectors(self, bits: int) -> Profile:
         """The profile with that many bits per value of norms and biases (16: half precision); its rows are the same."""
         if bits == self.template.bits:
             return self
         found = dataclasses.replace(self, template=self.template.at(bits))
-        if "fingerprint" in self.__dict__:  # which the template is no part of
-            found.__dict__["fingerprint"] = self.fingerprint
+        for name in ("fingerprint", "key"):  # which the template is no part of
+            if name in self.__dict__:
+                found.__dict__[name] = self.__dict__[name]
         return found
 
     def levels(self) -> dict[str, tuple[float, ...]]:
@@ -182,7 +197,12 @@ class Profile:
 
     def whole(self) -> Profile:
         """The profile with the rows of whole layers only: of a joint one, what it was made from."""
-        return self._with_rows(lambda x: (tuple(r for r in x.rows if r.option.width is None), x.narrowed))
+
+        def rows(x: LayerProfile) -> tuple[tuple[Measured, ...], tuple[Measured, ...]]:
+            own, narrower = (tuple(r for r in x.rows if (r.option.width is None) == whole) for whole in (True, False))
+            return own, (*narrower, *x.narrowed)
+
+        return self._with_rows(rows)
 
     def _with_rows(self, rows: Callable[[LayerProfile], tuple[tuple[Measured, ...], tuple[Measured, ...]]]) -> Profile:
         if self.widths is None:
@@ -194,6 +214,25 @@ class Profile:
         found = dataclasses.replace(self, layers=layers)
         found.__dict__["fingerprint"] = self.fingerprint
         return found
+
+    def cut(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The columns and the rows of a layer's matrices (rows of all groups one after the other) that are left in all
+        of its options: all of them, but for the profile `at` a narrower structure.
+        """
+        layer = self.layers[name].layer
+        groups, rows, columns = layer.matrix_shape
+        found = np.arange(columns), np.arange(groups * rows)
+        at = {row.option.width for row in self.layers[name].rows}
+        if self.widths is None or len(at) != 1 or (width := at.pop()) is None:
+            return found
+        inputs, outputs = self.widths.cuts(layer)
+        return inputs.get(width[0], found[0]), outputs.get(width[1], found[1])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a layer's weight, all rows in the first dimension, as this profile's options leave it (`cut`)."""
+        columns, rows = self.cut(name)
+        kernel = self.layers[name].layer.stored_shape[2:]
+        return (len(rows), len(columns) // math.prod(kernel), *kernel)
 
     def kept(self, layers: Mapping[str, Option]) -> dict[str, tuple[int, ...]]:
         """The units that stay of each group that these options narrow. Raises MismatchError where layers disagree."""

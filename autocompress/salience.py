@@ -42,8 +42,9 @@ def widths(
     read it, the rest refitted, over their energies, greedily (`obs_order`); "l1", the norm of the weights that make a
     channel (arXiv 1608.08710); "taylor", (Σ w ∂L/∂w)² of them, summed over labelled `batches`, with `loss` (1906.10771,
     equation 8); "cka", how alike a channel is to the others of its group on `batches`, ITPruner's measure between
-    layers (arXiv 2105.13649) between channels: what others say too goes first. round_to: channels of a group that stay
-    are a multiple of it, where the group has so many. Left out are groups that reach beyond the linear layers that
+    layers (arXiv 2105.13649) between channels: what others say too goes first; "pfp", the largest part that a channel
+    has in any output on `batches` (arXiv 1911.07412, `strategies.pfp`). round_to: channels of a group that stay are a
+    multiple of it, where the group has so many. Left out are groups that reach beyond the linear layers that
     calibration reached. Raises LayerError where no group can lose channels, saying why; OptionError for a score or a
     level that is none, or a score that lacks its data.
     """

@@ -30,15 +30,15 @@ class Found:
     evaluation.
 
     `solution` is the choice as an answer to the problem, checked; its bound is about the profiled loss, not the score.
-    `front`: (choice, score, cost) that no other scored choice beats in both, by rising cost, where a search looks for
-    them.
+    `front`: (choice, score, cost, coefficients) that no other scored choice beats in score and cost, by rising cost,
+    where a search looks for them; the choice is that of least losses with each group's times its coefficient (G,).
     """
 
     choice: IntArray
     score: float
     trace: tuple[tuple[int, float], ...]
     solution: Solution
-    front: tuple[tuple[IntArray, float, float], ...] = ()
+    front: tuple[tuple[IntArray, float, float, FloatArray], ...] = ()
 
     @property
     def evaluations(self) -> int:

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from solvers.problem import IntArray, Problem, ProblemError
+from solvers.problem import FloatArray, IntArray, Problem, ProblemError
 from solvers.registry import Solver
 from solvers.search import Found, Score, finish, reweighted, start
 
 # Coefficients are searched on a logarithmic scale, an order of magnitude either way.
 DECADES = 1.0
+# Budgets at which the trade-off begins with the plain losses: what is bred from weights drawn at random alone seldom
+# becomes better than these in a few hundred evaluations.
+STARTS = 5
 
 
 def tpe(
@@ -47,7 +50,7 @@ def tpe(
 
     with _quiet():
         made = _open(problem, study, storage, ["minimize"], f"tpe {seed}", sampler(0))
-        done = _run(made, sampler, propose, value, evaluations, _ones(problem.groups))
+        done = _run(made, sampler, propose, value, evaluations, [_ones(problem.groups)])
     best, trace = None, list[tuple[int, float]]()
     for trial in done:
         if best is None or trial.value < best[0]:
@@ -66,16 +69,19 @@ def nsga2(
     storage: Any = None,
     study: str = "nsga2",
     population: int = 40,
+    lowest: float = -math.inf,
     solver: str | Solver = "exact",
 ) -> Found:
     """The trade-off of score against cost by Optuna's NSGA-II: coefficients, and a part of the budget, are the genes.
 
-    The trade-off is under `front`, with the cost of the first resource; the choice is its best score. Storage, resuming
-    and sharing are as for `tpe`.
+    Budgets on the first resource are drawn between `lowest`, or the least there is, and the problem's own. The
+    trade-off is under `front`, with the cost of the first resource; the choice is its best score. Storage, resuming and
+    sharing are as for `tpe`.
     """
     import optuna
 
-    least = problem.smallest()[0]
+    most = min(problem.budget[0], _most(problem))
+    least = min(max(problem.smallest()[0], lowest), most)
 
     def sampler(number: int) -> Any:
         return optuna.samplers.NSGAIISampler(population_size=population, seed=_seed(seed, number))
@@ -83,10 +89,9 @@ def nsga2(
     def propose(trial: Any) -> IntArray:
         part = trial.suggest_float("part", 0.0, 1.0)
         budget = problem.budget.copy()
-        finite = min(budget[0], _most(problem))
-        budget[0] = least + np.floor(part * (finite - least)) if problem.integer else least + part * (finite - least)
+        budget[0] = least + np.floor(part * (most - least)) if problem.integer else least + part * (most - least)
         if not problem.integer and part == 1.0:
-            budget[0] = finite
+            budget[0] = most
         coefficients = _coefficients(trial, problem.groups)
         try:
             return reweighted(problem.with_budget(budget), coefficients, solver)
@@ -97,18 +102,21 @@ def nsga2(
         return _number(score(choice)), float(problem.total_cost(choice)[0])
 
     start(problem, solver)
+    first = [{**_ones(problem.groups), "part": float(part)} for part in np.linspace(1.0, 0.0, STARTS)]
+    kind = f"nsga2 {seed} {population}" + (f" from {lowest}" if math.isfinite(lowest) else "")
     with _quiet():
-        made = _open(problem, study, storage, ["minimize", "minimize"], f"nsga2 {seed} {population}", sampler(0))
-        done = _run(made, sampler, propose, value, evaluations, {**_ones(problem.groups), "part": 1.0})
+        made = _open(problem, study, storage, ["minimize", "minimize"], kind, sampler(0))
+        done = _run(made, sampler, propose, value, evaluations, first)
     scored = [(t.values[0], t.values[1], t.number, np.array(t.user_attrs["choice"], np.int64)) for t in done]
+    coefficients = {t.number: 10.0 ** np.array([t.params[f"c{g}"] for g in range(problem.groups)]) for t in done}
     trace, least_score = list[tuple[int, float]](), math.inf
     for entry in scored:
         least_score = min(least_score, entry[0])
         trace.append((len(trace) + 1, least_score))
-    front: list[tuple[IntArray, float, float]] = []
-    for worth, cost, _, choice in sorted(scored, key=lambda e: (e[1], e[0], e[2])):
+    front: list[tuple[IntArray, float, float, FloatArray]] = []
+    for worth, cost, number, choice in sorted(scored, key=lambda e: (e[1], e[0], e[2])):
         if not front or worth < front[-1][1]:
-            front.append((choice, worth, cost))
+            front.append((choice, worth, cost, coefficients[number]))
     best = min(scored, key=lambda e: (e[0], e[1], e[2]))
     found = finish(problem, best[3], best[0], trace, "nsga2")
     return Found(found.choice, found.score, found.trace, found.solution, tuple(front))
@@ -161,7 +169,7 @@ def _run(
     propose: Callable[[Any], IntArray],
     value: Callable[[IntArray], tuple[float, ...]],
     evaluations: int,
-    first: dict[str, float],
+    first: list[dict[str, float]],
 ) -> list[Any]:
     """Ask and tell until the study has `evaluations` finished trials; all of them, in order."""
     from optuna.trial import TrialState
@@ -170,7 +178,8 @@ def _run(
         raise ProblemError(f"evaluations is {evaluations}; at least 1 is needed")
     if not study.get_trials(deepcopy=False):
         # The unweighted solution comes first, so a search never ends worse than it.
-        study.enqueue_trial(first)
+        for parameters in first:
+            study.enqueue_trial(parameters)
     known: dict[bytes, tuple[float, ...]] = {}
     while True:
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

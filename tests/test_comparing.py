@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from networks import grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
-from autocompress.comparing import COLUMNS, CompareWarning, summary
+from autocompress.comparing import COLUMNS, CompareWarning, bench, summary
 from autocompress.errors import InfeasibleError, MismatchError, StoreError
 from autocompress.planning import Allocation, make_plan
 from autocompress.profiling import Profile
@@ -181,12 +182,64 @@ def test_rows_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         before = len(list((tmp_path / "rows").iterdir()))
         compared(["5x"], ["exact"], **{"evaluate": counted, "store": tmp_path, **change})
         assert len(list((tmp_path / "rows").iterdir())) == before + 1, change
-    # So are those of a strategy whose file was changed, or that says that it is another one.
-    monkeypatch.setattr("autocompress.comparing.bench._source", lambda strategy: "changed")
-    compared(["5x"], ["exact"], evaluate=counted, store=tmp_path)
+    # So are those of a strategy that says that it is another one.
     monkeypatch.setattr(STRATEGIES["exact"], "version", 2, raising=False)
     compared(["5x"], ["exact"], evaluate=counted, store=tmp_path)
-    assert len(list((tmp_path / "rows").iterdir())) == before + 3
+    assert len(list((tmp_path / "rows").iterdir())) == before + 2
+
+
+@pytest.mark.parametrize("changed", ["strategies/solved.py", "planning.py", "lagrangian.py", ""])
+def test_rows_of_other_code_are_made_again(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files elsewhere find the rows; a strategy's own file, what it asks, and its solver are part of it."""
+    store, copies = tmp_path / "store", []
+    compared(["5x"], ["exact"], store=store)
+    for package in bench.PACKAGES:
+        copies.append(tmp_path / package.name)
+        shutil.copytree(package, copies[-1], ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in copies:
+        if changed and (folder / changed).is_file():
+            (folder / changed).write_text((folder / changed).read_text() + "\n")
+    monkeypatch.setattr(bench, "PACKAGES", tuple(copies))
+    compared(["5x"], ["exact"], store=store)
+    assert len(list((store / "rows").iterdir())) == (2 if changed else 1)
+
+
+def scaled_loss(scale: float) -> Any:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return scale * model(batch).square().mean()
+
+    return loss
+
+
+def test_rows_of_another_loss_are_made_again_where_it_is_looked_at(tmp_path: Path) -> None:
+    counts = []
+    for scale in (1.0, 2.0, 2.0):
+        given = context(loss=scaled_loss(scale), training=images(1, seed=3))
+        table = compared(["5x"], ["exact", "fisher"], context=given, store=tmp_path)
+        assert (table["error"] == "").all()
+        counts.append(len(list((tmp_path / "rows").iterdir())))
+    assert counts == [2, 3, 3]
+
+
+def test_strategies_get_narrower_layers_as_users_get_them() -> None:
+    _, _, found = grid_profile()
+    table = ac.compare(found, ["300", "700, macs=60%"], ["exact", "raw"], None)
+    assert set(table["plan"]) == {"exact(coupled)", "raw(coupled)"}
+    for row in table.to_dict("records"):
+        plan = ac.plan(found, row["budget"], row["strategy"])
+        own = [plan.strategy, plan.predicted_loss, plan.predicted_bytes, plan.bound]
+        assert [row[k] for k in ("plan", "predicted_loss", "bytes", "bound")] == own
+
+
+def test_rows_of_one_structure_are_not_found_for_another(tmp_path: Path) -> None:
+    _, _, found = grid_profile()
+    parts = [found.at({"conv1": level, "conv3": level}) for level in (75.0, 25.0)]
+    kept, fresh = (
+        [ac.compare(part, [430], ["exact"], context(), store=store) for part in parts] for store in (tmp_path, None)
+    )
+    for one, other in zip(kept, fresh, strict=True):
+        pd.testing.assert_frame_equal(without_seconds(one), without_seconds(other), check_exact=True)
+    assert kept[0]["layers"][0] != kept[1]["layers"][0]
 
 
 def test_ones_own_strategies_run_again_unless_they_have_a_version(tmp_path: Path) -> None:
@@ -237,14 +290,15 @@ def test_a_kill_loses_the_row_that_was_being_made_and_no_other(tmp_path: Path) -
 def test_the_same_table_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Workers import this file by its name: the folder of the tests is on their path.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    strategies = {"kl": "kl", "auto": "auto", "drawn": any_choice, "exact": "exact"}
+    strategies = {"kl": "kl", "loss": "loss", "auto": "auto", "drawn": any_choice, "exact": "exact"}
     given: dict[str, Any] = {"evaluate": fraction, "seeds": (0, 1)}
     alone = compared([500, 100], strategies, store=tmp_path / "1", **given)
     many = compared([500, 100], strategies, store=tmp_path / "2", workers=2, **given)
     pd.testing.assert_frame_equal(without_seconds(alone), without_seconds(many), check_exact=True)
     assert (tmp_path / "1" / "plans.jsonl").read_bytes() == (tmp_path / "2" / "plans.jsonl").read_bytes()
     # What was measured for several plans counts for each of them, whoever came first.
-    assert alone[(alone["strategy"] == "kl") & (alone["error"] == "")]["evaluations"].nunique() == 1
+    for name in ("kl", "loss"):
+        assert alone[(alone["strategy"] == name) & (alone["error"] == "")]["evaluations"].nunique() == 1
 
 
 def test_what_workers_cannot_load_runs_here_and_says_so() -> None:

@@ -29,6 +29,15 @@ def test_a_profile_is_coupled_where_widths_are_open() -> None:
     assert found.joint().fingerprint == found.fingerprint
 
 
+def test_every_structure_has_a_key_of_its_own_and_whole_undoes_joint() -> None:
+    _, _, found = digits_profile()
+    made = [found, found.joint(), *(found.at({group: 50.0}) for group in found.levels())]
+    assert len({part.fingerprint for part in made}) == 1
+    assert len({part.key for part in made}) == len(made)
+    assert found.joint().whole().layers == found.layers
+    assert found.joint().whole().key == found.with_vectors(7).key == found.key
+
+
 def test_vectors_of_a_group_are_counted_once() -> None:
     _, _, found = digits_profile()
     groups = found.levels()

@@ -11,9 +11,12 @@ from test_strategies_densities import fine_profile, ruled
 from torch import nn
 
 import autocompress as ac
+from autocompress.compressors import COMPRESSORS, compressor_of
+from autocompress.costs import code_bits
 from autocompress.planning import budget_bytes, within
+from autocompress.profiling import Profile
 from autocompress.strategies import paper_counted
-from autocompress.strategies.base import largest_that_fits, weights_of
+from autocompress.strategies.base import chosen_plan, largest_that_fits, weights_of
 from autocompress.strategies.densities import integer_families
 from autocompress.strategies.yang import Projections, kmeans_error, quantised_projection, sparse_projection
 from autocompress.types import Budget, Option
@@ -171,3 +174,35 @@ def test_floats_count_in_full_and_entropy_coded_codes_by_their_width() -> None:
     assert paper_counted(profile, dense) == 7 * len(plan.layers)
     # An integer counts as the option says, whether or not its codes use all of it.
     assert paper_counted(profile, dense.replace(layers=dict.fromkeys(plan.layers, Option(bits=8)))) == 32
+
+
+def test_rows_of_their_own_widths_and_codebooks_count_as_their_papers_have_it() -> None:
+    model, data, _ = grid_profile()
+    profile = profiled(model, data, ["mix25/25/0/25/25", "mix50/0/0/0/50", "kq8w4", "kq8pw4", "pq4x8w6"])
+    plan = ac.plan(profile, 10**6)
+
+    def counted(**options: str) -> int:
+        layers = {n: Option.parse(options.get(n, "dense")) for n in profile.layers}
+        dense = sum(4 * layer.layer.size for n, layer in profile.layers.items() if n not in options)
+        return paper_counted(profile, plan.replace(layers=layers)) - dense
+
+    # Codes of every row by what holds the largest of it.
+    for name in ("mix25/25/0/25/25", "mix50/0/0/0/50"):
+        option, layer = Option.parse(name), profile.layers["conv1"].layer
+        problem = profile.problem("conv1", model.get_parameter(layer.key))
+        (made,) = COMPRESSORS[compressor_of(option)[0]].realise_all(problem, [option])
+        assert made is not None
+        assert made.codes is not None
+        rows = made.codes.reshape(len(made.codes), -1)
+        bits = sum(code_bits(row) * int(np.count_nonzero(row)) for row in rows)
+        assert 0 < counted(conv1=name) == -(-bits // 8) < 216
+    # 24 kernels of 9 weights have an index of 3 bits each, and there are 8 of them of 9 numbers.
+    assert counted(conv1="kq8w4") == counted(conv1="kq8pw4") == (24 * 3 + 8 * 9 * 4) // 8
+    assert counted(conv3="pq4x8w6") == (16 * 3 + 8 * 4 * 6) // 8
+
+    def given(profile: Profile, budget: Budget, context: ac.Context | None) -> ac.Plan:
+        rows = {n: layer.row(Option.parse("mix50/0/0/0/50")) for n, layer in profile.layers.items()}
+        return chosen_plan(profile, budget, rows, "given")
+
+    (row,) = ac.compare(profile, [10**6], [given]).to_dict("records")
+    assert row["paper_bytes"] == paper_counted(profile, given(profile, Budget(size=10**6), None))

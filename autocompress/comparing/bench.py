@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import sys
 import tempfile
 import time
 import warnings
@@ -23,15 +22,17 @@ import pandas as pd
 import torch
 from torch import nn
 
+import solvers
 from autocompress import __version__
+from autocompress.batches import batch_digest
 from autocompress.comparing.table import COLUMNS, Book, Row
 from autocompress.compressors import Measured
 from autocompress.engines import WorkerError, run_tasks
 from autocompress.errors import AutocompressError, MismatchError, StoreError
 from autocompress.measuring import Context
-from autocompress.planning import budget_bytes, within
+from autocompress.planning import budget_bytes, paper_bytes
 from autocompress.profiling import Profile, Store
-from autocompress.strategies import STRATEGIES, Strategy, StrategyError, needs_of
+from autocompress.strategies import STRATEGIES, Strategy, StrategyError, needs_of, offered_to
 from autocompress.strategies import plan as never_worse_plan
 from autocompress.strategies.auto import Auto
 from autocompress.tasks import Task, load_task
@@ -39,7 +40,9 @@ from autocompress.types import Budget, Plan
 
 __all__ = ["CompareWarning", "compare", "task_context"]
 
-COMPARE_VERSION = 1
+COMPARE_VERSION = 2
+# Everything that a row is computed by. Both are folders of Python files, however they are installed.
+PACKAGES = (Path(__file__).parents[1], Path(solvers.__file__).parent)
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,8 +65,8 @@ def compare(
 ) -> pd.DataFrame:
     """One row per (strategy, budget, seed): what its plan promises, what it measures, what it took.
 
-    Columns: strategy, budget, seed, budget_bytes; bytes (of the file, exact); paper_bytes (as papers count: codes of
-    the weights that are not zero, sum of nonzero * width / 8, without positions, scales, norms and biases);
+    Columns: strategy, budget, seed, budget_bytes; bytes (of the file, exact); paper_bytes (as papers count: codes
+    without positions, scales, norms and biases, see `planning.paper_bytes`);
     predicted_loss, bound and gap (of the strategy's own objective: not comparable between strategies); kl (measured, to
     the dense model, on the calibration slice that the Hessians never saw); metric (what evaluate says of the
     model); seconds (of planning alone; later rows find weights made by earlier ones); evaluations (model runs that the
@@ -77,9 +80,9 @@ def compare(
     strategies: names, callables of their protocol, or {name: either}; None takes all that need nothing that is not
     given. context: without one nothing is measured. evaluate (higher is better) only reports. seeds: each seeds the
     searches; the split of the calibration data stays that of the context. store: a folder where finished rows are kept
-    and found again if they depend on the same profile, data, strategy, budget, seed, effort, versions and name of
-    evaluate. A strategy's version is its attribute `version`, else the digest of the file that it stands in; your own
-    callables are run again, unless they have that attribute.
+    and found again if they depend on the same profile, data, loss, strategy, budget, seed, effort, code and name of
+    evaluate. The code is all files of `autocompress` and `solvers`; your own callables are run again, unless they have
+    an attribute `version`.
     workers: processes. Every row runs on one thread, so that the table, but for `seconds`, does not depend on how many
     there are; what cannot be pickled runs in this process, with a CompareWarning. task: where context and evaluate come
     from (`task_context`, `task.evaluate`), which lets workers load it anew instead of unpickling them.
@@ -163,18 +166,14 @@ class _Bench:
             return None
         evaluate = self.evaluate
         depends = {
-            "versions": [
-                COMPARE_VERSION,
-                __version__,
-                torch.__version__,
-                getattr(strategy, "version", _source(strategy)),
-            ],
-            "profile": self.profile.fingerprint,
+            "versions": [COMPARE_VERSION, __version__, torch.__version__, getattr(strategy, "version", None)],
+            "code": source_digest(*PACKAGES),
+            "profile": self.profile.key,
             "vectors": self.profile.template.bits,
             "latency": None if self.profile.latency is None else repr(self.profile.latency),
             "data": None if self.context is None else self.context.data_digest,
             "effort": None if self.context is None else self.context.effort,
-            "loss": self.context is not None and self.context.loss is not None,
+            "loss": self._loss_key if needs_of(strategy) in ("gradients", "evaluations") else None,
             "strategy": [name, *registered],
             "at": [budget, seed],
             "evaluate": evaluate
@@ -182,14 +181,19 @@ class _Bench:
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
+    @functools.cached_property
+    def _loss_key(self) -> list[str] | None:
+        """What tells the task's loss on its labelled batches from another."""
+        if self.context is None or self.context.loss is None:
+            return None
+        with _one_thread():
+            labelled = self.context.labelled(1)
+            return [*map(batch_digest, labelled), *self.context.loss_key(labelled)]
+
     def row(self, name: str, budget: str, seed: int) -> Row:
         """Plan, measure, evaluate, on one thread."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with _one_thread():
             return self._row(name, budget, seed)
-        finally:
-            torch.set_num_threads(threads)
 
     def _row(self, name: str, text: str, seed: int) -> Row:
         strategy, budget = self.strategies[name], Budget.parse(text)
@@ -205,7 +209,7 @@ class _Bench:
             if isinstance(strategy, Auto):
                 plan = never_worse_plan(profile, budget, strategy, context)
             else:
-                plan = strategy(within(profile, limit), budget, context)
+                plan = strategy(offered_to(strategy, profile, budget), budget, context)
             rows = _checked(profile, plan, limit)
         except (StoreError, WorkerError):
             raise
@@ -215,7 +219,7 @@ class _Bench:
         plan = plan.replace(seed=seed)
         values |= {
             "bytes": plan.predicted_bytes,
-            "paper_bytes": -(-sum(row.nonzero * (row.option.bits or row.width) for row in rows.values()) // 8),
+            "paper_bytes": paper_bytes(profile, plan),
             "predicted_loss": plan.predicted_loss,
             "bound": plan.bound,
             "gap": plan.gap,
@@ -239,10 +243,27 @@ class _Bench:
         return self.measured[at]
 
 
-def _source(strategy: Strategy) -> str:
-    """SHA-256 of the file that a strategy stands in: its version, where it states none."""
-    path = getattr(sys.modules.get(strategy.__module__), "__file__", None)
-    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@functools.lru_cache
+def source_digest(*folders: Path) -> str:
+    """SHA-256 of all Python files of some folders and of their places: what a strategy is made of stands in more files
+    than its own.
+    """
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            own = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{folder.name}/{path.relative_to(folder).as_posix()} {own}\n".encode())
+    return digest.hexdigest()
 
 
 def _checked(profile: Profile, plan: Plan, limit: int) -> dict[str, Measured]:

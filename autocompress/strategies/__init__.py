@@ -17,6 +17,7 @@ from autocompress.planning import (
     single_options,
     within,
 )
+from autocompress.planning import paper_bytes as paper_counted
 from autocompress.profiling import Profile
 from autocompress.strategies.ajpq import Ajpq
 from autocompress.strategies.alds import Alds
@@ -43,10 +44,9 @@ from autocompress.strategies.solved import RawError, Sensitivity, SingleOption, 
 from autocompress.strategies.spdy import Spdy
 from autocompress.strategies.tpe import Tpe
 from autocompress.strategies.yang import Yang
-from autocompress.strategies.yang import paper_bytes as paper_counted
 from autocompress.types import Budget, Option, Plan
 
-__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "paper_counted", "plan"]
+__all__ = ["NEEDS", "STRATEGIES", "Strategy", "StrategyError", "needs_of", "offered_to", "paper_counted", "plan"]
 
 STRATEGIES: dict[str, Strategy] = {
     "uniform": SingleOption(),
@@ -123,14 +123,21 @@ def plan(
         strategy = STRATEGIES[strategy]
     if context is not None:
         context.check(profile)
-    profile = within(profile, budget_bytes(wanted, profile))
-    if getattr(strategy, "couples", False) and wanted.latency_ms is None:  # narrower layers have no measured times
-        profile = profile.joint()
+    profile = offered_to(strategy, profile, wanted)
     seen = 0 if context is None else len(context.log)
     found = strategy(profile, wanted, context)
     if context is None or not context.held:
         return found
     return never_worse(found, profile, wanted, context, context.log[seen:])
+
+
+def offered_to(strategy: Strategy, profile: Profile, budget: Budget) -> Profile:
+    """The profile as a strategy gets it for a budget: norms and biases in the bits that a file of that size has them
+    in, and narrower layers beside the others where the strategy makes layers agree on their channels (`couples`).
+    """
+    profile = within(profile, budget_bytes(budget, profile))
+    couples = getattr(strategy, "couples", False) and budget.latency_ms is None  # narrower layers have no times
+    return profile.joint() if couples else profile
 
 
 def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context, tried: Sequence[Trial] = ()) -> Plan:

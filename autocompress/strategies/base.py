@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from autocompress.compressors import Measured
-from autocompress.errors import InfeasibleError, MismatchError
+from autocompress.errors import BudgetError, InfeasibleError, MismatchError
 from autocompress.measuring import Context
 from autocompress.planning import (
     Allocation,
@@ -39,6 +39,7 @@ __all__ = [
     "chosen_plan",
     "largest_that_fits",
     "needs_of",
+    "no_times",
     "no_worse_than",
     "refused",
     "searchable",
@@ -50,7 +51,8 @@ __all__ = [
 Strategy = Callable[[Profile, Budget, Context | None], Plan]
 Choice = Mapping[str, Measured]
 
-# What a rule looks at, beside the curves that every profile has. Every word but "curves" needs a context.
+# What a rule looks at, beside the curves that every profile has: the dense model, its weights or its outputs; its
+# derivatives; compressed models. Every word but "curves" needs a context.
 NEEDS = ("curves", "weights", "gradients", "evaluations")
 
 
@@ -66,16 +68,29 @@ def with_context(context: Context | None, strategy: str, why: str) -> Context:
     return context
 
 
+def no_times(budget: Budget, strategy: str) -> None:
+    """Raise BudgetError where milliseconds are limited: there is no table of them for what this strategy makes."""
+    if budget.latency_ms is not None:
+        raise BudgetError(
+            f"strategy {strategy!r} makes layers narrower, and there is no table of milliseconds for narrower layers; "
+            "limit macs or bops instead, or ask a strategy that leaves channels alone, such as exact"
+        )
+
+
 def weights_of(profile: Profile, context: Context | None, strategy: str) -> dict[str, np.ndarray]:
     """The dense weights, float64 (groups, rows, columns), of every layer that calibration reached: the others have no
-    options that a rule could choose from. Raises MismatchError without a context.
+    options that a rule could choose from. Of a narrower structure those that stay, as they are before the refit; a
+    grouped layer lacks whole groups. Raises MismatchError without a context.
     """
     model = with_context(context, strategy, "looks at the weights").model
-    return {
-        name: layer.layer.matrix(model.get_parameter(layer.layer.key))
-        for name, layer in profile.layers.items()
-        if layer.reached
-    }
+    found = {}
+    for name, layer in profile.layers.items():
+        if layer.reached:
+            weight = layer.layer.matrix(model.get_parameter(layer.layer.key))
+            (groups, height, _), (columns, rows) = weight.shape, profile.cut(name)
+            some = weight.reshape(groups * height, -1)[rows][:, columns]
+            found[name] = some.reshape(1 if groups == 1 else -1, len(rows) if groups == 1 else height, len(columns))
+    return found
 
 
 def solved_plan(

@@ -16,14 +16,14 @@ from autocompress.measuring import Context
 from autocompress.narrowing import WHOLE
 from autocompress.planning import limits_of, relative_error, within_limits
 from autocompress.profiling import Profile
-from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused, with_context
+from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, no_times, refused, with_context
 from autocompress.strategies.fisher import squared_gradients
 from autocompress.strategies.weighing import kept, losses_of_changes
 from autocompress.types import DENSE, Budget, Option, Plan
 
 __all__ = ["Curve", "allocated", "cc", "fitted"]
 
-VERSION = 1
+VERSION = 2
 MOST = 0.95  # of a layer's weights that may go
 SAMPLES = 128
 SWEEPS = 2  # over the groups of channels: a level can only change what layers beside its own group choose
@@ -80,12 +80,14 @@ class Cc:
 
     Thinner than the paper: a layer has fewer channels or fewer singular values, not both, as no option here has; units
     go in one step to a level on offer, not one in a hundred at a time with a look ahead. Source: CC, arXiv 2105.11228.
-    Raises MismatchError without a context, or where there are neither narrower nor low-rank layers.
+    Raises MismatchError without a context, or where there are neither narrower nor low-rank layers; BudgetError for a
+    budget in milliseconds, of which there is no table for either.
     """
 
     needs = "gradients"
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
+        no_times(budget, "cc")
         values = _values(profile)
         losses = self._losses(profile, with_context(context, "cc", "needs gradients of the model"))
         found: list[tuple[float, int, Choice]] = []
@@ -125,7 +127,8 @@ class Cc:
                 context.model, profile, lambda name, change: float(np.sum(weight[name] * change**2)), narrowed=True
             )
 
-        return kept(context, profile, "cc", [VERSION, batch_digest(batch), *context.loss_key(labelled)], make)
+        key = [VERSION, batch_digest(batch), *context.loss_key(labelled), context.seed]
+        return kept(context, profile, "cc", key, make)
 
 
 cc = Cc()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from autocompress.batches import batch_digest
 from autocompress.compressors import Measured
 from autocompress.errors import StoreError
 from autocompress.measuring import Context
@@ -84,7 +83,7 @@ class Walk:
         if not self.fits(self.base):
             found = allocate(profile, limits, energy_losses(profile)).rows
             self.base = tuple(rows.index(found[n]) for n, rows in zip(self.names, self.rows, strict=True))
-        self.sizes = np.array([profile.layers[name].layer.size for name in self.names])
+        self.sizes = np.array([math.prod(profile.shape(name)) for name in self.names])
         payload = sum(rows[i].bytes for rows, i in zip(self.rows, self.base, strict=True))
         self._room = max(limits.bytes - self.file_bytes(self.base) + payload, 1)  # of the base's header
 
@@ -127,21 +126,22 @@ def geometry(profile: Profile, context: Context | None = None) -> np.ndarray:
     """
     columns = []
     for index, (name, found) in enumerate(profile.layers.items()):
-        layer = found.layer
+        layer, shape = found.layer, profile.shape(name)
+        size = math.prod(shape)
         stats = profile.statistics.layers.get(name)
         stride = 1 if context is None else getattr(context.model.get_submodule(layer.owners[0]), "stride", None) or 1
         sizes = (
-            layer.shape[0],
-            int(np.prod(layer.shape[1:2])),
-            int(np.prod(layer.shape[2:])),
+            shape[0],
+            math.prod(shape[1:2]),
+            math.prod(shape[2:]),
             float(np.prod(stride)),
-            layer.size,
+            size,
             1 if stats is None else max(stats.positions, 1),
         )
-        energy = math.log(found.energy / layer.size) if found.energy > 0.0 else 0.0
+        energy = math.log(found.energy / size) if found.energy > 0.0 else 0.0
         columns.append([float(index), *(math.log(x) for x in sizes), energy])
     table = np.array(columns)
-    weights = np.array([found.layer.size for found in profile.layers.values()], float)
+    weights = np.array([math.prod(profile.shape(name)) for name in profile.layers], float)
     table = np.column_stack([table, np.cumsum(weights) / weights.sum()])
     return unit(table)
 
@@ -161,9 +161,8 @@ class Scores:
 
     def __init__(self, walk: Walk, context: Context, search: str) -> None:
         self.walk, self.context = walk, context
-        data = [batch_digest(batch) for batch in (*context.fit, *context.held)]
-        profile = walk.profile
-        facts = [SCORES_VERSION, profile.fingerprint, profile.template.bits, data, search, str(walk.limits)]
+        profile, data = walk.profile, context.data_digest
+        facts = [SCORES_VERSION, profile.key, profile.template.bits, data, search, str(walk.limits)]
         self.path = f"extra/episodes-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.measured = 0
         stored = None if profile.store is None else profile.store.read_json(self.path)

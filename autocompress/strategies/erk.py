@@ -38,7 +38,7 @@ def erk_densities(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict
 
 
 def _densities(profile: Profile, context: Context | None) -> Callable[[float], Mapping[str, float]]:
-    shapes = {name: layer.layer.stored_shape for name, layer in profile.layers.items() if layer.reached}
+    shapes = {name: profile.shape(name) for name, layer in profile.layers.items() if layer.reached}
     return lambda t: erk_densities(shapes, t)
 
 

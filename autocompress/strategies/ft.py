@@ -1,4 +1,7 @@
-"""FT: filters of small norm go, the same part of every group of channels, or those below one threshold."""
+"""FT: how many channels of every group stay, the same part of each, or as many as have a norm above one threshold.
+
+Which of them stay is the profile's score (`salience.widths`; "l1" for the paper's), as for all rules that set widths.
+"""
 
 from __future__ import annotations
 

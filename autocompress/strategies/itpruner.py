@@ -57,7 +57,7 @@ class ItPruner:
         first = allocate(profile, limits, errors)  # refuses what cannot be, and knows how long the header is
         sizes = {n: np.array([row.bytes for row in x.rows], np.float64) for n, x in profile.layers.items()}
         least = np.array([s.min() for s in sizes.values()])
-        full = np.array([max(REFERENCE_BITS / 8 * x.layer.size, sizes[n].min()) for n, x in profile.layers.items()])
+        full = np.array([max(REFERENCE_BITS / 8 * math.prod(profile.shape(n)), s.min()) for n, s in sizes.items()])
         importance = importances(linear_cka(features(context, profile)))
         solve = kept_quadratic if self.quadratic else kept_linear
         share = np.maximum(solve(importance, full, least / full, float(first.payload_bytes)) * full, least)

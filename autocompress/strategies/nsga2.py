@@ -8,31 +8,33 @@ from typing import Any
 
 import numpy as np
 
-from autocompress.batches import batch_digest
 from autocompress.measuring import Context
-from autocompress.planning import budget_bytes, limits_of, within, within_limits
+from autocompress.planning import budget_bytes, within
 from autocompress.profiling import Profile
 from autocompress.strategies.base import chosen_plan, searchable, with_context
 from autocompress.strategies.searching import solver_for
 from autocompress.strategies.weighing import kept
 from autocompress.types import Budget, Plan
 from solvers import studies
+from solvers.search import reweighted
 
 __all__ = ["Nsga2", "octave"]
 
-VERSION = 2
-AGAIN = 3  # points of the front that are scored once more at the budget
+VERSION = 3
+AGAIN = 3  # points of the front whose coefficients are solved with and scored at the budget
 POPULATION = 40  # at most; of few evaluations a sixth, so that there are generations
 
 
 class Nsga2:
-    """The best scored choice within the budget on the front of one evolution over (bytes, KL of the stitched model).
+    """The best scored answer at the budget to the weights on the front of one evolution over (bytes, KL of the stitched
+    model).
 
     Genes are the coefficients of `tpe` and a part of the bytes. One run serves every budget of an octave, those between
     1/2^k and 1/2^(k+1) of the dense file, so that an answer does not depend on which budgets were asked for before. Its
-    front is kept in the profile's store, by evaluations and seed, and read by the next budget. Of the evaluations
-    granted four are left for the budget itself: the exact answer on the relative error and the best three points of the
-    front that fit are scored once more, with norms stored as a file of that size has them; the best of these is taken.
+    front is kept in the profile's store, by evaluations and seed, and read by the next budget. No point of it fills a
+    budget that it was not drawn for, so what is taken from the three points of the nearest size are their coefficients:
+    the allocation is solved with them at the budget. Of the evaluations granted four are left for these three and the
+    exact answer on the relative error, scored with norms stored as a file of that size has them; the best is taken.
     Source: NSGA-II (Deb et al., IEEE Transactions on Evolutionary Computation 6(2), 2002), by Optuna. Raises
     MismatchError without a context, CalibrationError where nothing is held out to score on.
     """
@@ -42,24 +44,25 @@ class Nsga2:
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
         context = with_context(context, "nsga2", "scores compressed models")
         asked = searchable(profile, budget)
-        score, limits = asked.score(context), limits_of(budget, profile)
+        score, room = asked.score(context), int(asked.problem.budget[0])
         front = self.front(profile, budget, context)
-        answers = [np.array(answer, np.int64) for _, _, answer in sorted(front)]
-        fitting = [a for a in answers if within_limits(profile, limits, asked.rows_of(a))][:AGAIN]
-        scores = [score(answer) for answer in (asked.first, *fitting)]
+        nearest = sorted(front, key=lambda point: (abs(point[1] - room), point[0]))[:AGAIN]
+        solver = solver_for(asked.problem)
+        answers = [asked.first, *(reweighted(asked.problem, np.array(c), solver) for _, _, c in nearest)]
+        scores = [score(answer) for answer in answers]
         best = min(range(len(scores)), key=lambda i: (scores[i], i))
-        plan = chosen_plan(profile, budget, asked.choice((asked.first, *fitting)[best]), "nsga2")
+        plan = chosen_plan(profile, budget, asked.choice(answers[best]), "nsga2")
         points = ", ".join(f"{size}: {score:.3g}" for score, size, _ in front)
         notes = (
             f"{context.granted} evaluations: the first scored {scores[0]:.6g}, the best {scores[best]:.6g}, with "
-            f"{len(fitting)} points of the front tried within the budget",
+            f"the weights of {len(nearest)} points of the front solved at the budget",
             f"front (payload bytes: KL): {points}",
         )
         return plan.replace(seed=context.seed, notes=(*plan.notes, *notes))
 
-    def front(self, profile: Profile, budget: Budget, context: Context) -> list[tuple[float, int, list[int]]]:
-        """(score, payload bytes, option index of every layer) that no other scored choice of the octave beats in both,
-        by rising bytes.
+    def front(self, profile: Profile, budget: Budget, context: Context) -> list[tuple[float, int, list[float]]]:
+        """(score, payload bytes, coefficient of every layer) that no other scored choice of the octave beats in score
+        and bytes, by rising bytes.
         """
         wide = octave(budget, profile)
         profile = within(profile, wide.size or 0)
@@ -74,17 +77,17 @@ class Nsga2:
                 evaluations=evaluations,
                 seed=context.seed,
                 population=population,
+                lowest=float(asked.problem.budget[0] - (wide.size or 0) // 2),
                 solver=solver_for(asked.problem),
             )
             points: list[list[Any]] = []
-            for answer, score, _ in found.front:
-                rows = asked.choice(answer)
-                indices = [rows_of.index(row) for rows_of, row in zip(asked.rows, rows.values(), strict=True)]
-                points.append([score, sum(row.bytes for row in rows.values()), indices])
+            for answer, score, _, coefficients in found.front:
+                size = sum(row.bytes for row in asked.choice(answer).values())
+                points.append([score, size, coefficients.tolist()])
             return {"front": [point for point in points if math.isfinite(point[0])]}
 
-        key = [VERSION, str(wide), evaluations, population, context.seed, *map(batch_digest, context.pieces("all"))]
-        return [(score, size, answer) for score, size, answer in kept(context, profile, "nsga2", key, run)["front"]]
+        key = [VERSION, str(wide), evaluations, population, context.seed, context.data_digest]
+        return [(score, size, c) for score, size, c in kept(context, profile, "nsga2", key, run)["front"]]
 
 
 def octave(budget: Budget, profile: Profile) -> Budget:

@@ -120,7 +120,9 @@ def channels_needed(s: np.ndarray, alpha: float, epsilon: float) -> int:
 
 
 def _one_error(profile: Profile, context: Context | None) -> Callable[[float], Shares]:
-    """As many channels of every group as one ε needs, the largest sensitivities first (the deterministic variant)."""
+    """As many channels of every group as one ε needs. The paper keeps those of the largest sensitivities (its
+    deterministic variant); here which ones stay is the profile's score, and "pfp" is one (`salience.widths`).
+    """
     widths, given = widths_of(profile, "pfp"), with_context(context, "pfp", "runs the model")
     key = "pfp" + given.data_digest
     if profile.fingerprint + key not in given.kept:
@@ -138,4 +140,4 @@ def _one_error(profile: Profile, context: Context | None) -> Callable[[float], S
     return shares
 
 
-pfp = WidthRule("pfp", _one_error, needs="evaluations")
+pfp = WidthRule("pfp", _one_error, needs="weights")

@@ -169,7 +169,8 @@ def _output_components(profile: Profile, context: Context | None) -> Callable[[f
     for name, weight in weights_of(profile, context, "pca").items():
         hessian = profile.statistics.layers[name].hessian
         if len(weight) == 1 and hessian is not None and hessian.shape[0] == 1:
-            values = np.linalg.eigvalsh(weight[0] @ hessian[0] @ weight[0].T)[::-1]
+            columns, _ = profile.cut(name)
+            values = np.linalg.eigvalsh(weight[0] @ hessian[0][np.ix_(columns, columns)] @ weight[0].T)[::-1]
             per_rank = sum(weight[0].shape) * max(profile.positions(name), 1)
             ratios[name] = np.maximum(values, 0.0) / per_rank
     at = _levels(list(ratios.values()))

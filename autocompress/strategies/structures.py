@@ -13,7 +13,7 @@ from autocompress.measuring import Context
 from autocompress.narrowing import WHOLE, Widths
 from autocompress.planning import limits_of, relative_error, within_limits
 from autocompress.profiling import Profile
-from autocompress.strategies.base import chosen_plan, refused
+from autocompress.strategies.base import chosen_plan, no_times, refused
 from autocompress.types import DENSE, Budget, Option, Plan
 
 __all__ = ["Shares", "WidthRule", "narrower_values", "rows_of", "widths_of"]
@@ -84,7 +84,10 @@ class WidthRule:
         self.name, self.shares, self.needs = name, shares, needs
 
     def __call__(self, profile: Profile, budget: Budget, context: Context | None) -> Plan:
-        """Raises MismatchError where no layer can be narrower, InfeasibleError where no value fits."""
+        """Raises MismatchError where no layer can be narrower, BudgetError for a budget in milliseconds,
+        InfeasibleError where no value fits.
+        """
+        no_times(budget, self.name)
         values, widths = narrower_values(profile, self.name), widths_of(profile, self.name)
         at, limits, known = self.shares(profile, context), limits_of(budget, profile), dict[object, Profile]()
 

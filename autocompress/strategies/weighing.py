@@ -28,12 +28,12 @@ __all__ = ["differentiable", "kept", "losses_of_changes", "realised_weights"]
 def kept(
     context: Context, profile: Profile, what: str, key: Sequence[Any], make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """`make()`, a JSON value by layer, or what it gave before for the same profile and key: in this context, or in
-    another one where the profile has a store.
+    """`make()`, a JSON value by layer, or what it gave before for the key and the rows of this profile: in this
+    context, or in another one where the profile has a store.
 
     The key holds a version and all that the value depends on beside the profile.
     """
-    digest = hashlib.sha256(json.dumps([what, profile.fingerprint, *key]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([what, profile.key, *key]).encode()).hexdigest()
     name = f"extra/{what}-{digest[:16]}.json"
     if name not in context.kept:
         found = None if profile.store is None else profile.store.read_json(name)

@@ -9,14 +9,14 @@ import numpy as np
 
 from autocompress.compressors import Measured
 from autocompress.measuring import Context
-from autocompress.planning import limits_of, within_limits
+from autocompress.planning import limits_of, paper_bytes, within_limits
 from autocompress.profiling import Profile
 from autocompress.strategies.base import Choice, chosen_plan, largest_that_fits, refused, weights_of
 from autocompress.strategies.densities import SparseFamily, integer_families
 from autocompress.types import Budget, Plan
 from solvers import Problem, solve
 
-__all__ = ["Projections", "Yang", "kmeans_error", "paper_bytes", "quantised_projection", "sparse_projection"]
+__all__ = ["Projections", "Yang", "kmeans_error", "quantised_projection", "sparse_projection"]
 
 ROUNDS = 4  # of both projections, unless widths settle before
 STEPS = 24  # of the bisection for S: to a bit, in a network of a million weights
@@ -54,17 +54,6 @@ class Yang:
         counted = paper_bytes(profile, plan)
         ratio = 4 * sum(layer.layer.size for layer in profile.layers.values()) / max(counted, 1)
         return plan.replace(notes=(f"the plan of yang, paper-counted: {counted} bytes ({ratio:.1f}x)",))
-
-
-def paper_bytes(profile: Profile, plan: Plan) -> int:
-    """Bytes of a plan as Yang et al. count them: Σ_l b_l · nnz_l / 8, rounded up.
-
-    b_l are the bits of a code, 32 of a float32, and nnz_l the weights that are not zero; positions, steps, biases,
-    norms and the header are free. Codes of entropy-coded options count by what holds the largest of them.
-    """
-    profile = profile.with_realised(plan)
-    rows = [profile.layers[name].row(option) for name, option in plan.layers.items()]
-    return -(-sum(row.nonzero * (row.option.bits or row.width) for row in rows) // 8)
 
 
 def sparse_projection(squares: Mapping[str, np.ndarray], bits: Mapping[str, int], budget_bits: int) -> dict[str, int]:

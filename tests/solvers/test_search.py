@@ -165,15 +165,28 @@ def test_processes_share_a_study(tmp_path: Path) -> None:
     assert PROBLEM.feasible(found.choice)
 
 
+def solve_at(cost: float, coefficients: np.ndarray) -> float:
+    """The least weighted loss of all choices of at most that cost."""
+    weighted = PROBLEM.with_loss([c * a for c, a in zip(coefficients, PROBLEM.loss, strict=True)])
+    return float(solve(weighted.with_budget(np.array([int(cost)]))).loss)
+
+
 def test_nsga2_front_is_a_trade_off() -> None:
     found = nsga2(PROBLEM, score, evaluations=30, seed=0, population=8)
-    costs, scores = [c for _, _, c in found.front], [s for _, s, _ in found.front]
+    costs, scores = [c for _, _, c, _ in found.front], [s for _, s, _, _ in found.front]
     assert costs == sorted(set(costs))
     assert scores == sorted(set(scores), reverse=True)
-    for choice, worth, cost in found.front:
+    for choice, worth, cost, coefficients in found.front:
         assert worth == score(choice)
         assert cost == PROBLEM.total_cost(choice)[0] <= PROBLEM.budget[0]
+        weighted = sum(c * a[j] for c, a, j in zip(coefficients, PROBLEM.loss, choice, strict=True))
+        assert weighted <= solve_at(cost, coefficients) * (1 + 1e-9)
     assert len(found.front) > 2
+    # Budgets below the range are not drawn: an answer leaves no more unused than its cheapest step.
+    half = PROBLEM.budget[0] / 2
+    upper = nsga2(PROBLEM, score, evaluations=30, seed=0, population=8, lowest=half)
+    assert min(costs) < 0.8 * half
+    assert all(cost > 0.8 * half for _, _, cost, _ in upper.front)
 
 
 def test_ties_and_single_options_end_the_search() -> None:

@@ -102,6 +102,15 @@ def test_losses_are_squared_gradients_times_changes() -> None:
     assert {r.gone for r in table if r.row.option == Option.parse("n50/100w4")} == {0.5}
 
 
+def test_losses_of_another_seed_are_not_taken_for_its_own() -> None:
+    found, first = grid_profile()[2], context()
+    second = first.seeded(1)
+    second.kept = first.kept  # as two seeds share a store
+    losses = [cc._losses(found, each) for each in (first, second)]
+    assert losses[0] != losses[1]
+    assert losses == [cc._losses(found, context().seeded(seed)) for seed in (0, 1)]
+
+
 def test_the_smallest_plan_has_lost_something_and_profiles_without_such_options_are_refused() -> None:
     found = grid_profile()[2]
     assert _values(found) == [Option.parse("fp16"), Option.parse("w4"), Option.parse("w2")]

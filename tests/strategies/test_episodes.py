@@ -155,6 +155,7 @@ def test_scores_are_kept_in_the_store_and_not_measured_again(tmp_path: Any) -> N
     for other in (
         Scores(walk, ac.Context(model, data), "another"),
         Scores(walk, ac.Context(model, data, seed=1), "a search"),
+        Scores(walk, ac.Context(model, data, embedding=scores_of), "a search"),
     ):
         assert other.known == {}
     assert profile.store is not None
@@ -162,6 +163,11 @@ def test_scores_are_kept_in_the_store_and_not_measured_again(tmp_path: Any) -> N
         rows = (*walk.base[:-1], next(i for i in walk.options[-1] if i != walk.base[-1]))
         assert again(rows) > 0.0
     assert rows not in Scores(walk, ac.Context(model, data), "a search").known
+
+
+def scores_of(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """An `embedding` of a task."""
+    return output
 
 
 def _nothing_to_make(model: Any, profile: Any, layers: Any) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import batches, images, kinds, profiled, seeded, small_profile
+from networks import batches, grid_profile, images, kinds, profiled, seeded, small_profile
 from torch import nn
 from torch.nn import functional as F
 
 import autocompress as ac
 from autocompress.applying import realise_layers
 from autocompress.errors import CalibrationError, MismatchError
+from autocompress.strategies import STRATEGIES
 from autocompress.strategies.fisher import Fisher, own_loss, squared_gradients
 from autocompress.strategies.hawq import Hawq, average_traces, distance_from_itself
 from autocompress.strategies.weighing import losses_of_changes
@@ -156,6 +157,22 @@ def test_what_was_realised_is_kept_in_the_store(tmp_path: Path) -> None:
         other = ac.Context(model, data, loss=convnet_loss, training=[[x, torch.arange(len(x)) % 5] for x in images()])
         strategy(found, ac.Budget(ratio=6.0), other)
         assert set((tmp_path / "extra").glob("*")) - before - made
+
+
+def test_what_is_kept_of_one_structure_is_not_taken_for_another() -> None:
+    """One context for all of them gives what a new one does: losses by row, and choices of rows."""
+    model, data, found = grid_profile()
+    narrow, wide = (found.at({"conv1": level, "conv3": level}) for level in (25.0, 75.0))
+    shared = ac.Context(model, data, effort="fast")
+    rule = Fisher(samples=8)
+    kept = [rule.losses(profile, shared) for profile in (wide, narrow, found)]
+    assert kept == [rule.losses(p, ac.Context(model, data, effort="fast")) for p in (wide, narrow, found)]
+    assert [len(kept[2][n]) for n in found.layers] == [len(x.rows) for x in found.layers.values()]
+    for name in ("loss", "kl"):
+        for profile in (wide, narrow):
+            own = ac.Context(model, data, effort="fast")
+            plan, fresh = (STRATEGIES[name](profile, ac.Budget(size=430), context) for context in (shared, own))
+            assert (plan.layers, plan.predicted_loss) == (fresh.layers, fresh.predicted_loss), name
 
 
 def convnet_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -13,12 +14,18 @@ from networks import convnet, grid_profile, images, small_profile
 from torch import nn
 
 import autocompress as ac
-from autocompress.errors import InfeasibleError, MismatchError, OptionError
-from autocompress.narrowing import WHOLE
-from autocompress.planning import within_limits
+from autocompress.costs import Latency
+from autocompress.errors import BudgetError, InfeasibleError, MismatchError, OptionError
+from autocompress.layers import Layer
+from autocompress.narrowing import WHOLE, narrow
+from autocompress.planning import limits_of, within_limits
 from autocompress.profiling import profile
 from autocompress.salience import widths
 from autocompress.strategies import STRATEGIES
+from autocompress.strategies.base import weights_of
+from autocompress.strategies.episodes import Walk, undominated
+from autocompress.strategies.erk import _densities as erk_densities_of
+from autocompress.strategies.erk import erk_densities
 from autocompress.strategies.ft import filter_norms
 from autocompress.strategies.pfp import FAILURE, channels_needed, unit_sensitivities
 from autocompress.strategies.structures import WidthRule, narrower_values, nearest_levels, rows_of
@@ -187,6 +194,42 @@ def test_profiles_without_narrower_layers_are_refused() -> None:
     assert narrower_values(grid_profile()[2], "ft") == [Option.parse("w4"), Option.parse("w2")]
     with pytest.raises(MismatchError, match="strategy 'pfp' runs the model: give a context"):
         STRATEGIES["pfp"](grid_profile()[2], Budget.parse("6x"), None)
+
+
+@pytest.mark.parametrize("name", ["ft", "ft_global", "pfp", "cc"])
+def test_milliseconds_of_narrower_layers_are_refused(name: str) -> None:
+    found = grid_profile()[2]
+    times = {n: dict.fromkeys([row.option for row in layer.rows], 0.0) for n, layer in found.layers.items()}
+    timed = dataclasses.replace(found, latency=Latency(1.0, times, [], {}))
+    with pytest.raises(BudgetError, match=f"strategy '{name}' makes layers narrower, and there is no table of millis"):
+        ac.plan(timed, "400, latency_ms=120%", name, context())
+    assert ac.plan(timed, "400, latency_ms=120%", "exact").strategy.startswith("exact")
+
+
+def test_rules_read_a_narrower_network_where_they_plan_one() -> None:
+    """Shapes and weights are those of the network with these channels cut out, a grouped convolution among them."""
+    model, _, found = grid_profile()
+    assert found.widths is not None
+    structure = {"conv1": 25.0, "conv3": 50.0}
+    part, small = found.at(structure), narrow(model, found.widths.units(structure), found.widths.groups)
+    own = {name: small.get_submodule(name).weight.detach().double().numpy() for name in found.layers}  # type: ignore[operator]
+    assert {name: part.shape(name) for name in part.layers} == {name: w.shape for name, w in own.items()}
+    assert [own[name].shape[0] for name in ("conv1", "conv2", "conv3")] == [2, 2, 4]
+    for name, weight in weights_of(part, context(), "a rule").items():
+        layer = Layer(name, (name,), own[name].shape, small.get_submodule(name).groups if name == "conv2" else 1)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(weight, layer.matrix(own[name]))
+    whole = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in found.layers}
+    assert all({name: each.shape(name) for name in found.layers} == whole for each in (found, found.joint()))
+    # The rules see nothing else.
+    shapes = {name: w.shape for name, w in own.items()}
+    assert erk_densities_of(part, None)(0.3) == erk_densities(shapes, 0.3) != erk_densities_of(found, None)(0.3)
+    limits = limits_of(Budget(size=430), part)
+    walk = Walk(part, limits, undominated(part, limits))
+    assert walk.sizes.tolist() == [w.size for w in own.values()]
+    assert all(
+        rows[i].nonzero <= n for n, rows, some in zip(walk.sizes, walk.rows, walk.options, strict=True) for i in some
+    )
+    assert ac.plan(part, 430, "itpruner", context()).predicted_bytes <= 430
 
 
 def test_too_small_a_budget_names_the_size_of_the_narrowest() -> None:
