@@ -7,7 +7,7 @@ import hashlib
 import json
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,15 @@ from autocompress.inputs import attention_inputs, cell_inputs, lookups, recurren
 from autocompress.layers import TABLES, TRANSPOSED, Layer, find_layers, model_digest
 from autocompress.threads import single_threaded
 
-__all__ = ["CALIBRATION_VERSION", "LayerStatistics", "Statistics", "calibrate", "positions_of"]
+__all__ = [
+    "CALIBRATION_VERSION",
+    "Collector",
+    "LayerStatistics",
+    "Statistics",
+    "calibrate",
+    "fit_part",
+    "positions_of",
+]
 
 CALIBRATION_VERSION = 5
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
@@ -80,15 +88,22 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write one npz file (no pickle), atomically; layers with the same input share one Hessian in it."""
-        arrays: dict[str, np.ndarray] = {}
+        with atomic_path(path) as scratch, scratch.open("wb") as file:
+            write_npz(file, self._arrays())
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What the file holds, one layer after the other: those that are kept on disk are never in memory together."""
         names: dict[str, Any] = {}
-        stored: dict[int, str] = {}
+        stored: dict[Any, str] = {}
+        held = isinstance(self.layers, dict)
         for i, (name, s) in enumerate(self.layers.items()):
-            at = stored.setdefault(id(s.hessian), f"h{i}")
-            arrays.setdefault(at, s.hessian)
-            arrays[f"m{i}"], arrays[f"v{i}"] = s.mean, s.var
+            key = id(s.hessian) if held else _digest(s.hessian)  # one that was read from disk is gone after its turn
+            if (at := stored.setdefault(key, f"h{i}")) == f"h{i}":
+                yield at, s.hessian
+            yield f"m{i}", s.mean
+            yield f"v{i}", s.var
             if s.row_weights is not None:
-                arrays[f"r{i}"] = s.row_weights
+                yield f"r{i}", s.row_weights
             names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead, s.positions, f"r{i}"]
         meta = {
             "layers": names,
@@ -98,26 +113,58 @@ class Statistics:
             "fields": dict(self.fields),
             "seen": self.seen,
         }
-        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        with atomic_path(path) as scratch, scratch.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Inverse of `save`. Raises MismatchError if the file is not one of statistics."""
+    def load(cls, path: str | Path, held: bool = True) -> Statistics:
+        """Inverse of `save`; held: whether all is read now, or each layer when it is asked for, from the file as it is
+        then. Raises MismatchError if the file is not one of statistics.
+        """
         try:
+            layers: Mapping[str, LayerStatistics]
             with np.load(path, allow_pickle=False) as data:
                 meta = json.loads(bytes(data["meta"]))
-                cache = {key: data[key] for key in data.files}
-            layers = {
-                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead, positions, cache.get(r))
-                for name, (h, m, v, calls, dead, positions, r) in meta["layers"].items()
-            }
+                if held:
+                    cache = {key: data[key] for key in data.files}
+                    layers = {name: _layer_statistics(entry, cache) for name, entry in meta["layers"].items()}
+                else:
+                    layers = KeptStatistics(Path(path), meta["layers"])
             return cls(
                 layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
             )
         except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise MismatchError(f"{path} does not hold statistics: {error}") from error
+
+
+def write_npz(file: Any, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """What `np.savez` writes, byte for byte, with one array in memory at a time."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+def _layer_statistics(entry: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> LayerStatistics:
+    h, m, v, calls, dead, positions, r = entry
+    return LayerStatistics(arrays[h], calls, arrays[m], arrays[v], dead, positions, arrays[r] if r in arrays else None)
+
+
+class KeptStatistics(Mapping[str, LayerStatistics]):
+    """The layers of a file that `Statistics.save` wrote, each read when it is asked for."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Sequence[Any]]) -> None:
+        self.path, self.entries = path, entries
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        entry = self.entries[name]
+        with np.load(self.path, allow_pickle=False) as data:  # opened anew: threads of engines read at the same time
+            return _layer_statistics(entry, data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 def calibrate(
@@ -137,8 +184,21 @@ def calibrate(
     several layers is multiplied once. Raises CalibrationError for no data, batches that do not fit, or values that are
     not finite (naming the layer). Source: OBC, arXiv 2208.11580, section 3.
     """
-    data = materialise(batches)
     layers = find_layers(model)
+    fit, fields = fit_part(model, batches, seed, damping, holdout)
+    collector = Collector(model, list(layers))
+    with evaluating(model), torch.no_grad(), slow_attention(), collector, single_threaded():
+        for batch in fit:
+            feed(model, batch)
+            collector.end_batch()
+    return collector.finish(fit, damping, fields)
+
+
+def fit_part(
+    model: nn.Module, batches: Iterable[Batch], seed: int, damping: float, holdout: float | None
+) -> tuple[list[Batch], dict[str, str]]:
+    """What of the data the Hessians see, and the fields that statistics of it have: all that they depend on."""
+    data = materialise(batches)
     fit = (
         split_batches(data, seed=seed)[0]
         if holdout is None
@@ -152,17 +212,7 @@ def calibrate(
         "damping": repr(damping),
         "calibration_version": str(CALIBRATION_VERSION),
     }
-    collector = Collector(model, list(layers))
-    with evaluating(model), torch.no_grad(), slow_attention(), collector, single_threaded():
-        for batch in fit:
-            feed(model, batch)
-            collector.end_batch()
-    samples = sum(batch_samples(b) for b in fit)
-    found = {name: acc.finish(samples, damping) for name, acc in collector.accumulators.items() if acc.calls}
-    _share_equal(found)
-    unreached = tuple(name for name, acc in collector.accumulators.items() if not acc.calls)
-    seen = tuple(digest for b in fit for digest in sample_digests(b))
-    return Statistics(found, samples, damping, unreached, fields, seen)
+    return fit, fields
 
 
 def positions_of(model: nn.Module, batch: Batch) -> dict[str, int]:
@@ -179,10 +229,14 @@ def _share_equal(found: dict[str, LayerStatistics]) -> None:
     """Let layers whose Hessians are bit for bit equal (the same input) hold one array."""
     known: dict[bytes, np.ndarray] = {}
     for name, s in found.items():
-        key = hashlib.sha256(s.hessian.tobytes()).digest()
-        array = known.setdefault(key, s.hessian)
+        array = known.setdefault(_digest(s.hessian), s.hessian)
         if array is not s.hessian:
             found[name] = dataclasses.replace(s, hessian=array)
+
+
+def _digest(array: np.ndarray) -> bytes:
+    """SHA-256 of its bytes, of which no copy is made."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).digest()
 
 
 class _Accumulator:
@@ -279,6 +333,15 @@ class Collector:
 
     def end_batch(self) -> None:
         self.products.clear()
+
+    def finish(self, fit: Sequence[Batch], damping: float, fields: Mapping[str, str]) -> Statistics:
+        """The statistics of these layers, once every batch of `fit` went through them; the accumulators are used up."""
+        samples = sum(batch_samples(b) for b in fit)
+        found = {name: acc.finish(samples, damping) for name, acc in self.accumulators.items() if acc.calls}
+        _share_equal(found)
+        unreached = tuple(name for name, acc in self.accumulators.items() if not acc.calls)
+        seen = tuple(digest for b in fit for digest in sample_digests(b))
+        return Statistics(found, samples, damping, unreached, fields, seen)
 
     def _hook_of(self, module: nn.Module, own: dict[str, _Accumulator]) -> Callable[..., None]:
         """The hook that adds what a module's weights, by parameter, saw in one call."""

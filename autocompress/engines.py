@@ -73,8 +73,8 @@ def run_tasks(
     if check_engine(engine) is None:
         engine = "processes" if workers > 1 and len(tasks) > 1 else "inline"
     if engine == "inline" or not tasks:
-        for index, task in enumerate(tasks):
-            yield index, function(*task)
+        for index in range(len(tasks)):  # a task may be made when it is asked for, and is not to outlive its turn
+            yield index, function(*tasks[index])
         return
     target = f"{function.__module__}:{function.__qualname__}"
     answers: Any = (_on_ray if engine == "ray" else _in_processes)(target, tasks, workers)
