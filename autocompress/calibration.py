@@ -248,6 +248,10 @@ class _Accumulator:
         self.positions = 0  # outputs that the moments are of
         self.multiplied = 0
         self.sum = self.squares = np.zeros(0)
+        self.leader: _Accumulator | None = None  # whose sum of products is this one's too
+        self.fresh = True  # whether all products that were added are those of this batch
+        self.batch: list[torch.Tensor] = []
+        self.scaled: tuple[np.ndarray, int] | None = None
 
     def add_products(self, products: list[torch.Tensor]) -> None:
         """One X Xᵀ (1, d, d) per group, or one (groups, d, d) for all of them."""
@@ -273,7 +277,15 @@ class _Accumulator:
         self.squares += (var + mean**2) * count
         self.positions += count
 
-    def finish(self, samples: int, damping: float) -> LayerStatistics:
+    def hessian(self, samples: int, damping: float) -> tuple[np.ndarray, int]:
+        """The sum of products as a Hessian, in its place, and the inputs that were always zero."""
+        if self.leader is not None:
+            return self.leader.hessian(samples, damping)
+        if self.scaled is None:
+            self.scaled = self._scale(samples, damping)
+        return self.scaled
+
+    def _scale(self, samples: int, damping: float) -> tuple[np.ndarray, int]:
         _, _, d = self.layer.matrix_shape
         hessian = np.zeros((0, d, d)) if self.gram is None else self.gram
         hessian *= 2.0 / samples
@@ -285,6 +297,10 @@ class _Accumulator:
             # A layer whose inputs are all zero has no opinion: the identity makes its error the plain squared weight
             # error.
             h[np.diag_indices_from(h)] += damping * level if level > 0.0 else 1.0
+        return hessian, dead
+
+    def finish(self, samples: int, damping: float) -> LayerStatistics:
+        hessian, dead = self.hessian(samples, damping)
         mean = self.sum / max(self.positions, 1)
         var = np.maximum(self.squares / max(self.positions, 1) - mean**2, 0.0)
         weights = None
@@ -298,11 +314,15 @@ Inputs = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, list[t
 
 
 class Collector:
-    """Forward hooks on every owner of every layer, for the time of a `with` block; counting: of positions alone."""
+    """Forward hooks on every owner of every layer, for the time of a `with` block; counting: of positions alone.
 
-    def __init__(self, model: nn.Module, layers: list[Layer], counting: bool = False) -> None:
+    sharing: layers that read the same inputs from their first call on have one sum of products, and not one each that
+    is found equal at the end; CalibrationError where they part later.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], counting: bool = False, sharing: bool = False) -> None:
         self.model = model
-        self.counting = counting
+        self.counting, self.sharing = counting, sharing
         self.accumulators = {layer.name: _Accumulator(layer) for layer in layers}
         self.layers = layers
         self.handles: list[Any] = []
@@ -333,6 +353,26 @@ class Collector:
 
     def end_batch(self) -> None:
         self.products.clear()
+        for accumulator in self.accumulators.values():
+            leader = accumulator.leader
+            if leader is not None and list(map(id, leader.batch)) != list(map(id, accumulator.batch)):
+                raise CalibrationError(
+                    f"layers {leader.layer.name!r} and {accumulator.layer.name!r} read the same at first, and not in "
+                    "all batches; calibrate the model whole (--no-stream)"
+                )
+        for accumulator in self.accumulators.values():
+            accumulator.batch, accumulator.fresh = [], not accumulator.calls
+
+    def _add(self, accumulator: _Accumulator, products: list[torch.Tensor]) -> None:
+        """Add the products of one call, unless those of another layer, the same, stand for them."""
+        if self.sharing:
+            first = accumulator.fresh and not accumulator.batch
+            accumulator.batch += products  # held until the batch ends, so that no other object takes their place
+            if first:
+                same = (a for a in self.accumulators.values() if a.fresh and a.leader is None and a is not accumulator)
+                accumulator.leader = next((a for a in same if a.batch and a.batch[0] is products[0]), None)
+        if accumulator.leader is None:
+            accumulator.add_products(products)
 
     def finish(self, fit: Sequence[Batch], damping: float, fields: Mapping[str, str]) -> Statistics:
         """The statistics of these layers, once every batch of `fit` went through them; the accumulators are used up."""
@@ -361,7 +401,7 @@ class Collector:
                 x = args[0] if args else kwargs["input"]
                 flat = _channels_last(m, output.detach())
                 if not self.counting:
-                    own["weight"].add_products([self._product(own["weight"].layer, m, x, output)])
+                    self._add(own["weight"], [self._product(own["weight"].layer, m, x, output)])
                     own["weight"].add_moments(flat)
                 # A transposed convolution multiplies each weight by every input position, not for every output one.
                 own["weight"].multiplied += x.numel() // m.in_channels if isinstance(m, TRANSPOSED) else flat.shape[0]
@@ -369,7 +409,7 @@ class Collector:
                 found = inside(m, args, kwargs)
                 for parameter, accumulator in own.items():
                     if not self.counting:
-                        accumulator.add_products([self._product(accumulator.layer, None, x) for x in found[parameter]])
+                        self._add(accumulator, [self._product(accumulator.layer, None, x) for x in found[parameter]])
                     accumulator.multiplied += found[parameter][0].numel() // found[parameter][0].shape[-1]
             for accumulator in own.values():
                 accumulator.calls += 1

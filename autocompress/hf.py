@@ -20,10 +20,19 @@ from autocompress.batches import Batch
 from autocompress.errors import TaskError
 from autocompress.tasks import Task
 
-__all__ = ["mean_embedding", "model_task", "perplexity", "pretrained", "skeleton", "window_batches", "windows"]
+__all__ = [
+    "batch_rows",
+    "mean_embedding",
+    "model_task",
+    "perplexity",
+    "pretrained",
+    "skeleton",
+    "window_batches",
+    "windows",
+]
 
 TAIL = 0.1  # of the windows of a text, its last ones: what a causal model's perplexity is reported on
-BATCH = 32  # windows of one batch
+BATCH, POSITIONS = 32, 2048  # windows of one batch, and tokens, unless a single window has more
 LENGTH = 128  # tokens of a window, unless told otherwise
 
 
@@ -159,7 +168,12 @@ def _around(whole: list[int], inner: list[int]) -> tuple[list[int], list[int]]:
 def window_batches(tokens: torch.Tensor, causal: bool = False) -> list[Batch]:
     """Windows (n, length) as batches by the names of a model's arguments; a causal model need keep no cache."""
     extra = {"use_cache": False} if causal else {}
-    return [{"input_ids": rows.contiguous(), **extra} for rows in tokens.split(BATCH)]
+    return [{"input_ids": rows.contiguous(), **extra} for rows in tokens.split(batch_rows(tokens.shape[1]))]
+
+
+def batch_rows(length: int) -> int:
+    """Windows of so many tokens that go through a model at once: what it makes of them is all in memory."""
+    return max(1, min(BATCH, POSITIONS // length))
 
 
 def perplexity(model: nn.Module, sequences: torch.Tensor | Sequence[torch.Tensor]) -> float:

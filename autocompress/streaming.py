@@ -5,10 +5,11 @@ before the next is read. What a block puts out is kept on disk, as float32, for 
 (embeddings, norms, output head) runs twice, with stand-ins for the blocks: once for what the blocks are called with,
 once at the end for its own statistics. Every number is computed as `calibrate` does, in the same order.
 
-Memory:  4 bytes per weight of what is loaded + 8 per entry of its Hessians, one for every layer of it, + 4 for products
-         on their way + activations of one batch + what blocks are called with, equal tensors once + the libraries
+Memory:  4 bytes per weight of what is loaded + 8 per entry of the Hessians of its inputs + 4 per entry of products on
+         their way + activations of one batch + what blocks are called with, equal tensors once + the libraries; later,
+         what a layer's profile takes (`estimating.streaming_bytes`, held by a test)
 
-See `estimating.streaming_bytes`. Source of the walk: GPTQ, arXiv 2210.17323, section 4 (one block at a time).
+Source of the walk: GPTQ, arXiv 2210.17323, section 4 (one block at a time).
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ def _walk(
     for number in range(begun, len(blocks)):
         if progress is not None:
             progress(number, len(blocks) + 1)
-        collector = Collector(model, layers[number])
+        collector = Collector(model, layers[number], sharing=True)
         before, after = folder / f"inputs{number}.bin", folder / f"inputs{number + 1}.bin"
         with loaded(model, layers[number]), collector, atomic_path(after) as scratch, scratch.open("wb") as file:
             for call, state in zip(calls.of(number), _read_states(before, calls.shapes), strict=True):
@@ -303,7 +304,7 @@ def _walk(
         before.unlink(missing_ok=True)
     if progress is not None:
         progress(len(blocks), len(blocks) + 1)
-    collector = Collector(model, outside)
+    collector = Collector(model, outside, sharing=True)
     with loaded(model, outside), collector:
         for batch, state in zip(fit, _read_states(folder / f"inputs{len(blocks)}.bin", calls.shapes), strict=True):
             blocks.around(batch, state)

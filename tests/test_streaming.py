@@ -286,7 +286,8 @@ def test_the_chain_is_the_list_with_most_weights() -> None:
 
 
 def changed(folder: Path, llama: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    hf.model_task(llama).build_model().save_pretrained(folder)
+    model: Any = hf.model_task(llama).build_model()
+    model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
