@@ -48,7 +48,7 @@ __all__ = [
 
 LIBRARIES = 400 << 20  # of a process with torch and the compiled kernels; see results/estimates.csv
 TRANSFORMERS = 100 << 20  # of transformers beside them
-BUFFERS = 32 << 20  # of files that are read and written
+BUFFERS = 16 << 20  # of files that numpy writes
 CODES_HELD = 1 << 28  # bytes of codes that a task holds at once (compressors.base), made and copied
 SAMPLED = 64  # samples that a pass is timed on
 
@@ -239,7 +239,7 @@ def llama(config: str | Path | Mapping[str, Any], samples: int = 128, tokens: in
         8 * samples * tokens,
         tuple(f"0.{name}" for name in inside),
         tuple(u.name for u in units if "." not in u.name),
-        batch_rows(tokens),
+        min(samples, batch_rows(tokens)),
     )
 
 

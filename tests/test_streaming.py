@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from test_hf import WORDS, save_tokenizer, tiny_bert, tiny_llama
 from tiny_tasks import call
 from torch import nn
 
-from autocompress import hf, streaming
+from autocompress import estimating, hf, streaming
 from autocompress.calibration import Statistics, calibrate
 from autocompress.errors import CalibrationError, LayerError, TaskError
 from autocompress.layers import find_layers, model_digest
 from autocompress.profiling import load_profile, profile
 from autocompress.streaming import calibrate_streamed, find_chain, streamed_model
+from autocompress.types import DENSE, Option
 
 OPTIONS = ["w4", "s50", "rd(0.1,0.1)"]
 
@@ -319,3 +322,66 @@ def test_statistics_on_disk_are_saved_as_those_in_memory_are(llama: Path, text: 
     held.save(tmp_path / "held.npz")
     Statistics.load(tmp_path / "held.npz", held=False).save(tmp_path / "kept.npz")
     assert (tmp_path / "held.npz").read_bytes() == (tmp_path / "kept.npz").read_bytes()
+
+
+def test_layers_that_part_after_the_first_batch_are_refused(tmp_path: Path) -> None:
+    class Parting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.one(x) + self.other(x if x.sum() > 0 else x + 1)
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Parting() for _ in range(2))
+    model.forward = lambda x: chained(list(model.blocks), x)  # type: ignore[arg-type]
+    calibrate_streamed(model, [torch.ones(4, 6)] * 3, tmp_path / "one")
+    with pytest.raises(CalibrationError, match=r"'blocks\.0\.one' and 'blocks\.0\.other' read the same at first"):
+        calibrate_streamed(model, [torch.ones(4, 6), -torch.ones(4, 6)], tmp_path / "other", holdout=0.0)
+
+
+# Peaks in bytes: once a tiny model has been through all of it, after calibration, after the profile.
+MEASURED = """
+import sys
+import torch
+from autocompress.calibration import calibrate
+from autocompress.profiling import profile
+from autocompress.streaming import calibrate_streamed, streamed_model
+data = [{"input_ids": rows, "use_cache": False} for rows in torch.arange(192).reshape(6, 32).remainder(60).split(6)]
+marks = []
+def peak():  # not ru_maxrss, which begins with that of the parent
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+for folder, store in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = streamed_model(folder)
+    stats = calibrate_streamed(model, data, store)
+    marks.append(peak())
+    profile(model, stats, store, ["fp16"], workers=1)
+    marks.append(peak())
+print(*marks[1:])
+"""
+
+
+def test_peak_memory_is_that_of_a_block_as_the_formula_says(llama: Path, tmp_path: Path) -> None:
+    """Of sixteen blocks, whose weights together are more than what one takes with statistics and buffers."""
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=320, intermediate_size=896, num_hidden_layers=16, num_attention_heads=4
+    )
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    given = [llama, tmp_path / "a", tmp_path / "model", tmp_path / "b"]
+    # Arrays of these sizes would go to the heap, which keeps holes between them; larger ones never do.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURED, *map(str, given)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    before, calibrated, profiled = map(int, done.stdout.split())
+    network = estimating.llama(tmp_path / "model" / "config.json", samples=6, tokens=32)
+    fixed = estimating.LIBRARIES + estimating.TRANSFORMERS
+    calibration, whole = (
+        estimating.streaming_bytes(network, options) - fixed for options in (None, [DENSE, Option.parse("fp16")])
+    )
+    assert max(calibration, whole) < 0.75 * 4 * network.parameters  # or it would not tell
+    assert calibrated - before <= calibration
+    assert profiled - before <= whole
+    inside = sum(unit.weights for unit in network.units if unit.name in network.block)
+    assert profiled <= 4 * inside + network.hessian_bytes(network.block) + 1.5 * 2**30
