@@ -93,7 +93,7 @@ Answer = tuple[int, bool, Any]  # index, whether it is a result, the result or w
 def _in_processes(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Answer]:
     """One thread per worker feeds it one task at a time, from a shared counter, and waits for its answer."""
     todo = iter(range(len(tasks)))
-    lock = threading.Lock()
+    lock, sending = threading.Lock(), threading.Lock()  # a task and its pickle are large: one at a time is in memory
     started: list[subprocess.Popen[bytes]] = []
     closed = False
     done: queue.Queue[Answer] = queue.Queue()
@@ -117,7 +117,8 @@ def _in_processes(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -
                     return
                 assert process.stdin is not None
                 assert process.stdout is not None
-                _send(process.stdin, (target, tasks[index]))
+                with sending:
+                    _send(process.stdin, (target, tasks[index]))
                 answer = _receive(process.stdout)
             except (EOFError, OSError, ValueError):
                 if closed:

@@ -168,8 +168,8 @@ def streaming_bytes(network: Network, options: Sequence[Option] | None = None, e
     A part is the largest block, or all that is outside of blocks. While it is calibrated: 4 bytes per weight; 8 per
     entry of the Hessian of every input, and 4 for a product on its way into it; 4 per value of each input and of the
     widest output for one batch. While it is read: 4 per weight, and 10 per weight of its largest layer (the file's
-    pages, and the search for values that are not finite). While a layer is profiled (options; None: in workers):
-    `task_bytes`.
+    pages, and the search for values that are not finite). While a layer is profiled: `task_bytes` (options; None: it is
+    sent to a worker, and 16 per weight and entry of its Hessian are here, for the problem and its pickle).
     """
     moments = [0]
     for names in (network.block, network.outside):
@@ -180,8 +180,9 @@ def streaming_bytes(network: Network, options: Sequence[Option] | None = None, e
         held = network.hessian_bytes(names)
         moments.append(4 * weights + held + held // 2 + round(4 * network.batch_samples * values))
         moments.append(4 * weights + 10 * max((u.weights for u in part), default=0))
-    if options is not None:
-        moments += [task_bytes(u, options, exact_limit, sent=False) for u in network.units]
+    for u in network.units:
+        problem = 8 * (u.weights + (0 if u.table else u.shape[0] * u.shape[2] ** 2))
+        moments.append(2 * problem if options is None else task_bytes(u, options, exact_limit, sent=False))
     return LIBRARIES + TRANSFORMERS + BUFFERS + network.data_bytes + max(moments)
 
 

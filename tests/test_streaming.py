@@ -100,6 +100,18 @@ def stored(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize(("saved_as", "read_as"), [("ForCausalLM", "Model"), ("Model", "ForCausalLM")])
+def test_a_model_saved_with_a_head_about_it_or_without_one_is_found(
+    saved_as: str, read_as: str, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    (model if saved_as == "ForCausalLM" else model.model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [f"Llama{saved_as}"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [f"Llama{read_as}"]}))
+    assert model_digest(streamed_model(tmp_path)) == model_digest(hf.model_task(tmp_path).build_model())
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_streamed_store_has_the_same_bytes(case: str, text: Path, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", case)
