@@ -20,8 +20,9 @@ from torch import nn
 
 from autocompress import estimating, hf, streaming
 from autocompress.calibration import Statistics, calibrate
-from autocompress.errors import CalibrationError, LayerError, TaskError
+from autocompress.errors import CalibrationError, LayerError, StoreError, TaskError
 from autocompress.layers import find_layers, model_digest
+from autocompress.pipeline import profiled
 from autocompress.profiling import load_profile, profile
 from autocompress.streaming import calibrate_streamed, find_chain, streamed_model
 from autocompress.types import DENSE, Option
@@ -194,6 +195,20 @@ def test_compress_writes_the_same_file_either_way(llama: Path, text: Path, tmp_p
     assert metrics[0]["baseline_metric"] == metrics[1]["baseline_metric"] < 0
     planned = json.loads(call("plan", one, "--budget", "5x", "--json").out)
     assert planned["predicted_bytes"] <= metrics[0]["budget_bytes"]
+
+
+def test_what_a_streamed_model_cannot_have_is_refused_before_the_work(llama: Path, text: Path, tmp_path: Path) -> None:
+    common = ["compress", llama, "--text", text, "--length", 16, "--out", tmp_path / "out", "--stream"]
+    facts = json.loads(call(*common, "--budget", "5x", "--dry-run", "--json").out)
+    assert facts["layers"] == len(find_layers(tiny_llama()))
+    assert "no allocation fits in 300 bytes" in call(*common, "--budget", 300).refused(3)
+    assert "leave streaming off" in call(*common, "--budget", "5x", "--options", "channels").refused(2)
+    data = hf.model_task(llama, text, length=16).calibration_batches(0)
+    with pytest.raises(CalibrationError, match="keeps its statistics in a store; name one"):
+        profiled(streamed_model(llama), data)
+    stats = calibrate_streamed(streamed_model(llama), data, tmp_path / "store")
+    with pytest.raises(StoreError, match="needs a store, as it is more than memory may hold; name one"):
+        profile(streamed_model(llama), stats)
 
 
 def test_a_model_is_streamed_if_it_is_large_for_the_machine(
