@@ -23,6 +23,7 @@ __all__ = [
     "feed",
     "first_tensor",
     "join_batches",
+    "map_tensors",
     "materialise",
     "sample_digests",
     "split_batches",
@@ -42,13 +43,14 @@ def _tensors(batch: Batch) -> list[torch.Tensor]:
     return []
 
 
-def _map(batch: Batch, function: Any) -> Batch:
+def map_tensors(batch: Batch, function: Any) -> Batch:
+    """The same structure, lists as tuples, with function(tensor) in the place of every tensor."""
     if isinstance(batch, torch.Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _map(value, function) for key, value in batch.items()}
+        return {key: map_tensors(value, function) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return tuple(_map(item, function) for item in batch)
+        return tuple(map_tensors(item, function) for item in batch)
     return batch
 
 
@@ -189,8 +191,8 @@ def feed(model: nn.Module, batch: Batch) -> Any:
 
     Raises CalibrationError, describing the batch, if the model refuses it.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = model_arguments(model, _map(batch, lambda t: t.to(device)))
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    args, kwargs = model_arguments(model, map_tensors(batch, lambda t: t.to(device)))
     try:
         return model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -214,9 +216,9 @@ def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int 
     for batch in batches:
         size = batch_samples(batch)
         keep = max(1, size - max(1, round(holdout * size)))
-        fit.append(_map(batch, lambda t, keep=keep, size=size: t[:keep] if _holds_samples(t, size) else t))
+        fit.append(map_tensors(batch, lambda t, keep=keep, size=size: t[:keep] if _holds_samples(t, size) else t))
         if keep < size:
-            out.append(_map(batch, lambda t, keep=keep, size=size: t[keep:] if _holds_samples(t, size) else t))
+            out.append(map_tensors(batch, lambda t, keep=keep, size=size: t[keep:] if _holds_samples(t, size) else t))
     return fit, out
 
 
@@ -227,7 +229,7 @@ def chunk_batch(batch: Batch, samples: int) -> list[Batch]:
         return [batch]
 
     def part(start: int) -> Batch:
-        return _map(batch, lambda t: t[start : start + samples] if t.ndim and t.shape[0] == size else t)
+        return map_tensors(batch, lambda t: t[start : start + samples] if t.ndim and t.shape[0] == size else t)
 
     return [part(start) for start in range(0, size, samples)]
 
@@ -266,4 +268,4 @@ def join_batches(batches: Sequence[Batch], samples: int) -> Batch:
     except (RuntimeError, KeyError, ValueError):
         joined = max(chosen, key=batch_samples)
     size = batch_samples(joined)
-    return _map(joined, lambda t: t[:samples] if _holds_samples(t, size) else t)
+    return map_tensors(joined, lambda t: t[:samples] if _holds_samples(t, size) else t)

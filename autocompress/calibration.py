@@ -7,7 +7,7 @@ import hashlib
 import json
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,15 @@ from autocompress.inputs import attention_inputs, cell_inputs, lookups, recurren
 from autocompress.layers import TABLES, TRANSPOSED, Layer, find_layers, model_digest
 from autocompress.threads import single_threaded
 
-__all__ = ["CALIBRATION_VERSION", "LayerStatistics", "Statistics", "calibrate", "positions_of"]
+__all__ = [
+    "CALIBRATION_VERSION",
+    "Collector",
+    "LayerStatistics",
+    "Statistics",
+    "calibrate",
+    "fit_part",
+    "positions_of",
+]
 
 CALIBRATION_VERSION = 5
 FLOOR = 0.5  # uses that every row of a table has beside those that calibration saw (Krichevsky and Trofimov's add-half)
@@ -80,15 +88,22 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write one npz file (no pickle), atomically; layers with the same input share one Hessian in it."""
-        arrays: dict[str, np.ndarray] = {}
+        with atomic_path(path) as scratch, scratch.open("wb") as file:
+            write_npz(file, self._arrays())
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """What the file holds, one layer after the other: those that are kept on disk are never in memory together."""
         names: dict[str, Any] = {}
-        stored: dict[int, str] = {}
+        stored: dict[Any, str] = {}
+        held = isinstance(self.layers, dict)
         for i, (name, s) in enumerate(self.layers.items()):
-            at = stored.setdefault(id(s.hessian), f"h{i}")
-            arrays.setdefault(at, s.hessian)
-            arrays[f"m{i}"], arrays[f"v{i}"] = s.mean, s.var
+            key = id(s.hessian) if held else _digest(s.hessian)  # one that was read from disk is gone after its turn
+            if (at := stored.setdefault(key, f"h{i}")) == f"h{i}":
+                yield at, s.hessian
+            yield f"m{i}", s.mean
+            yield f"v{i}", s.var
             if s.row_weights is not None:
-                arrays[f"r{i}"] = s.row_weights
+                yield f"r{i}", s.row_weights
             names[name] = [at, f"m{i}", f"v{i}", s.calls, s.dead, s.positions, f"r{i}"]
         meta = {
             "layers": names,
@@ -98,26 +113,58 @@ class Statistics:
             "fields": dict(self.fields),
             "seen": self.seen,
         }
-        arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-        with atomic_path(path) as scratch, scratch.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Inverse of `save`. Raises MismatchError if the file is not one of statistics."""
+    def load(cls, path: str | Path, held: bool = True) -> Statistics:
+        """Inverse of `save`; held: whether all is read now, or each layer when it is asked for, from the file as it is
+        then. Raises MismatchError if the file is not one of statistics.
+        """
         try:
+            layers: Mapping[str, LayerStatistics]
             with np.load(path, allow_pickle=False) as data:
                 meta = json.loads(bytes(data["meta"]))
-                cache = {key: data[key] for key in data.files}
-            layers = {
-                name: LayerStatistics(cache[h], calls, cache[m], cache[v], dead, positions, cache.get(r))
-                for name, (h, m, v, calls, dead, positions, r) in meta["layers"].items()
-            }
+                if held:
+                    cache = {key: data[key] for key in data.files}
+                    layers = {name: _layer_statistics(entry, cache) for name, entry in meta["layers"].items()}
+                else:
+                    layers = KeptStatistics(Path(path), meta["layers"])
             return cls(
                 layers, meta["samples"], meta["damping"], tuple(meta["unreached"]), meta["fields"], tuple(meta["seen"])
             )
         except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise MismatchError(f"{path} does not hold statistics: {error}") from error
+
+
+def write_npz(file: Any, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """What `np.savez` writes, byte for byte, with one array in memory at a time."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, array in arrays:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+def _layer_statistics(entry: Sequence[Any], arrays: Mapping[str, np.ndarray]) -> LayerStatistics:
+    h, m, v, calls, dead, positions, r = entry
+    return LayerStatistics(arrays[h], calls, arrays[m], arrays[v], dead, positions, arrays[r] if r in arrays else None)
+
+
+class KeptStatistics(Mapping[str, LayerStatistics]):
+    """The layers of a file that `Statistics.save` wrote, each read when it is asked for."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Sequence[Any]]) -> None:
+        self.path, self.entries = path, entries
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        entry = self.entries[name]
+        with np.load(self.path, allow_pickle=False) as data:  # opened anew: threads of engines read at the same time
+            return _layer_statistics(entry, data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 def calibrate(
@@ -137,8 +184,21 @@ def calibrate(
     several layers is multiplied once. Raises CalibrationError for no data, batches that do not fit, or values that are
     not finite (naming the layer). Source: OBC, arXiv 2208.11580, section 3.
     """
-    data = materialise(batches)
     layers = find_layers(model)
+    fit, fields = fit_part(model, batches, seed, damping, holdout)
+    collector = Collector(model, list(layers))
+    with evaluating(model), torch.no_grad(), slow_attention(), collector, single_threaded():
+        for batch in fit:
+            feed(model, batch)
+            collector.end_batch()
+    return collector.finish(fit, damping, fields)
+
+
+def fit_part(
+    model: nn.Module, batches: Iterable[Batch], seed: int, damping: float, holdout: float | None
+) -> tuple[list[Batch], dict[str, str]]:
+    """What of the data the Hessians see, and the fields that statistics of it have: all that they depend on."""
+    data = materialise(batches)
     fit = (
         split_batches(data, seed=seed)[0]
         if holdout is None
@@ -152,17 +212,7 @@ def calibrate(
         "damping": repr(damping),
         "calibration_version": str(CALIBRATION_VERSION),
     }
-    collector = Collector(model, list(layers))
-    with evaluating(model), torch.no_grad(), slow_attention(), collector, single_threaded():
-        for batch in fit:
-            feed(model, batch)
-            collector.end_batch()
-    samples = sum(batch_samples(b) for b in fit)
-    found = {name: acc.finish(samples, damping) for name, acc in collector.accumulators.items() if acc.calls}
-    _share_equal(found)
-    unreached = tuple(name for name, acc in collector.accumulators.items() if not acc.calls)
-    seen = tuple(digest for b in fit for digest in sample_digests(b))
-    return Statistics(found, samples, damping, unreached, fields, seen)
+    return fit, fields
 
 
 def positions_of(model: nn.Module, batch: Batch) -> dict[str, int]:
@@ -179,10 +229,14 @@ def _share_equal(found: dict[str, LayerStatistics]) -> None:
     """Let layers whose Hessians are bit for bit equal (the same input) hold one array."""
     known: dict[bytes, np.ndarray] = {}
     for name, s in found.items():
-        key = hashlib.sha256(s.hessian.tobytes()).digest()
-        array = known.setdefault(key, s.hessian)
+        array = known.setdefault(_digest(s.hessian), s.hessian)
         if array is not s.hessian:
             found[name] = dataclasses.replace(s, hessian=array)
+
+
+def _digest(array: np.ndarray) -> bytes:
+    """SHA-256 of its bytes, of which no copy is made."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).digest()
 
 
 class _Accumulator:
@@ -194,6 +248,10 @@ class _Accumulator:
         self.positions = 0  # outputs that the moments are of
         self.multiplied = 0
         self.sum = self.squares = np.zeros(0)
+        self.leader: _Accumulator | None = None  # whose sum of products is this one's too
+        self.fresh = True  # whether all products that were added are those of this batch
+        self.batch: list[torch.Tensor] = []
+        self.scaled: tuple[np.ndarray, int] | None = None
 
     def add_products(self, products: list[torch.Tensor]) -> None:
         """One X Xᵀ (1, d, d) per group, or one (groups, d, d) for all of them."""
@@ -219,7 +277,15 @@ class _Accumulator:
         self.squares += (var + mean**2) * count
         self.positions += count
 
-    def finish(self, samples: int, damping: float) -> LayerStatistics:
+    def hessian(self, samples: int, damping: float) -> tuple[np.ndarray, int]:
+        """The sum of products as a Hessian, in its place, and the inputs that were always zero."""
+        if self.leader is not None:
+            return self.leader.hessian(samples, damping)
+        if self.scaled is None:
+            self.scaled = self._scale(samples, damping)
+        return self.scaled
+
+    def _scale(self, samples: int, damping: float) -> tuple[np.ndarray, int]:
         _, _, d = self.layer.matrix_shape
         hessian = np.zeros((0, d, d)) if self.gram is None else self.gram
         hessian *= 2.0 / samples
@@ -231,6 +297,10 @@ class _Accumulator:
             # A layer whose inputs are all zero has no opinion: the identity makes its error the plain squared weight
             # error.
             h[np.diag_indices_from(h)] += damping * level if level > 0.0 else 1.0
+        return hessian, dead
+
+    def finish(self, samples: int, damping: float) -> LayerStatistics:
+        hessian, dead = self.hessian(samples, damping)
         mean = self.sum / max(self.positions, 1)
         var = np.maximum(self.squares / max(self.positions, 1) - mean**2, 0.0)
         weights = None
@@ -244,11 +314,15 @@ Inputs = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], dict[str, list[t
 
 
 class Collector:
-    """Forward hooks on every owner of every layer, for the time of a `with` block; counting: of positions alone."""
+    """Forward hooks on every owner of every layer, for the time of a `with` block; counting: of positions alone.
 
-    def __init__(self, model: nn.Module, layers: list[Layer], counting: bool = False) -> None:
+    sharing: layers that read the same inputs from their first call on have one sum of products, and not one each that
+    is found equal at the end; CalibrationError where they part later.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], counting: bool = False, sharing: bool = False) -> None:
         self.model = model
-        self.counting = counting
+        self.counting, self.sharing = counting, sharing
         self.accumulators = {layer.name: _Accumulator(layer) for layer in layers}
         self.layers = layers
         self.handles: list[Any] = []
@@ -279,6 +353,35 @@ class Collector:
 
     def end_batch(self) -> None:
         self.products.clear()
+        for accumulator in self.accumulators.values():
+            leader = accumulator.leader
+            if leader is not None and list(map(id, leader.batch)) != list(map(id, accumulator.batch)):
+                raise CalibrationError(
+                    f"layers {leader.layer.name!r} and {accumulator.layer.name!r} read the same at first, and not in "
+                    "all batches; calibrate the model whole (--no-stream)"
+                )
+        for accumulator in self.accumulators.values():
+            accumulator.batch, accumulator.fresh = [], not accumulator.calls
+
+    def _add(self, accumulator: _Accumulator, products: list[torch.Tensor]) -> None:
+        """Add the products of one call, unless those of another layer, the same, stand for them."""
+        if self.sharing:
+            first = accumulator.fresh and not accumulator.batch
+            accumulator.batch += products  # held until the batch ends, so that no other object takes their place
+            if first:
+                same = (a for a in self.accumulators.values() if a.fresh and a.leader is None and a is not accumulator)
+                accumulator.leader = next((a for a in same if a.batch and a.batch[0] is products[0]), None)
+        if accumulator.leader is None:
+            accumulator.add_products(products)
+
+    def finish(self, fit: Sequence[Batch], damping: float, fields: Mapping[str, str]) -> Statistics:
+        """The statistics of these layers, once every batch of `fit` went through them; the accumulators are used up."""
+        samples = sum(batch_samples(b) for b in fit)
+        found = {name: acc.finish(samples, damping) for name, acc in self.accumulators.items() if acc.calls}
+        _share_equal(found)
+        unreached = tuple(name for name, acc in self.accumulators.items() if not acc.calls)
+        seen = tuple(digest for b in fit for digest in sample_digests(b))
+        return Statistics(found, samples, damping, unreached, fields, seen)
 
     def _hook_of(self, module: nn.Module, own: dict[str, _Accumulator]) -> Callable[..., None]:
         """The hook that adds what a module's weights, by parameter, saw in one call."""
@@ -298,7 +401,7 @@ class Collector:
                 x = args[0] if args else kwargs["input"]
                 flat = _channels_last(m, output.detach())
                 if not self.counting:
-                    own["weight"].add_products([self._product(own["weight"].layer, m, x, output)])
+                    self._add(own["weight"], [self._product(own["weight"].layer, m, x, output)])
                     own["weight"].add_moments(flat)
                 # A transposed convolution multiplies each weight by every input position, not for every output one.
                 own["weight"].multiplied += x.numel() // m.in_channels if isinstance(m, TRANSPOSED) else flat.shape[0]
@@ -306,7 +409,7 @@ class Collector:
                 found = inside(m, args, kwargs)
                 for parameter, accumulator in own.items():
                     if not self.counting:
-                        accumulator.add_products([self._product(accumulator.layer, None, x) for x in found[parameter]])
+                        self._add(accumulator, [self._product(accumulator.layer, None, x) for x in found[parameter]])
                     accumulator.multiplied += found[parameter][0].numel() // found[parameter][0].shape[-1]
             for accumulator in own.values():
                 accumulator.calls += 1

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the request, the task, the data or a file is wrong; 3 the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -131,6 +132,14 @@ LengthOption = Annotated[
     int | None, typer.Option(min=1, help="For a model folder: tokens of one calibration sample (default: 128).")
 ]
 SamplesOption = Annotated[int, typer.Option(min=2, help="For a model folder: how many calibration samples.")]
+StreamOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="For a model folder: calibrate and profile one block at a time (default: if its weights fill a quarter of "
+        "the memory).",
+    ),
+]
 TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
 
 
@@ -158,15 +167,28 @@ def _offered(options: str | None, task: str = "") -> list[Any] | None:
     return None if options is None else list(named_options([options]))
 
 
-def _task(spec: str, text: Path | None = None, length: int | None = None, samples: int = 256) -> Task:
-    """The task of a file, a module or a model folder. Raises TaskError."""
+def _task(
+    spec: str, text: Path | None = None, length: int | None = None, samples: int = 256, stream: bool | None = False
+) -> Task:
+    """The task of a file, a module or a model folder, whose model is streamed if that is wanted (None: if it is large).
+    Raises TaskError.
+    """
+    from autocompress.errors import TaskError
     from autocompress.tasks import load_task
 
     if text is None and not (Path(spec).is_dir() or _looks_like_hub(spec)):
+        if stream:
+            raise TaskError(f"{spec!r} is no model folder, and only the weights of one can be streamed (--stream)")
         return load_task(spec)
     from autocompress.hf import model_task
 
-    return model_task(spec, text, length, samples)
+    found = model_task(spec, text, length, samples)
+    if stream is None or stream:
+        from autocompress import streaming
+
+        if stream or streaming.too_large(spec):
+            return dataclasses.replace(found, model=lambda: streaming.streamed_model(spec))
+    return found
 
 
 def _looks_like_hub(spec: str) -> bool:
@@ -212,6 +234,7 @@ def compress(
     text: TextOption = None,
     length: LengthOption = None,
     samples: SamplesOption = 256,
+    stream: StreamOption = None,
     evaluate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A Python file with evaluate(model), instead of the task's own.")
     ] = None,
@@ -229,7 +252,7 @@ def compress(
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
     check_engine(engine)
     offered = _offered(options, task)
-    found = _task(task, text, length, samples)
+    found = _task(task, text, length, samples, stream)
     metric = found.evaluate if evaluate is None else load_evaluate(evaluate)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
@@ -268,6 +291,7 @@ def profile(
     text: TextOption = None,
     length: LengthOption = None,
     samples: SamplesOption = 256,
+    stream: StreamOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
@@ -281,7 +305,7 @@ def profile(
 
     check_engine(engine)
     offered = _offered(options, task)
-    found = _task(task, text, length, samples)
+    found = _task(task, text, length, samples, stream)
     model, data = found.build_model(), found.calibration_batches(seed)
     if dry_run:
         _show_facts(pipeline.forecast(model, data, None, None, store, offered or ()) | _counted(offered), as_json)
@@ -325,7 +349,8 @@ def plan(
     from autocompress.profiling import load_profile
 
     wanted = pipeline.check_request(_limits(budget, max_macs, max_bops, max_latency_ms), strategy, effort)
-    made = load_profile(folder / "profile" if (folder / "profile" / "profile.json").is_file() else folder)
+    place = folder / "profile" if (folder / "profile" / "profile.json").is_file() else folder
+    made = load_profile(place, held=task is not None)  # a plan by itself needs neither Hessians nor traces
     context = None
     if task is not None:
         from autocompress.comparing import task_context

@@ -73,8 +73,8 @@ def run_tasks(
     if check_engine(engine) is None:
         engine = "processes" if workers > 1 and len(tasks) > 1 else "inline"
     if engine == "inline" or not tasks:
-        for index, task in enumerate(tasks):
-            yield index, function(*task)
+        for index in range(len(tasks)):  # a task may be made when it is asked for, and is not to outlive its turn
+            yield index, function(*tasks[index])
         return
     target = f"{function.__module__}:{function.__qualname__}"
     answers: Any = (_on_ray if engine == "ray" else _in_processes)(target, tasks, workers)
@@ -93,7 +93,7 @@ Answer = tuple[int, bool, Any]  # index, whether it is a result, the result or w
 def _in_processes(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Answer]:
     """One thread per worker feeds it one task at a time, from a shared counter, and waits for its answer."""
     todo = iter(range(len(tasks)))
-    lock = threading.Lock()
+    lock, sending = threading.Lock(), threading.Lock()  # a task and its pickle are large: one at a time is in memory
     started: list[subprocess.Popen[bytes]] = []
     closed = False
     done: queue.Queue[Answer] = queue.Queue()
@@ -117,7 +117,8 @@ def _in_processes(target: str, tasks: Sequence[tuple[Any, ...]], workers: int) -
                     return
                 assert process.stdin is not None
                 assert process.stdout is not None
-                _send(process.stdin, (target, tasks[index]))
+                with sending:
+                    _send(process.stdin, (target, tasks[index]))
                 answer = _receive(process.stdout)
             except (EOFError, OSError, ValueError):
                 if closed:

@@ -4,13 +4,13 @@
                 for shapes, positions · (weights + Σ d²/2 of the inputs) multiply-adds at the rate of a product, on
                 the cores of this machine: it is the calling process that calibrates
     profile     Σ over layers of Σ over kinds of operations · rate (`workloads`), dealt to the workers largest first
-    memory      of the calling process: libraries + 4 bytes per parameter, 16 per weight of a layer (float64, order,
-                loss) + calibration data + Hessians; of a worker: libraries + its largest task (`task_bytes`)
+    memory      of the calling process: libraries + 4 bytes per parameter, 8 per weight of a layer (order, loss)
+                + calibration data + Hessians; of a worker: libraries + its largest task (`task_bytes`)
     disk        8 bytes per entry of each different Hessian, 8 per weight of a layer with an order (index and loss)
 
 A block is what a transformer repeats: held alone with its Hessians, as streaming does, it is all of the model that is
-in memory. Rates are those of one thread, measured in processor time, so that a busy machine does not change them; the
-minutes are those of a machine that is not.
+in memory (`streaming_bytes`). Rates are those of one thread, measured in processor time, so that a busy machine does
+not change them; the minutes are those of a machine that is not.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ __all__ = [
     "llama",
     "measured_rates",
     "network_of",
+    "streaming_bytes",
 ]
 
 LIBRARIES = 400 << 20  # of a process with torch and the compiled kernels; see results/estimates.csv
+TRANSFORMERS = 100 << 20  # of transformers beside them
+BUFFERS = 16 << 20  # of files that numpy writes
 CODES_HELD = 1 << 28  # bytes of codes that a task holds at once (compressors.base), made and copied
 SAMPLED = 64  # samples that a pass is timed on
 
@@ -80,7 +83,8 @@ class Unit:
 @dataclass(frozen=True)
 class Network:
     """What the estimate needs of a network and its data. block: names of the layers of the largest block, whose
-    statistics streaming holds at once; pass_seconds: of one sample's forward pass with its products, where measured.
+    statistics streaming holds at once; outside: of those in no block, which it holds at another time; batch_samples: of
+    the largest batch; pass_seconds: of one sample's forward pass with its products, where measured.
     """
 
     units: tuple[Unit, ...]
@@ -88,6 +92,8 @@ class Network:
     parameters: int
     data_bytes: int
     block: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    batch_samples: int = 1
     pass_seconds: float | None = None
 
     def hessian_bytes(self, names: Iterable[str] | None = None) -> int:
@@ -101,7 +107,7 @@ class Network:
 class Estimate:
     """Seconds are of an idle machine. tasks: seconds of every layer's, largest first. memory_bytes: of the calling
     process, where everything is computed in it, or of it alone; worker_bytes: of each worker beside it, 0 without any.
-    streaming_bytes: 4 · weights of the largest block + its Hessians + 1.5 GiB, None where the blocks are not known.
+    streaming_bytes: see the function of that name, None where the blocks are not known.
     """
 
     calibrate_seconds: float
@@ -139,13 +145,10 @@ def estimate(
     if passes is None:
         products = {u.input: u.shape[0] * u.shape[2] ** 2 / 2 * u.positions for u in network.units if not u.table}
         passes = (sum(u.macs for u in network.units) + sum(products.values())) * rates["product"] / default_workers()
-    held = 4 * network.parameters + network.data_bytes + 16 * sum(u.weights for u in network.units)
+    held = 4 * network.parameters + network.data_bytes + 8 * sum(u.weights for u in network.units)
     largest = max((task_bytes(u, offered, exact_limit) for u in network.units), default=0)
     memory = LIBRARIES + held + network.hessian_bytes() + (largest if alone else 0)
-    streaming = None
-    if network.block:
-        inside = sum(u.weights for u in network.units if u.name in network.block)
-        streaming = 4 * inside + network.hessian_bytes(network.block) + round(1.5 * 2**30)
+    streaming = streaming_bytes(network, offered if alone else None, exact_limit) if network.block else None
     ordered = sum(u.weights for u in network.units if u.reached and any(o.bits or o.step for o in offered))
     return Estimate(
         passes * network.samples,
@@ -159,17 +162,42 @@ def estimate(
     )
 
 
-def task_bytes(unit: Unit, options: Sequence[Option], exact_limit: float = EXACT_LIMIT) -> int:
+def streaming_bytes(network: Network, options: Sequence[Option] | None = None, exact_limit: float = EXACT_LIMIT) -> int:
+    """Peak memory of a profile that streams a network: the most of three moments, plus libraries, data and buffers.
+
+    A part is the largest block, or all that is outside of blocks. While it is calibrated: 4 bytes per weight; 8 per
+    entry of the Hessian of every input, and 4 for a product on its way into it; 4 per value of each input and of the
+    widest output for one batch. While it is read: 4 per weight, and 10 per weight of its largest layer (the file's
+    pages, and the search for values that are not finite). While a layer is profiled: `task_bytes` (options; None: it is
+    sent to a worker, and 16 per weight and entry of its Hessian are here, for the problem and its pickle).
+    """
+    moments = [0]
+    for names in (network.block, network.outside):
+        part = [u for u in network.units if u.name in names]
+        weights = sum(u.weights for u in part)
+        inputs = {u.input: u.shape[0] * u.shape[2] * u.positions for u in part if not u.table}
+        values = sum(inputs.values()) + max((u.shape[0] * u.shape[1] * u.positions for u in part), default=0.0)
+        held = network.hessian_bytes(names)
+        moments.append(4 * weights + held + held // 2 + round(4 * network.batch_samples * values))
+        moments.append(4 * weights + 10 * max((u.weights for u in part), default=0))
+    for u in network.units:
+        problem = 8 * (u.weights + (0 if u.table else u.shape[0] * u.shape[2] ** 2))
+        moments.append(2 * problem if options is None else task_bytes(u, options, exact_limit, sent=False))
+    return LIBRARIES + TRANSFORMERS + BUFFERS + network.data_bytes + max(moments)
+
+
+def task_bytes(unit: Unit, options: Sequence[Option], exact_limit: float = EXACT_LIMIT, sent: bool = True) -> int:
     """What a worker holds beside its libraries: the problem, factors in both precisions, and codes.
 
-    8 (weights + d² groups) for the problem, as much again while it is sent; 8 · 3 d² of factors and inverses (12 · d²
-    where rows share one); 12 per weight of order, losses and refits; 4 per weight and option, twice, up to a limit.
+    8 (weights + d² groups) for the problem, as much again while it is sent to a worker; 8 · 3 d² of factors and
+    inverses (12 · d² where rows share one); 12 per weight of order, losses and refits; 4 per weight and option, twice,
+    up to a limit.
     """
     groups, _, d = unit.shape
     square = 0 if unit.table else d * d
     factors = (24 if exact_operations(unit.shape) <= exact_limit else 12) * square
     codes = min(8 * unit.weights * len(options), max(2 * CODES_HELD, 8 * unit.weights))
-    return 16 * (unit.weights + groups * square) + factors + 12 * unit.weights + codes
+    return (16 if sent else 8) * (unit.weights + groups * square) + factors + 12 * unit.weights + codes
 
 
 def llama(config: str | Path | Mapping[str, Any], samples: int = 128, tokens: int = 2048) -> Network:
@@ -178,6 +206,8 @@ def llama(config: str | Path | Mapping[str, Any], samples: int = 128, tokens: in
     Reads hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size and
     tie_word_embeddings. Raises EstimateError, naming what is missing.
     """
+    from autocompress.hf import batch_rows
+
     if isinstance(config, Mapping):
         found: Any = config
     else:
@@ -203,7 +233,15 @@ def llama(config: str | Path | Mapping[str, Any], samples: int = 128, tokens: in
     if not tied:
         units.append(Unit("head", (1, vocab, width), "head", float(tokens)))
     parameters = sum(u.weights for u in units) + (2 * blocks + 1) * width
-    return Network(tuple(units), samples, parameters, 8 * samples * tokens, tuple(f"0.{name}" for name in inside))
+    return Network(
+        tuple(units),
+        samples,
+        parameters,
+        8 * samples * tokens,
+        tuple(f"0.{name}" for name in inside),
+        tuple(u.name for u in units if "." not in u.name),
+        min(samples, batch_rows(tokens)),
+    )
 
 
 def network_of(model: Any, data: Sequence[Any]) -> Network:

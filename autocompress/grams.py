@@ -26,18 +26,21 @@ LEAST_CHANNELS = 16  # with fewer, products of channels by channels are too smal
 
 
 def input_products(module: nn.Module | None, x: torch.Tensor, output: Any = None) -> torch.Tensor:
-    """X Xᵀ of what a module's weight multiplies in one call, float64 (groups, d, d).
+    """X Xᵀ of what a module's weight multiplies in one call, float64 (groups, d, d), or float32 where that is exact.
 
     X (d, positions) holds the input as a convolution unfolds it, columns in the order of the weight (input channel,
     then kernel position), or as it is for a linear module (None: the same, of any input's last dimension). `output` is
     needed for transposed convolutions. Products are float32, of `positions_in_flight` positions or of one sample each,
-    and summed in float64.
+    and summed in float64; that of a linear module with no more positions is handed out as it is, in half the memory.
     """
     if module is None or isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1]).float()
         d = rows.shape[1]
+        products = _products(rows.split(positions_in_flight(d, d)), lambda chunk: [chunk.t()])
+        if len(rows) <= positions_in_flight(d, d):
+            return _mirror(next(products))
         gram = torch.zeros(1, d, d, dtype=torch.float64, device=x.device)
-        for product in _products(rows.split(positions_in_flight(d, d)), lambda chunk: [chunk.t()]):
+        for product in products:
             gram += product
         return _mirror(gram)
     m: Any = module

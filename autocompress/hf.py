@@ -6,8 +6,9 @@ tokenizer beside them. Needs the extra `hf` (transformers), which is imported wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ from autocompress.batches import Batch
 from autocompress.errors import TaskError
 from autocompress.tasks import Task
 
-__all__ = ["mean_embedding", "model_task", "perplexity", "pretrained", "window_batches", "windows"]
+__all__ = [
+    "batch_rows",
+    "mean_embedding",
+    "model_task",
+    "perplexity",
+    "pretrained",
+    "skeleton",
+    "window_batches",
+    "windows",
+]
 
 TAIL = 0.1  # of the windows of a text, its last ones: what a causal model's perplexity is reported on
-BATCH = 32  # windows of one batch
+BATCH, POSITIONS = 32, 2048  # windows of one batch, and tokens, unless a single window has more
 LENGTH = 128  # tokens of a window, unless told otherwise
 
 
@@ -43,11 +53,10 @@ def model_task(
     """
     path = _checked(Path(folder))
     config = _config(path)
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    causal = _is_causal(config)
 
     def model() -> nn.Module:
-        library = _transformers()
-        return pretrained(library.AutoModelForCausalLM if causal else library.AutoModel, path)
+        return pretrained(_kind(config), path)
 
     @functools.cache
     def parts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +107,38 @@ def pretrained(kind: Any, folder: Path, **arguments: Any) -> nn.Module:
             logging.enable_progress_bar()
 
 
+def skeleton(folder: str | Path) -> nn.Module:
+    """What the task of a model folder builds, in eval mode, with every parameter on the meta device, where it has a
+    shape and takes no memory; buffers are as config.json makes them. Nothing of the weights is read. Raises TaskError.
+    """
+    path = _checked(Path(folder))
+    config = _config(path)
+    try:
+        with _no_parameters():
+            return _kind(config).from_config(config, dtype=torch.float32).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise TaskError(f"the model in {path} cannot be built: {_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _no_parameters() -> Iterator[None]:
+    """Put every parameter that a module gets on the meta device. A default device would do so to buffers too, and what
+    they hold (frequencies, positions) is often in no file.
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied one is there already, and stays the same object
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def windows(tokenizer: Any, text: str, length: int) -> torch.Tensor:
     """A text as int64 (windows, length): its tokens in order, cut, each window between the special tokens that the
     tokenizer puts around a single sequence; what is left over at the end is dropped.
@@ -127,7 +168,12 @@ def _around(whole: list[int], inner: list[int]) -> tuple[list[int], list[int]]:
 def window_batches(tokens: torch.Tensor, causal: bool = False) -> list[Batch]:
     """Windows (n, length) as batches by the names of a model's arguments; a causal model need keep no cache."""
     extra = {"use_cache": False} if causal else {}
-    return [{"input_ids": rows.contiguous(), **extra} for rows in tokens.split(BATCH)]
+    return [{"input_ids": rows.contiguous(), **extra} for rows in tokens.split(batch_rows(tokens.shape[1]))]
+
+
+def batch_rows(length: int) -> int:
+    """Windows of so many tokens that go through a model at once: what it makes of them is all in memory."""
+    return max(1, min(BATCH, POSITIONS // length))
 
 
 def perplexity(model: nn.Module, sequences: torch.Tensor | Sequence[torch.Tensor]) -> float:
@@ -155,6 +201,16 @@ def mean_embedding(output: Any, batch: Batch) -> torch.Tensor:
     states, mask = output.last_hidden_state, batch.get("attention_mask")
     weights = torch.ones_like(states[..., :1]) if mask is None else mask[..., None].to(states)
     return nn.functional.normalize((states * weights).sum(1) / weights.sum(1).clamp_min(1.0), dim=-1)
+
+
+def _is_causal(config: Any) -> bool:
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+
+
+def _kind(config: Any) -> Any:
+    """The class that loads a folder of that configuration."""
+    library = _transformers()
+    return library.AutoModelForCausalLM if _is_causal(config) else library.AutoModel
 
 
 def _transformers() -> Any:

@@ -28,6 +28,7 @@ __all__ = [
     "stored_tensors",
     "swap",
     "swapped_shape",
+    "weight_of",
 ]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,6 +36,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+READER = "_autocompress_reader"  # on a streamed model: what reads a tensor of its state dict from the files by name
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def find_layers(model: nn.Module) -> Layers:
         elif len({_use(model.get_submodule(n), p) for n, p in found}) > 1:
             shared = ", ".join(n if p == "weight" else _join(n, p) for n, p in found)
             skipped[name] = f"its weight is shared by different kinds of layers: {shared}"
-        elif not bool(torch.isfinite(weight).all()):
+        elif not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise LayerError(f"layer {name!r} has weights that are NaN or infinite; repair or retrain the model first")
         else:
             groups = 3 if parameter == "in_proj_weight" else int(getattr(module, "groups", 1))
@@ -292,11 +294,18 @@ def float32_file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return 8 + (text + 7) // 8 * 8 + offset
 
 
+def weight_of(model: nn.Module, key: str) -> torch.Tensor:
+    """A parameter by its name in the state dict; of a streamed model (`streaming`), read from its file each time."""
+    found = model.get_parameter(key)
+    return getattr(model, READER)(key) if found.is_meta else found
+
+
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of the state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        _check_storable(name, tensor)
+    for name, held in sorted(model.state_dict().items()):
+        _check_storable(name, held)
+        tensor = weight_of(model, name) if held.is_meta else held
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

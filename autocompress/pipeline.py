@@ -45,6 +45,7 @@ from autocompress.salience import widths
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
+from autocompress.streaming import calibrate_streamed, is_streamed, whole_model
 from autocompress.tasks import Task
 from autocompress.threads import default_workers
 from autocompress.timing import measured_ms, require_forms, require_runtime, timed
@@ -112,7 +113,8 @@ def compress(
     evaluate (higher is better) only reports: it is called on a copy of the dense model and on the model read back from
     the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
-    each kept only if the held-out slice says better. sequential: whether the first of these is tried; None leaves it to
+    each kept only if the held-out slice says better. A model from `streamed_model` is read into memory once its profile
+    is there. sequential: whether the first of these is tried; None leaves it to
     the effort. embedding: see `Context`. store: where the profile is kept (default: out/profile), so that the next
     budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a batch
     of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
@@ -131,13 +133,19 @@ def compress(
     folder = Path(out)
     with _result_folder(folder):
         data = materialise(batches)
-        stats = _calibrated(model, data, seed, wanted, options, workers, say)
+        place, streamed = store or folder / "profile", is_streamed(model)
+        stats = _calibrated(model, data, seed, wanted, options, workers, say, place)
+        if streamed:
+            found = _profiled(model, data, stats, place, options, workers, say, engine)
+            with say.stage("load the model"):
+                model = whole_model(model)
         baseline = metric = None
         if evaluate is not None:
             # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        found = _profiled(model, data, stats, store or folder / "profile", options, workers, say, engine)
+        if not streamed:
+            found = _profiled(model, data, stats, place, options, workers, say, engine)
         given = data[0] if example is None else example
         if wanted.latency_ms is not None:
             with say.stage("time layers"):
@@ -303,7 +311,7 @@ def profiled(
     """Calibrate and profile. Raises the errors of both."""
     check_engine(engine)
     say = _Clock(progress)
-    stats = _calibrated(model, data, seed, None, options, workers, say)
+    stats = _calibrated(model, data, seed, None, options, workers, say, store)
     return _profiled(model, data, stats, store, options, workers, say, engine)
 
 
@@ -332,7 +340,7 @@ def compare_seeds(
             say = _Clock(None if progress is None else functools.partial(_named_stage, progress, f"seed {seed}: "))
             folder = Path(out) / f"seed{seed}"
             model, data = task.build_model(), task.calibration_batches(seed)
-            stats = _calibrated(model, data, seed, None, options, workers, say)
+            stats = _calibrated(model, data, seed, None, options, workers, say, None)
             found = _profiled(model, data, stats, folder / "profile", options, workers, say)
             if latency:
                 with say.stage("time layers"):
@@ -375,8 +383,9 @@ def forecast(
     """
     layers = find_layers(model)
     template = make_template(model, layers)
-    with torch.no_grad():
-        feed(model, data[0])
+    if not is_streamed(model):
+        with torch.no_grad():
+            feed(model, data[0])
     found: dict[str, Any] = {
         "layers": len(layers),
         "weights": sum(layer.size for layer in layers),
@@ -388,10 +397,7 @@ def forecast(
     least = _floor(template, options)
     if budget is not None:
         limit = limit_bytes(budget, template)
-        if limit is not None and limit < least:
-            raise InfeasibleError(
-                f"no allocation fits in {limit:,} bytes: what no choice changes has {least:,} bytes by itself", least
-            )
+        _check_least(limit, least)
         found |= {"budget_bytes": limit} if limit is not None else {}
     found |= {"no_file_below_bytes": least} if least else {}
     for name, folder in (("results", out), ("profile", store or (Path(out) / "profile" if out else None))):
@@ -403,6 +409,13 @@ def forecast(
     return found
 
 
+def _check_least(limit: int | None, least: int) -> None:
+    if limit is not None and limit < least:
+        raise InfeasibleError(
+            f"no allocation fits in {limit:,} bytes: what no choice changes has {least:,} bytes by itself", least
+        )
+
+
 def _calibrated(
     model: nn.Module,
     data: list[Batch],
@@ -411,6 +424,7 @@ def _calibrated(
     options: list[Option | str] | None,
     workers: int | None,
     say: _Clock,
+    store: str | Path | None,
 ) -> Statistics:
     """Calibrate; refuse a budget below what norms and biases alone need, before the long work of a profile.
 
@@ -418,6 +432,12 @@ def _calibrated(
     """
     template = make_template(model, find_layers(model))
     limit = None if budget is None else limit_bytes(budget, template)
+    if is_streamed(model):
+        _check_least(limit, least_bytes(template))
+        if store is None:
+            raise CalibrationError("a streamed model keeps its statistics in a store; name one (store=)")
+        with say.stage("calibrate") as advance:
+            return calibrate_streamed(model, data, store, seed, progress=advance)
     with say.stage("calibrate"):
         stats = calibrate(model, data, seed=seed)
     given = named_options(["default"] if options is None else options)
@@ -445,6 +465,8 @@ def _profiled(
 ) -> Profile:
     channels = None
     if any(option.width is not None for option in named_options(options or [])):
+        if is_streamed(model):
+            raise CalibrationError("options with fewer channels need the whole model in memory; leave streaming off")
         with say.stage("channels"):
             channels = widths(model, data[0], stats)
     with say.stage("profile", len(stats.layers) + len(stats.unreached)) as advance:

@@ -41,7 +41,7 @@ from autocompress.costs import Latency
 from autocompress.engines import check_engine, run_tasks
 from autocompress.errors import MismatchError, OptionError, StoreError
 from autocompress.files import atomic_path, write_once
-from autocompress.layers import Layer, Layers, find_layers, model_digest
+from autocompress.layers import Layer, Layers, find_layers, model_digest, weight_of
 from autocompress.narrowing import WHOLE, Groups, Widths
 from autocompress.obs import EXACT_LIMIT, exact_operations
 from autocompress.records import Template, make_template
@@ -53,26 +53,40 @@ from autocompress.workloads import pays
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
 PROFILE_VERSION = 7
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what reading a layer's file may raise
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer of a profile: its options as rows, its pruning trace, and the energy ½ tr(W H Wᵀ) that errors are
-    compared with. narrowed: rows of narrower layers, which take part in `Profile.at` a structure only.
+    """One layer of a profile: its options as rows, its pruning trace (order and losses; the layer's file in the store
+    where that is left there; None where no option needed one), and the energy ½ tr(W H Wᵀ) that errors are compared
+    with. narrowed: rows of narrower layers, which take part in `Profile.at` a structure only.
     """
 
     layer: Layer
     rows: tuple[Measured, ...]
     energy: float
-    order: np.ndarray | None
-    losses: np.ndarray | None
+    kept: tuple[np.ndarray, np.ndarray] | Path | None
     narrowed: tuple[Measured, ...] = ()
+
+    def trace(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """Order and losses; (None, None) where no option needed them. Raises StoreError where their file is damaged."""
+        found = _load_trace(self.kept) if isinstance(self.kept, Path) else self.kept
+        return (None, None) if found is None else found
+
+    @property
+    def order(self) -> np.ndarray | None:
+        return self.trace()[0]
+
+    @property
+    def losses(self) -> np.ndarray | None:
+        return self.trace()[1]
 
     @property
     def reached(self) -> bool:
         """Whether calibration reached the layer; where it did not, its options are those that need no data."""
-        return self.order is not None or self.energy > 0.0  # options without a structure have no order
+        return self.kept is not None or self.energy > 0.0  # options without a structure have no order
 
     def method(self, exact_limit: float) -> str:
         """exact: an order of its own for every row; shared: one for all, as the layer is too wide (`obs.wide`)."""
@@ -119,7 +133,7 @@ class Profile:
                     ]
                 ).encode()
             )
-            for array in (layer.order, layer.losses):
+            for array in layer.trace():
                 if array is not None:
                     digest.update(array.tobytes())
         return digest.hexdigest()
@@ -316,13 +330,14 @@ class Profile:
         """The layer as compressors take it, with its trace; `weight` is the model's own."""
         found = self.layers[name]
         stats = self.statistics.layers.get(name)
+        order, losses = found.trace()
         return LayerProblem(
             name,
             found.layer.stored_shape,
             found.layer.matrix(weight),
             None if stats is None else stats.hessian,
-            found.order,
-            found.losses,
+            order,
+            losses,
             None if stats is None else stats.row_weights,
             self.exact_limit,
             found.layer.factorable,
@@ -411,10 +426,8 @@ def _layer_key(problem: LayerProblem, options: Sequence[Option], versions: str) 
     for side in (problem.inputs, problem.outputs):
         for level, kept in sorted(side.items()):
             digest.update(f"{level}:{kept.tolist()}".encode())
-    digest.update(np.ascontiguousarray(problem.weight).tobytes())
-    digest.update(b"none" if problem.hessian is None else np.ascontiguousarray(problem.hessian).tobytes())
-    if problem.row_weights is not None:
-        digest.update(np.ascontiguousarray(problem.row_weights).tobytes())
+    for array in (problem.weight, problem.hessian, *([] if problem.row_weights is None else [problem.row_weights])):
+        digest.update(b"none" if array is None else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -438,8 +451,10 @@ def _save_layer(
         np.savez(file, **arrays)
 
 
-def _load_layer(store: Store, key: str) -> tuple[list[Measured], np.ndarray | None, np.ndarray | None, float] | None:
-    """What `_save_layer` wrote; None where the file is not there. Raises StoreError where it is damaged."""
+def _load_layer(store: Store, key: str, held: bool = True) -> tuple[Any, ...] | None:
+    """(rows, trace, energy) that `_save_layer` wrote, the trace as its path unless it is to be held; None where the
+    file is not there. Raises StoreError where it is damaged.
+    """
     path = store.layer_path(key)
 
     def own(bits: int) -> int | None:
@@ -462,11 +477,21 @@ def _load_layer(store: Store, key: str) -> tuple[list[Measured], np.ndarray | No
             ]
             if list(parts):
                 raise ValueError("lengths of parts that belong to no option")
-            order, losses = (data["order"], data["losses"]) if "order" in data.files else (None, None)
-            return rows, order, losses, float(data["energy"])
+            trace: Any = None
+            if "order" in data.files:
+                trace = (data["order"], data["losses"]) if held else path
+            return rows, trace, float(data["energy"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
+        raise StoreError(f"{path} is damaged ({error}); remove it and run again") from error
+
+
+def _load_trace(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return data["order"], data["losses"]
+    except DAMAGE as error:
         raise StoreError(f"{path} is damaged ({error}); remove it and run again") from error
 
 
@@ -513,10 +538,15 @@ def profile(
         fields["channels"] = hashlib.sha256(json.dumps(channels.to_json()).encode()).hexdigest()
     template = dataclasses.replace(make_template(model, layers), widths=channels)
 
+    # Where weights are not held, nor are Hessians and traces: each layer's are read when its turn comes.
+    held = not any(model.get_parameter(layer.key).is_meta for layer in layers)
+    if not held and store is None:
+        raise StoreError("the profile of a streamed model needs a store, as it is more than memory may hold; name one")
+
     def work_on(stats: Statistics) -> _Work:
-        problems = _problems(model, layers, stats, exact_limit, channels)
-        keys = {name: _layer_key(problem, wanted, json.dumps(versions)) for name, problem in problems.items()}
-        return _Work(layers, problems, wanted, keys, workers, engine, progress)
+        problems = _Problems(model, layers, stats, exact_limit, channels)
+        keys = {name: _layer_key(problems[name], wanted, json.dumps(versions)) for name in problems}
+        return _Work(layers, problems, wanted, keys, workers, engine, progress, held)
 
     work = work_on(stats)
     if store is None:
@@ -540,32 +570,60 @@ def profile(
         _check_fields(known["fields"], fields, place.path)
         if (keys := {entry[0]: entry[-1] for entry in known["layers"]}) != work.keys:
             # The same sums from another processor or BLAS differ in their last bits; the store goes on with its own.
-            stats = Statistics.load(place.path / "statistics.npz")
+            stats = Statistics.load(place.path / "statistics.npz", held)
             work = work_on(stats)
             if work.keys != keys:
                 raise _damaged_head(place)
+        elif not held:
+            stats = Statistics.load(place.path / "statistics.npz", held)  # those that were given may go away
         return Profile(work.run(place), layers.skipped, stats, fields, template, place, widths=channels)
 
 
-def _problems(
-    model: nn.Module, layers: Layers, stats: Statistics, exact_limit: float, channels: Widths | None
-) -> dict[str, LayerProblem]:
-    problems = {}
-    for layer in layers:
-        found = stats.layers.get(layer.name)
-        problems[layer.name] = LayerProblem(
+@dataclass(frozen=True)
+class _Problems(Mapping[str, LayerProblem]):
+    """Every layer's problem by name, made when it is asked for: a float64 copy of all weights is never in memory."""
+
+    model: nn.Module
+    layers: Layers
+    stats: Statistics
+    exact_limit: float
+    channels: Widths | None
+
+    def __getitem__(self, name: str) -> LayerProblem:
+        layer, found = self.layers[name], self.stats.layers.get(name)
+        return LayerProblem(
             layer.name,
             layer.stored_shape,
-            layer.matrix(model.get_parameter(layer.key)),
+            layer.matrix(weight_of(self.model, layer.key)),
             None if found is None else found.hessian,
             None,
             None,
             None if found is None else found.row_weights,
-            exact_limit,
+            self.exact_limit,
             layer.factorable,
-            *_cuts(channels, layer),
+            *_cuts(self.channels, layer),
         )
-    return problems
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer.name for layer in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True)
+class _Tasks(Sequence[tuple[LayerProblem, list[Option]]]):
+    """Arguments of `profile_layer` for these layers, made when they are asked for."""
+
+    problems: Mapping[str, LayerProblem]
+    names: Sequence[str]
+    options: list[Option]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.problems[self.names[index]], self.options
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def code_versions() -> dict[str, str]:
@@ -613,29 +671,35 @@ class _Work:
     workers: int | None
     engine: str | None
     progress: Any
+    held: bool
 
     def run(self, store: Store | None) -> dict[str, LayerProfile]:
         """Compute what the store lacks, each finished layer kept at once."""
         done: dict[str, tuple[Any, ...]] = {}
         if store is not None:
-            kept = {name: _load_layer(store, key) for name, key in self.keys.items()}
+            kept = {name: _load_layer(store, key, self.held) for name, key in self.keys.items()}
             done = {name: found for name, found in kept.items() if found is not None}
             log.info("%d of %d layers are in the store already", len(done), len(self.keys))
-        todo = [problem for name, problem in self.problems.items() if name not in done]
+        todo = [layer for layer in self.layers if layer.name not in done]
         # Large layers first: the last task to finish should be a small one.
-        todo.sort(key=lambda p: (-p.weight.size * p.weight.shape[-1] ** 2, p.name))
-        tasks = [(p, self.options) for p in todo]
+        todo.sort(key=lambda x: (-x.size * x.matrix_shape[-1] ** 2, x.name))
+        tasks = _Tasks(self.problems, [layer.name for layer in todo], self.options)
         started = time.perf_counter()
         workers = default_workers() if self.workers is None else self.workers
         engine = self.engine
-        if engine is None and self.workers is None and not pays([p.weight.shape for p in todo], self.options, workers):
+        if engine is None and self.workers is None and not pays([x.matrix_shape for x in todo], self.options, workers):
             engine = "inline"
         for index, result in run_tasks(profile_layer, tasks, workers, engine):
             name = todo[index].name
-            done[name] = result
+            rows, order, losses, energy = result
+            trace: Any = None if order is None else (order, losses)
             if store is not None:
-                store.write_seconds(self.keys[name], result[0])
-                _save_layer(store.layer_path(self.keys[name]), *result)
+                store.write_seconds(self.keys[name], rows)
+                _save_layer(path := store.layer_path(self.keys[name]), *result)
+                if trace is not None and not self.held:
+                    trace = path
+            done[name] = rows, trace, energy
+            del result, order, losses, trace  # before the next task is made
             if self.progress is not None:
                 self.progress(len(done), len(self.problems), name)
         log.info("profiled %d layers in %.1f s", len(todo), time.perf_counter() - started)
@@ -643,9 +707,9 @@ class _Work:
 
 
 def _layer_profile(layer: Layer, found: tuple[Any, ...]) -> LayerProfile:
-    rows, order, losses, energy = found
+    rows, trace, energy = found
     own, narrowed = (tuple(r for r in rows if (r.option.width is None) == whole) for whole in (True, False))
-    return LayerProfile(layer, own, energy, order, losses, narrowed)
+    return LayerProfile(layer, own, energy, trace, narrowed)
 
 
 def _read_head(store: Store) -> dict[str, Any] | None:
@@ -660,8 +724,8 @@ def _damaged_head(store: Store) -> StoreError:
     return StoreError(f"{store.path / 'profile.json'} is damaged; remove it and run again")
 
 
-def load_profile(store: str | Path) -> Profile:
-    """The finished profile of a store.
+def load_profile(store: str | Path, held: bool = True) -> Profile:
+    """The finished profile of a store; held: whether Hessians and traces are read now, or each when it is asked for.
 
     Raises StoreError where there is none or layers are missing, MismatchError, naming the field, where other versions
     of the code made it.
@@ -679,12 +743,12 @@ def load_profile(store: str | Path) -> Profile:
         raise _damaged_head(place) from error
     profiles = {}
     for name, owners, shape, groups, parameter, swapped, factorable, key in known["layers"]:
-        kept = _load_layer(place, key)
+        kept = _load_layer(place, key, held)
         if kept is None:
             raise StoreError(
                 f"the profile in {path} is not finished (layer {name!r} is missing); run the command that made it again"
             )
         layer = Layer(name, tuple(owners), tuple(shape), groups, parameter, swapped, factorable)
         profiles[name] = _layer_profile(layer, kept)
-    stats = Statistics.load(path / "statistics.npz")
+    stats = Statistics.load(path / "statistics.npz", held)
     return Profile(profiles, known["skipped"], stats, known["fields"], template, place, widths=widths)

@@ -20,7 +20,7 @@ from autocompress.compressors.base import factor_keys
 from autocompress.costs import factor_shapes
 from autocompress.errors import MismatchError
 from autocompress.factors import renamed
-from autocompress.layers import NORMS, Layers, dense_file_bytes, is_rms_norm, stored_tensors
+from autocompress.layers import NORMS, Layers, dense_file_bytes, is_rms_norm, stored_tensors, weight_of
 from autocompress.narrowing import WHOLE, Widths
 from autocompress.storage import Entry, file_size, float_entry, grid_codes, grid_entry, grid_size
 
@@ -79,7 +79,7 @@ def vector_keys(model: nn.Module, layers: Layers) -> tuple[frozenset[str], froze
                 spread[_join(name, "weight")] = float(scale.double().abs().max()), 2.0**-10
             spread[_join(name, "bias")] = float(weight.detach().double().abs().max()), 2.0**-7
     for layer in layers:
-        rows = np.sqrt((layer.matrix(model.get_parameter(layer.key)) ** 2).sum(axis=-1))
+        rows = np.sqrt((layer.matrix(weight_of(model, layer.key)) ** 2).sum(axis=-1))
         for owner in layer.owners:
             spread[_join(owner, layer.parameter.replace("weight", "bias"))] = float(rows.mean()), 2.0**-7
     half, grid = set(), set()

@@ -5,12 +5,14 @@
     python experiments/transformers_runs.py --task minilm_stsb --ratios 8 --strategies exact
 
 Strategies: uniform, greedy and exact are planned on the relative errors alone, not measured, applied with statistics
-correction and saved; auto is `compress` at the effort given, with all that this measures, searches and tunes. All rows
-of a task and seed share one profile of --options. Each row is a process of its own: `cpu_seconds` is what it and its
-workers took of processors, `peak_mb` the largest resident set of one of its processes; `profiled` says whether the
-profile is in them. `metric` is of the network read back from the file: 100 times the rank correlation on the 1,500 dev
-pairs, or minus the perplexity on stories 40 to 118; no choice looks at it. `distance`: of the outputs from the dense
-model's on the windows that the Hessians never saw, by which variants may be compared. Rows that are there stay.
+correction and saved; `exact+sequential` is the plan of `exact`, compressed anew layer by layer, each on what the
+compressed ones before it produce, within the same bytes (`apply_sequentially`). auto is `compress` at the effort given,
+with all that this measures, searches and tunes. All rows of a task and seed share one profile of --options. Each row
+is a process of its own: `cpu_seconds` is what it and its workers took of processors, `peak_mb` the largest resident set
+of one of its processes; `profiled` says whether the profile is in them. `metric` is of the network read back from the
+file: 100 times the rank correlation on the 1,500 dev pairs, or minus the perplexity on stories 40 to 118; no choice
+looks at it. `distance`: of the outputs from the dense model's on the windows that the Hessians never saw, by which
+variants may be compared. Rows that are there stay.
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ def row_of(task_name: str, ratio: str, strategy: str, seed: str, arguments: argp
     from autocompress.batches import materialise
     from autocompress.pipeline import compress, profiled
     from autocompress.profiling import load_profile
+    from autocompress.sequential import apply_sequentially
 
     task = ac.load_task(ROOT / "experiments" / "tasks" / f"{task_name}.py")
     folder = Path(arguments.out) / task_name / f"seed{seed}"
@@ -122,7 +125,12 @@ def row_of(task_name: str, ratio: str, strategy: str, seed: str, arguments: argp
             else load_profile(store)
         )
         (store / "done").touch()
-        small = ac.apply(model, ac.plan(found, budget, strategy), found, data, seed=int(seed))
+        name, _, mode = strategy.partition("+")
+        chosen = ac.plan(found, budget, name)
+        if mode == "sequential":
+            small = apply_sequentially(model, chosen, found, data, seed=int(seed))
+        else:
+            small = ac.apply(model, chosen, found, data, seed=int(seed))
         plan = encoded_of(small).plan
         out.mkdir(parents=True, exist_ok=True)
         ac.save(small, plan, out / "model.acz")

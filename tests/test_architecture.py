@@ -39,6 +39,7 @@ ORDER = [
     "workloads",
     "engines",
     "profiling",
+    "streaming",
     "coupling",
     "planning",
     "correcting",

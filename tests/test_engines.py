@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,29 @@ def test_a_worker_that_dies_while_it_is_fed_is_replaced() -> None:
 
 
 @pytest.mark.timeout(60)
+class Made(Sequence[tuple[int]]):
+    """Tasks that are made when they are asked for; `most` is how many were in the making at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: Any) -> Any:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.05)
+        self.now -= 1
+        return (index,)
+
+
+def test_one_task_at_a_time_is_in_the_making() -> None:
+    tasks = Made()
+    assert sorted(run_tasks(abs, tasks, 3, "processes")) == [(i, i) for i in range(6)]
+    assert tasks.most == 1
+
+
 def test_what_cannot_be_pickled_is_reported_and_not_waited_for() -> None:
     with pytest.raises(WorkerError, match=r"(?i)pickle"):
         collect(process_id, [(threading.Lock(),), (1,)], 2)

@@ -83,9 +83,17 @@ def test_shapes_of_published_networks_have_their_numbers_of_parameters() -> None
 def test_streaming_holds_a_block_and_its_statistics() -> None:
     network = llama(SEVEN)
     found = estimate(network, REFERENCE, 8)
-    block = 4 * 4096**2 + 3 * 4096 * 11008
-    assert found.streaming_bytes == 4 * block + network.hessian_bytes(network.block) + round(1.5 * 2**30)
-    assert found.streaming_bytes < found.memory_bytes / 10
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    assert network.batch_samples == 1  # of 2,048 tokens
+    values = 2048 * (3 * 4096 + 11008 + 11008)
+    block = 4 * weights + (8 + 4) * (3 * 4096**2 + 11008**2) + 4 * values
+    rest = network.data_bytes + estimating.LIBRARIES + estimating.TRANSFORMERS + estimating.BUFFERS
+    assert found.streaming_bytes == block + rest, "workers profile elsewhere"
+    # What streaming is for: a block, its statistics, and 1.5 GiB for everything else.
+    assert found.streaming_bytes <= 4 * weights + network.hessian_bytes(network.block) + 1.5 * 2**30
+    alone = estimate(network, REFERENCE, 1).streaming_bytes
+    assert alone == max(task_bytes(u, default_options(), sent=False) for u in network.units) + rest
+    assert found.streaming_bytes < alone < found.memory_bytes / 10
     assert estimate(network_of(convnet(), images()), REFERENCE).streaming_bytes is None
 
 
