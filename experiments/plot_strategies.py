@@ -48,8 +48,8 @@ LIMITS = (
     "networks' weights are the same published ones.",
     "Top-1 on 10,000 test images has a sampling error of about 0.3 points of its own; it is common to all strategies "
     "of a network, and differences between them are steadier than that.",
-    "Seconds are those of a machine shared with other work, weights that an earlier row made left out; those of `loss`, "
-    "`fisher` and `hawq` are left out where an earlier row had paid for their gradients and runs.",
+    "Seconds are those of a machine shared with other work, weights that an earlier row made left out; those of "
+    "`loss`, `fisher` and `hawq` are left out where an earlier row had paid for their gradients and runs.",
 )
 
 

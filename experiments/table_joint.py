@@ -45,7 +45,22 @@ def main() -> None:
                 for name in (family, f"{family}, auto"):
                     cells += figures(by_family.loc[name]) if name in by_family.index else [""] * 4
                 lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", *ahead(part)]
     (ROOT / "docs" / "joint_cifar10.md").write_text("\n".join(lines) + "\n")
+
+
+def ahead(part: pd.DataFrame) -> list[str]:
+    """Top-1 of all families together less that of the best one alone, of the exact solve and of auto."""
+    found = []
+    for kind, suffix in (("exact solve", ""), ("auto", ", auto")):
+        words = []
+        for budget, own in part.groupby("budget", sort=False):
+            top1 = own.set_index("family")["top1"]
+            alone = [top1[f + suffix] for f in FAMILIES if f != "joint" and f + suffix in top1.index]
+            if f"joint{suffix}" in top1.index and any(map(pd.notna, alone)):
+                words.append(f"{top1[f'joint{suffix}'] - max(x for x in alone if pd.notna(x)):+.2f} at {budget}")
+        found.append(f"- All of it less the best family alone, {kind}, points of top-1: {'; '.join(words)}.")
+    return found
 
 
 def figures(row: pd.Series) -> list[str]:
