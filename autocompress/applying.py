@@ -18,9 +18,11 @@ from autocompress.compressors.base import Parts, factor_keys, product
 from autocompress.correcting import Moments, correct_statistics, dense_moments
 from autocompress.errors import MismatchError
 from autocompress.factors import Halves, factorise, renamed
+from autocompress.layers import Layer, weight_of
 from autocompress.narrowing import Groups, narrow
+from autocompress.offloading import READER, Reader, is_streamed
 from autocompress.profiling import Profile
-from autocompress.records import VectorStore, fold_norms, records, rename_vectors
+from autocompress.records import VectorStore, fold_norms, records, rename_vectors, stored_values
 from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
@@ -28,17 +30,23 @@ from autocompress.types import Option, Plan
 __all__ = [
     "CORRECTION_SAMPLES",
     "Encoded",
+    "Made",
     "apply",
     "carrying",
     "check_plan",
     "encoded_of",
+    "kept_weight",
+    "made",
     "realise_layers",
+    "realised_layers",
+    "set_weight",
     "with_records",
     "with_weights",
 ]
 
 CORRECTION_SAMPLES = 512
 _ATTRIBUTE = "_autocompress_encoded"
+Made = Parts | list[Entry]  # a compressed weight as a model gets it: dense, or for a streamed model its records
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,11 @@ def apply(
     """
     check_plan(model, plan, profile)
     profile = profile.with_vectors(plan.vector_bits)
-    weights = realise_layers(model, profile, plan.layers)
+    weights = realised_layers(model, profile, plan.layers)
     data = None
     if batches is not None:
         data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
-    small = with_weights(model, profile, {n: r.parts() for n, r in weights.items()}, data, layers=plan.layers)
+    small = with_weights(model, profile, {n: made(r) for n, r in weights.items()}, data, layers=plan.layers)
     return with_records(small, plan, profile, weights)
 
 
@@ -97,16 +105,19 @@ def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:
     profile.kept(plan.layers)  # refuses widths that do not fit together
 
 
-def with_records(small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised]) -> nn.Module:
+def with_records(
+    small: nn.Module, plan: Plan, profile: Profile, weights: Mapping[str, Realised | list[Entry]]
+) -> nn.Module:
     """The model itself, now carrying the records of its file: these weights, and every other tensor as it stands."""
-    layers = {name: found.layer for name, found in profile.layers.items()}
-    compressed = {
-        entry.name: entry
-        for n, r in weights.items()
-        for entry in r.entries(layers[n].key, plan.layers[n], layers[n].params)
-    }
-    half = renamed(profile.template.half, [n for n, r in weights.items() if r.factors]).values()
+    found = {n: _entries(profile, n, plan.layers[n], weight) for n, weight in weights.items()}
+    compressed = {entry.name: entry for entries in found.values() for entry in entries}
+    half = renamed(profile.template.half, [n for n, entries in found.items() if len(entries) > 1]).values()
     return carrying(small, records(small, compressed, frozenset(half), profile.template.bits), plan)
+
+
+def _entries(profile: Profile, name: str, option: Option, weight: Realised | list[Entry]) -> list[Entry]:
+    layer = profile.layers[name].layer
+    return weight if isinstance(weight, list) else weight.entries(layer.key, option, layer.params)
 
 
 def carrying(small: nn.Module, entries: Iterable[Entry], plan: Plan) -> nn.Module:
@@ -117,56 +128,118 @@ def carrying(small: nn.Module, entries: Iterable[Entry], plan: Plan) -> nn.Modul
 
 def realise_layers(model: nn.Module, profile: Profile, layers: Mapping[str, Option]) -> dict[str, Realised]:
     """Every layer's compressed weight, on as many threads as there are cores; the bits do not depend on how many."""
-    tasks = [
-        (profile.problem(name, model.get_parameter(profile.layers[name].layer.key)), option)
-        for name, option in layers.items()
-    ]
-    tasks.sort(key=lambda t: (-t[0].weight.size, t[0].name))
+
+    def of(name: str) -> Realised:
+        return realise(profile.problem(name, weight_of(model, profile.layers[name].layer.key)), layers[name])
+
+    order = sorted(layers, key=lambda n: (-profile.layers[n].layer.size, n))
     with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
-        found = dict(zip([t[0].name for t in tasks], pool.map(lambda t: realise(*t), tasks), strict=True))
+        found = dict(zip(order, pool.map(of, order), strict=True))
     return {name: found[name] for name in layers}
+
+
+def realised_layers(
+    model: nn.Module, profile: Profile, layers: Mapping[str, Option]
+) -> dict[str, Realised | list[Entry]]:
+    """`realise_layers`; of a streamed model the records, made one layer after another: weights of all of them, or of
+    two at work, would be more than memory may hold.
+    """
+    if not is_streamed(model):
+        return dict(realise_layers(model, profile, layers))
+    return {n: kept_weight(model, profile, n, o, realise_layers(model, profile, {n: o})[n]) for n, o in layers.items()}
+
+
+def kept_weight(
+    model: nn.Module, profile: Profile, name: str, option: Option, found: Realised
+) -> Realised | list[Entry]:
+    """A layer's compressed weight as it is held: of a streamed model its records."""
+    return _entries(profile, name, option, found) if is_streamed(model) else found
+
+
+def made(weight: Realised | list[Entry]) -> Made:
+    """A weight as `with_weights` takes it."""
+    return weight if isinstance(weight, list) else weight.parts()
+
+
+class _Decoder:
+    """What reads the weights of a compressed copy of a streamed model: those of records decoded, the others dense."""
+
+    def __init__(self, dense: Reader) -> None:
+        self.dense = dense
+        self.entries: dict[str, list[Entry]] = {}
+
+    def __call__(self, key: str) -> torch.Tensor:
+        if key not in self.entries:
+            return self.dense(key)
+        first, *others = (stored_values(entry) for entry in self.entries[key])
+        if others:
+            shape = (others[0].shape[0], self.entries[key][0].params["factor"] * first.shape[1], *first.shape[2:])
+            first = product([first, *others], shape)
+        return torch.from_numpy(first)
+
+
+def set_weight(small: nn.Module, layer: Layer, weight: Made) -> None:
+    """Give a layer of a copy its compressed weight; of factors the product, as long as the layer is whole."""
+    if isinstance(weight, list):
+        decoder = getattr(small, READER)
+        decoder.entries |= {f"{owner}.{layer.parameter}": weight for owner in layer.owners}
+        return
+    whole = product(weight, layer.stored_shape) if isinstance(weight, tuple) else weight
+    small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(whole)))
 
 
 def with_weights(
     model: nn.Module,
     profile: Profile,
-    weights: Mapping[str, Parts],
+    weights: Mapping[str, Made],
     data: Batch | None,
     moments: Moments | None = None,
     layers: Mapping[str, Option] | None = None,
 ) -> nn.Module:
     """A copy of the model with these weights, norms folded, statistics corrected on `data`, and every float as it will
-    be stored; a layer of which there are factors becomes as many layers. `moments`: the dense model's on `data`, where
-    they are known. layers: the options that the weights are of, where some are narrower: so is the copy then.
+    be stored; a layer of which there are factors becomes as many layers. A copy of a streamed model decodes each weight
+    when its layer runs. `moments`: the dense model's on `data`, where they are known. layers: the options that the
+    weights are of, where some are narrower: so is the copy then.
     """
     kept = profile.kept(layers or {})
-    groups = Groups(()) if profile.widths is None else profile.widths.groups
-    small = (narrow(model, kept, groups) if kept else copy.deepcopy(model)).eval()
-    found = {}
-    split = {n: parts for n, parts in weights.items() if isinstance(parts, tuple)}
+    channels = Groups(()) if profile.widths is None else profile.widths.groups
+    small = (narrow(model, kept, channels) if kept else copy.deepcopy(model)).eval()
+    if is_streamed(model):
+        setattr(small, READER, _Decoder(getattr(model, READER)))
+    whole = {n: profile.layers[n].layer for n in weights}
+    found = {n: replace(layer, shape=tuple(small.get_parameter(layer.key).shape)) for n, layer in whole.items()}
+    shapes = {n: _factor_shapes(parts) for n, parts in weights.items()}
+    split = {n: each for n, each in shapes.items() if len(each) > 1}
     with torch.no_grad():
         for name, parts in weights.items():
-            weight = small.get_parameter(profile.layers[name].layer.key)
-            layer = found[name] = replace(profile.layers[name].layer, shape=tuple(weight.shape))
-            whole = product(parts, layer.stored_shape) if isinstance(parts, tuple) else parts
-            weight.copy_(torch.from_numpy(layer.unmatrix(whole)))
+            set_weight(small, found[name], parts)
         fold_norms(small)
         store = VectorStore(profile.template)
         if data is not None:  # with the product, as the names of the layers are still the dense model's
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
             reference = model
             if kept:
-                moments = _of_channels(dense_moments(model, owners, data) if moments is None else moments, kept, groups)
-                reference = narrow(model, kept, groups)
+                moments = _of_channels(
+                    dense_moments(model, owners, data) if moments is None else moments, kept, channels
+                )
+                reference = narrow(model, kept, channels)
             correct_statistics(reference, small, owners, data, store, moments)
         store.store_rest(small)
-        groups_of = {n: found[n].shape[1] // p[0].shape[1] for n, p in split.items()}
-        factorise(small, {n: Halves(groups_of[n], len(p[0]), len(p) > 2) for n, p in split.items()})
+        groups = {n: found[n].shape[1] // first[1] for n, (first, *_) in split.items()}
+        factorise(small, {n: Halves(groups[n], each[0][0], len(each) > 2) for n, each in split.items()})
         rename_vectors(small, split)
-        for name, parts in split.items():
-            for key, values in zip(factor_keys(found[name].key, len(parts)), parts, strict=True):
-                small.get_parameter(key).copy_(torch.from_numpy(values))
+        for name, each in split.items():
+            for key, part in zip(factor_keys(found[name].key, len(each)), weights[name], strict=True):
+                if isinstance(part, Entry):
+                    getattr(small, READER).entries[key] = [part]
+                else:
+                    small.get_parameter(key).copy_(torch.from_numpy(part))
     return small
+
+
+def _factor_shapes(weight: Made) -> list[tuple[int, ...]]:
+    """The shapes of a weight's factors; of a whole one its own."""
+    return [tuple(part.shape) for part in weight] if isinstance(weight, tuple | list) else [weight.shape]
 
 
 def _of_channels(moments: Moments, kept: Mapping[str, Sequence[int]], groups: Groups) -> Moments:

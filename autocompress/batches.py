@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from autocompress.errors import CalibrationError
+from autocompress.offloading import is_streamed, reading
 
 __all__ = [
     "batch_digest",
@@ -189,15 +190,23 @@ def model_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], di
 def feed(model: nn.Module, batch: Batch) -> Any:
     """model(batch) on the model's device, without gradients being switched on or off.
 
-    Raises CalibrationError, describing the batch, if the model refuses it.
+    A streamed model reads its weights as it goes. Raises CalibrationError, describing the batch, if the model refuses
+    it.
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     args, kwargs = model_arguments(model, map_tensors(batch, lambda t: t.to(device)))
     try:
-        return model(*args, **kwargs)
+        with reading(model):
+            output = model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CalibrationError(f"the model cannot take a batch of {describe_batch(batch)}: {reason}") from error
+    if is_streamed(model) and any(t.is_floating_point() and bool(t.isnan().any()) for t in _tensors(output)):
+        raise CalibrationError(
+            "the model puts out NaN: it uses a weight outside of the layer that holds it, and those of a streamed "
+            "model are in memory only while their layer runs; leave streaming off (--no-stream)"
+        )
+    return output
 
 
 def split_batches(batches: Sequence[Batch], holdout: float = HOLDOUT, seed: int = 0) -> tuple[list[Batch], list[Batch]]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from autocompress.errors import LayerError
+from autocompress.offloading import READER
 
 __all__ = [
     "Layer",
@@ -36,7 +37,6 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-READER = "_autocompress_reader"  # on a streamed model: what reads a tensor of its state dict from the files by name
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def float32_file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def weight_of(model: nn.Module, key: str) -> torch.Tensor:
-    """A parameter by its name in the state dict; of a streamed model (`streaming`), read from its file each time."""
+    """A parameter by its name in the state dict; of a streamed model (`offloading`), read each time."""
     found = model.get_parameter(key)
     return getattr(model, READER)(key) if found.is_meta else found
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autocompress.applying import CORRECTION_SAMPLES, realise_layers, with_weights
+from autocompress.applying import CORRECTION_SAMPLES, Made, made, realised_layers, with_weights
 from autocompress.batches import (
     Batch,
     batch_digest,
@@ -32,11 +32,11 @@ from autocompress.batches import (
     split_batches,
 )
 from autocompress.compressors import realise_each
-from autocompress.compressors.base import Parts
 from autocompress.correcting import Moments, dense_moments
 from autocompress.coupling import is_coupled
 from autocompress.errors import CalibrationError, MismatchError
-from autocompress.layers import model_digest
+from autocompress.layers import model_digest, weight_of
+from autocompress.offloading import is_streamed
 from autocompress.profiling import Profile
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
@@ -122,7 +122,7 @@ class Context:
         self._digest = model_digest(model)
         self._outputs: dict[tuple[str, int], torch.Tensor] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
-        self._weights: dict[tuple[str, str, str], Parts] = {}
+        self._weights: dict[tuple[str, str, str], Made] = {}
         self._checked: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,17 +200,15 @@ class Context:
     def build(self, profile: Profile, layers: Mapping[str, Option], correction: int = CORRECTION_SAMPLES) -> nn.Module:
         """The compressed model of a plan: exactly the weights that `apply` with these batches would give."""
         self.check(profile)
-        todo = {n: o for n, o in layers.items() if (profile.fingerprint, n, str(o)) not in self._weights}
-        for name, found in realise_layers(self.model, profile, todo).items():
+        keys = {name: (profile.fingerprint, name, str(option)) for name, option in layers.items()}
+        weights = {name: self._weights[key] for name, key in keys.items() if key in self._weights}
+        todo = {name: option for name, option in layers.items() if name not in weights}
+        for name, found in realised_layers(self.model, profile, todo).items():
+            weights[name] = made(found)
             if sum(map(_held, self._weights.values())) > CACHE_BYTES:
                 self._weights.clear()
-            self._weights[(profile.fingerprint, name, str(layers[name]))] = found.parts()
-        weights = {}
-        for name, option in layers.items():
-            kept = self._weights.get((profile.fingerprint, name, str(option)))
-            weights[name] = (
-                kept if kept is not None else realise_layers(self.model, profile, {name: option})[name].parts()
-            )
+            self._weights[keys[name]] = weights[name]
+        weights = {name: weights[name] for name in layers}
         data, key = self._corrections[correction], (profile.fingerprint, correction)
         if key not in self._moments:
             owners = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
@@ -222,22 +220,24 @@ class Context:
         """Make the weights of several options of each layer, for a search that will want many of them.
 
         At once they cost little more than one of them, as they share a factorisation. Nothing is done where they would
-        not all be kept.
+        not all be kept, or the model is streamed.
         """
         self.check(profile)
+        if is_streamed(self.model):
+            return
         size = sum(4 * profile.layers[name].layer.size * len(wanted) for name, wanted in options.items())
         if size + sum(map(_held, self._weights.values())) > CACHE_BYTES:
             return
 
-        def made(name: str) -> dict[Option, Any]:
+        def every(name: str) -> dict[Option, Any]:
             todo = [o for o in options[name] if (profile.fingerprint, name, str(o)) not in self._weights]
-            key = profile.layers[name].layer.key
-            return realise_each(profile.problem(name, self.model.get_parameter(key)), todo) if todo else {}
+            weight = weight_of(self.model, profile.layers[name].layer.key)
+            return realise_each(profile.problem(name, weight), todo) if todo else {}
 
         with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
-            for name, found in zip(options, pool.map(made, options), strict=True):
+            for name, found in zip(options, pool.map(every, options), strict=True):
                 for option, realised in found.items():
-                    self._weights[(profile.fingerprint, name, str(option))] = realised.parts()
+                    self._weights[(profile.fingerprint, name, str(option))] = made(realised)
 
     def measure(self, profile: Profile, layers: Mapping[str, Option], label: str = "") -> float:
         """Mean KL(dense ‖ compressed) per sample of a plan on the held-out slice; one with a label stands in `log`."""
@@ -362,9 +362,10 @@ class Context:
         found: dict[str, list[list[float]]] = {n: [] for n in profile.layers}
         for level in range(len(levels)):
             alone = {n: options[level] for n, options in chosen.items() if level < len(options)}
-            for layer_name, realised in realise_layers(self.model, profile, alone).items():
-                weight = realised.weight()
-                if realised.cut is not None:  # alone, it reads zeros and makes what it made
+            for layer_name, realised in realised_layers(self.model, profile, alone).items():
+                weight = realised if isinstance(realised, list) else realised.weight()
+                if not isinstance(realised, list) and realised.cut is not None:
+                    # Alone, it reads zeros and makes what it made.
                     parameter = self.model.get_parameter(profile.layers[layer_name].layer.key)
                     weight = profile.problem(layer_name, parameter).whole(realised)
                 small = with_weights(self.model, profile, {layer_name: weight}, None)
@@ -373,8 +374,10 @@ class Context:
         return found
 
 
-def _held(parts: Parts) -> int:
-    return sum(part.nbytes for part in parts) if isinstance(parts, tuple) else parts.nbytes
+def _held(weight: Made) -> int:
+    if isinstance(weight, list):
+        return sum(entry.bytes for entry in weight)
+    return sum(part.nbytes for part in weight) if isinstance(weight, tuple) else weight.nbytes
 
 
 def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:

@@ -14,6 +14,8 @@ from autocompress.storage import Entry, weight_entry, with_fixed_fields
 
 __all__ = ["Decode", "fixed_width", "pack", "packable", "packed_bytes"]
 
+META = torch.device("meta")
+
 
 class Decode(nn.Module):
     """A parametrisation: the payload of a file's entry in (uint8, on any device), the weight it stands for out.
@@ -49,11 +51,13 @@ class Decode(nn.Module):
 
 
 def packable(entry: Entry, model: nn.Module) -> bool:
-    """Whether an entry is a layer's weight that is shorter in the file than dense, and whose module would look for it
-    in a parametrisation: RNN, LSTM and GRU hold their weights in a second list, and compute with those.
+    """Whether an entry is a layer's weight that is shorter in the file than dense (or not in memory), and whose module
+    would look for it in a parametrisation: RNN, LSTM and GRU hold their weights in a second list, and compute with
+    those.
     """
-    owner = model.get_submodule(entry.name.rpartition(".")[0])
-    return "option" in entry.params and entry.bytes < 4 * entry.numel and not isinstance(owner, nn.RNNBase)
+    if "option" not in entry.params or isinstance(model.get_submodule(entry.name.rpartition(".")[0]), nn.RNNBase):
+        return False
+    return entry.bytes < 4 * entry.numel or model.get_parameter(entry.name).is_meta
 
 
 def fixed_width(entry: Entry) -> Entry:
@@ -80,7 +84,7 @@ def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         known = first.setdefault(id(parameter), name)
-        if known in weights:
+        if known in owners:
             place, _, field = name.rpartition(".")
             owners[known].append((model.get_submodule(place), field))
     for name, entry in weights.items():
@@ -93,7 +97,7 @@ def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:
             assert dense is not None
             decode = Decode(entry, dense.dtype)
             module._parameters[field] = (
-                payload if payload.device == dense.device else nn.Parameter(raw.to(dense.device), False)
+                payload if dense.device in (payload.device, META) else nn.Parameter(raw.to(dense.device), False)
             )
             # unsafe: the weight has another dtype and shape than what it is made from.
             parametrize.register_parametrization(module, field, decode, unsafe=True)

@@ -26,9 +26,10 @@ from autocompress.comparing import compare, task_context, write_comparison
 from autocompress.compressors import default_options, named_options
 from autocompress.doctor import environment, writable
 from autocompress.engines import check_engine
-from autocompress.errors import CalibrationError, InfeasibleError, TaskError
+from autocompress.errors import BudgetError, CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
+from autocompress.offloading import is_streamed, reading
 from autocompress.planning import (
     allocate,
     coarsest,
@@ -45,7 +46,7 @@ from autocompress.salience import widths
 from autocompress.saving import OutputError, SaveInfo, load, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
-from autocompress.streaming import calibrate_streamed, is_streamed, whole_model
+from autocompress.streaming import calibrate_streamed
 from autocompress.tasks import Task
 from autocompress.threads import default_workers
 from autocompress.timing import measured_ms, require_forms, require_runtime, timed
@@ -113,8 +114,9 @@ def compress(
     evaluate (higher is better) only reports: it is called on a copy of the dense model and on the model read back from
     the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
-    each kept only if the held-out slice says better. A model from `streamed_model` is read into memory once its profile
-    is there. sequential: whether the first of these is tried; None leaves it to
+    each kept only if the held-out slice says better. Of a model from `streamed_model` no more than a layer is in memory
+    at any time, beside what is compressed; what comes back decodes its weights layer by layer (`load` with packed), and
+    it is not tuned. sequential: whether the first of these is tried; None leaves it to
     the effort. embedding: see `Context`. store: where the profile is kept (default: out/profile), so that the next
     budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a batch
     of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
@@ -126,6 +128,8 @@ def compress(
     wanted = check_request(budget, strategy, effort)
     check_engine(engine)
     if wanted.latency_ms is not None:
+        if is_streamed(model):
+            raise BudgetError("milliseconds are timed on the whole model; limit them with streaming off (--no-stream)")
         require_forms([option for option in named_options(options or []) if option.width is None])
     if sequential and (limits := _other_limits(wanted)):
         raise StrategyError(f"sequential mode keeps to a size only, and the budget limits {', '.join(limits)} too")
@@ -135,17 +139,12 @@ def compress(
         data = materialise(batches)
         place, streamed = store or folder / "profile", is_streamed(model)
         stats = _calibrated(model, data, seed, wanted, options, workers, say, place)
-        if streamed:
-            found = _profiled(model, data, stats, place, options, workers, say, engine)
-            with say.stage("load the model"):
-                model = whole_model(model)
         baseline = metric = None
         if evaluate is not None:
             # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        if not streamed:
-            found = _profiled(model, data, stats, place, options, workers, say, engine)
+        found = _profiled(model, data, stats, place, options, workers, say, engine)
         given = data[0] if example is None else example
         if wanted.latency_ms is not None:
             with say.stage("time layers"):
@@ -158,10 +157,12 @@ def compress(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".result-") as scratch:
             with say.stage("save and verify"):
                 info = save(small, chosen, Path(scratch) / "model.acz")
-                restored = load(info.path, copy.deepcopy(model))
+                restored = load(info.path, copy.deepcopy(model), packed=streamed)
             if evaluate is not None:
                 with say.stage("evaluate the file"):
                     metric = _score(evaluate, restored)
+            if streamed:  # which can run without the folder that it came from
+                small = carrying(restored, encoded_of(small).entries, chosen)
             costs = cost_facts(found.with_realised(chosen), wanted, chosen.layers)
             if "latency_ms" in costs:
                 with say.stage("time the result"):
@@ -550,7 +551,8 @@ class _Clock:
 
 
 def _score(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    value = evaluate(model)
+    with reading(model):
+        value = evaluate(model)
     try:
         score = float(value)
     except (TypeError, ValueError):

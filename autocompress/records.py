@@ -20,9 +20,9 @@ from autocompress.compressors.base import factor_keys
 from autocompress.costs import factor_shapes
 from autocompress.errors import MismatchError
 from autocompress.factors import renamed
-from autocompress.layers import NORMS, Layers, dense_file_bytes, is_rms_norm, stored_tensors, weight_of
+from autocompress.layers import NORMS, Layers, dense_file_bytes, is_rms_norm, stored_tensors, swap, weight_of
 from autocompress.narrowing import WHOLE, Widths
-from autocompress.storage import Entry, file_size, float_entry, grid_codes, grid_entry, grid_size
+from autocompress.storage import Entry, FormatError, file_size, float_entry, grid_codes, grid_entry, grid_size
 
 __all__ = [
     "HALF_BITS",
@@ -34,6 +34,8 @@ __all__ = [
     "make_template",
     "records",
     "rename_vectors",
+    "stored_values",
+    "swap_groups",
     "vector_bits",
     "vector_keys",
 ]
@@ -127,6 +129,25 @@ def rename_vectors(small: nn.Module, layers: Collection[str]) -> None:
 
 def _join(owner: str, name: str) -> str:
     return f"{owner}.{name}" if owner else name
+
+
+def stored_values(entry: Entry) -> np.ndarray:
+    """A tensor of a file as the model has it: a weight that is stored rows first has its own layout again. Raises
+    FormatError.
+    """
+    values = entry.dequantise().reshape(entry.shape)
+    groups = swap_groups(entry)
+    return swap(values, groups) if groups else values
+
+
+def swap_groups(entry: Entry) -> int:
+    """The groups within which the first two dimensions are exchanged, 0 where they are not. Raises FormatError."""
+    groups = entry.params.get("swapped", 0)
+    if not isinstance(groups, int) or groups < 0:
+        raise FormatError(f"entry {entry.name!r}: its dimensions are exchanged in {groups!r} groups")
+    if groups and (len(entry.shape) < 2 or entry.shape[0] % groups):
+        raise FormatError(f"entry {entry.name!r}: {groups} groups do not divide the shape {entry.shape}")
+    return groups
 
 
 def fold_norms(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ tensors of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -17,10 +17,11 @@ from autocompress.applying import encoded_of
 from autocompress.errors import AutocompressError, BudgetError, MismatchError
 from autocompress.factors import Halves, factorise, split_shapes
 from autocompress.files import atomic_path
-from autocompress.layers import CONVOLUTIONS, TRANSPOSED, stored_tensors, swap, swapped_shape
+from autocompress.layers import CONVOLUTIONS, TRANSPOSED, stored_tensors, swapped_shape, weight_of
 from autocompress.narrowing import narrow_to
+from autocompress.offloading import READER, is_streamed
 from autocompress.packed import fixed_width, pack, packable
-from autocompress.records import foldable_norms
+from autocompress.records import foldable_norms, stored_values, swap_groups
 from autocompress.storage import Entry, FormatError, file_size, read, write
 from autocompress.types import Plan
 
@@ -33,7 +34,6 @@ __all__ = [
     "load",
     "save",
     "state_dict_of",
-    "swap_groups",
     "unpack",
     "write_text",
 ]
@@ -69,7 +69,7 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
             f"the file would have {size:,} bytes, the budget is {plan.budget_bytes:,}; "
             "make the plan again for this model"
         )
-    _check_unchanged(small, {e.name: _values(e) for e in encoded.entries})
+    _check_unchanged(small, encoded.entries)
     try:
         info = write(path, encoded.entries)
     except OSError as error:
@@ -77,16 +77,16 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
     return SaveInfo(Path(path), info.bytes, plan.budget_bytes)
 
 
-def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
+def _check_unchanged(small: nn.Module, entries: Sequence[Entry]) -> None:
     tensors = stored_tensors(small)
-    for name, values in stored.items():
+    for name, values in ((entry.name, stored_values(entry)) for entry in entries):
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.shape) != values.shape:
             raise MismatchError(
                 f"field {name!r}: the model no longer has this tensor as it was applied; apply the plan again"
             )
         kept = torch.from_numpy(np.ascontiguousarray(values)).reshape(values.shape).to(tensor.dtype)
-        here = tensor.cpu()
+        here = (weight_of(small, name) if tensor.is_meta else tensor).cpu()
         if not bool(((here == kept) | ((here != here) & (kept != kept))).all()):  # NaN is as good as NaN
             raise MismatchError(
                 f"field {name!r}: its values were changed after apply; saving would lose that "
@@ -99,23 +99,6 @@ def _check_unchanged(small: nn.Module, stored: Mapping[str, np.ndarray]) -> None
             )
 
 
-def _values(entry: Entry) -> np.ndarray:
-    """A tensor of a file as the model has it: a weight that is stored rows first has its own layout again."""
-    values = entry.dequantise().reshape(entry.shape)
-    groups = swap_groups(entry)
-    return swap(values, groups) if groups else values
-
-
-def swap_groups(entry: Entry) -> int:
-    """The groups within which the first two dimensions are exchanged, 0 where they are not. Raises FormatError."""
-    groups = entry.params.get("swapped", 0)
-    if not isinstance(groups, int) or groups < 0:
-        raise FormatError(f"entry {entry.name!r}: its dimensions are exchanged in {groups!r} groups")
-    if groups and (len(entry.shape) < 2 or entry.shape[0] % groups):
-        raise FormatError(f"entry {entry.name!r}: {groups} groups do not divide the shape {entry.shape}")
-    return groups
-
-
 def state_dict_of(archive: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
     """Every tensor of a file (an `Archive`, or its entries by name); the running statistics of folded norms, which it
     only implies, are 0 and 1.
@@ -124,13 +107,31 @@ def state_dict_of(archive: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
     """
     out: dict[str, torch.Tensor] = {}
     for name, entry in archive.items():
-        values = _values(entry)
+        values = stored_values(entry)
         out[name] = torch.from_numpy(np.array(values, copy=True)).reshape(values.shape)
         if entry.params.get("folded"):
             owner = name.removesuffix("weight")
             out[f"{owner}running_mean"] = torch.zeros(entry.shape)
             out[f"{owner}running_var"] = torch.ones(entry.shape)
     return out
+
+
+@dataclass(frozen=True)
+class _Some(Mapping[str, Entry]):
+    """Some entries of a file, each read, and made something else, when it is asked for."""
+
+    archive: Mapping[str, Entry]
+    names: Sequence[str]
+    change: Callable[[Entry], Entry] | None = None
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.archive[name] if self.change is None else self.change(self.archive[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @overload
@@ -147,6 +148,7 @@ def load(
     `packed.pack`); outputs are the same, bit for bit. Weights of RNN, LSTM and GRU modules are dense all the same,
     as torch keeps a list of its own of them. packed="bits": with a fixed number of bits per code instead,
     which takes more memory and decodes about ten times as fast. The whole file is checked before the model is touched.
+    A model from `streamed_model` takes packed weights only, and needs its folder no more then.
     Raises FormatError for a damaged file, MismatchError, naming what differs, for another architecture.
     """
     if packed not in (False, True, "bits"):
@@ -154,15 +156,13 @@ def load(
     with read(path) as archive:
         halves, narrower = halves_of(archive), is_narrower(archive)
         if packed and model is not None:
-            entries = dict(archive)
-            for entry in entries.values():
-                entry.dequantise()  # one at a time: what is damaged shows before the model is touched
-            _reshape(model, _shapes(entries), str(path), halves, narrower)
-            weights = {name: entry for name, entry in entries.items() if packable(entry, model)}
-            if packed == "bits":
-                weights = {name: fixed_width(entry) for name, entry in weights.items()}
-            others = state_dict_of({name: entry for name, entry in entries.items() if name not in weights})
-            pack(model, weights)
+            archive.verify()  # one at a time: what is damaged shows before the model is touched
+            _reshape(model, _shapes(archive), str(path), halves, narrower)
+            weights = [name for name, entry in archive.items() if packable(entry, model)]
+            others = state_dict_of({name: archive[name] for name in archive if name not in set(weights)})
+            pack(model, _Some(archive, weights, fixed_width if packed == "bits" else None))
+            if is_streamed(model):
+                delattr(model, READER)
             return _copy_in(model, others)
         tensors = state_dict_of(archive)
     if model is None:
@@ -182,6 +182,8 @@ def fill(
     """Put a file's tensors into a model of the same architecture, in eval mode; layers that the file has as two
     (`halves`) become two, and those that it has `narrower` lose channels. Raises MismatchError before it is touched.
     """
+    if is_streamed(model):
+        raise MismatchError(f"the weights of this model are not in memory; load {place} with packed=True")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return _copy_in(_reshape(model, shapes, place, halves or {}, narrower), tensors)
 

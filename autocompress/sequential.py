@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.applying import CORRECTION_SAMPLES, check_plan, realise_layers, with_records, with_weights
+from autocompress.applying import (
+    CORRECTION_SAMPLES,
+    check_plan,
+    kept_weight,
+    made,
+    realised_layers,
+    set_weight,
+    with_records,
+    with_weights,
+)
 from autocompress.batches import (
     Batch,
     batch_samples,
@@ -29,7 +38,7 @@ from autocompress.compressors import LayerProblem, Measured, compressor_of, meas
 from autocompress.correcting import Moments, correct_statistics, dense_moments
 from autocompress.errors import CalibrationError
 from autocompress.inputs import slow_attention
-from autocompress.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from autocompress.layers import CONVOLUTIONS, TRANSPOSED, Layer, weight_of
 from autocompress.profiling import Profile
 from autocompress.records import VectorStore
 from autocompress.threads import default_workers, single_threaded
@@ -76,8 +85,11 @@ def apply_sequentially(
     planned = sum(row.bytes for row in rows.values())
     allowance = (planned + plan.budget_bytes - plan.predicted_bytes) / max(planned, 1)
     untouched = {n: o for n, o in plan.layers.items() if not any(n == x.name for step in steps for x in step.layers)}
-    done = realise_layers(model, profile, untouched)
-    small = with_weights(model, profile, {n: r.weight() for n, r in done.items()}, None)
+    done = realised_layers(model, profile, untouched)
+    small = with_weights(model, profile, {}, None)
+    with torch.no_grad():
+        for name, weight in done.items():
+            set_weight(small, profile.layers[name].layer, made(weight))
     targets = _Targets(model, steps, pieces)
     room = 0.0
     for number, step in enumerate(steps):
@@ -93,16 +105,16 @@ def apply_sequentially(
 
             found = next((row for row in _candidates(problem, plan.layers[name]) if fits(row)), None)
             if found is not None:
-                rows[name], done[name] = found, realise(problem, found.option)
+                rows[name] = found
+                done[name] = kept_weight(model, profile, name, found.option, realise(problem, found.option))
             else:  # The planned weight itself always fits: the file has had room for it all the way.
-                done |= realise_layers(model, profile, {name: plan.layers[name]})
+                done |= realised_layers(model, profile, {name: plan.layers[name]})
             room -= rows[name].bytes
-            layer = profile.layers[name].layer
             with torch.no_grad():
-                small.get_parameter(layer.key).copy_(torch.from_numpy(layer.unmatrix(done[name].weight())))
+                set_weight(small, profile.layers[name].layer, made(done[name]))
         if progress is not None:
             progress(number + 1, len(steps))
-    small = with_weights(model, profile, {n: done[n].parts() for n in profile.layers}, data, moments)
+    small = with_weights(model, profile, {n: made(done[n]) for n in profile.layers}, data, moments)
     size = profile.template.file_bytes(rows)
     final = plan.replace(
         layers={name: rows[name].option for name in plan.layers},
@@ -301,7 +313,8 @@ def _problems(
     dense input.
     """
     layer_of = {owner: layer for layer in step.layers for owner in layer.owners}
-    probes: dict[str, Any] = {o: copy.deepcopy(model.get_submodule(o)).float().requires_grad_(True) for o in layer_of}
+    weights = {layer.name: weight_of(model, layer.key) for layer in step.layers}
+    probes: dict[str, Any] = {owner: _probe(model, owner, weights[layer.name]) for owner, layer in layer_of.items()}
     moments = {layer.name: np.zeros(layer.matrix_shape) for layer in step.layers}  # R X̂ᵀ
     collector = Collector(small, step.layers)
     with collector, single_threaded():
@@ -325,9 +338,16 @@ def _problems(
     problems = []
     for layer in step.layers:
         hessian = collector.accumulators[layer.name].finish(samples, damping).hessian
-        weight = layer.matrix(model.get_parameter(layer.key))
+        weight = layer.matrix(weights[layer.name])
         cross = moments[layer.name] * (2.0 / samples)
         moved = [np.linalg.solve(h, c.T).T for h, c in zip(hessian, cross, strict=True)]
         refitted = weight + np.stack(moved)
         problems.append(LayerProblem(layer.name, layer.stored_shape, refitted, hessian, factorable=layer.factorable))
     return problems
+
+
+def _probe(model: nn.Module, owner: str, weight: torch.Tensor) -> nn.Module:
+    """A copy of a layer's module in single precision, to differentiate in its weight."""
+    probe = copy.deepcopy(model.get_submodule(owner))
+    probe._parameters["weight"] = nn.Parameter(weight.detach().clone())
+    return probe.float().requires_grad_(True)

@@ -34,7 +34,8 @@ from autocompress.errors import CalibrationError, LayerError, MismatchError, Tas
 from autocompress.files import atomic_path
 from autocompress.hf import skeleton
 from autocompress.inputs import slow_attention
-from autocompress.layers import READER, Layer, find_layers, weight_of
+from autocompress.layers import Layer, find_layers, weight_of
+from autocompress.offloading import READER
 from autocompress.profiling import Store
 from autocompress.threads import single_threaded
 
@@ -42,11 +43,9 @@ __all__ = [
     "Tensors",
     "calibrate_streamed",
     "find_chain",
-    "is_streamed",
     "loaded",
     "streamed_model",
     "too_large",
-    "whole_model",
 ]
 
 SHARE = 0.25  # of physical memory
@@ -147,21 +146,6 @@ def too_large(folder: str | Path) -> bool:
     """
     weights = 4 * sum(parameter.numel() for parameter in skeleton(folder).parameters())
     return weights > SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def is_streamed(model: nn.Module) -> bool:
-    """Whether weights of this model are left in their files."""
-    return hasattr(model, READER)
-
-
-def whole_model(model: nn.Module) -> nn.Module:
-    """The model itself, all of its weights in memory from now on. Raises LayerError for weights that are not finite."""
-    for layer in find_layers(model):
-        _put(model, _places(layer), nn.Parameter(_finite_weight(model, layer)))
-    delattr(model, READER)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)  # as a model that was loaded whole has it
-    return model
 
 
 @contextlib.contextmanager

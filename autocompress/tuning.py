@@ -14,10 +14,12 @@ from torch import nn
 
 from autocompress.applying import carrying, encoded_of
 from autocompress.batches import chunk_batch, evaluating, feed
+from autocompress.errors import CalibrationError
 from autocompress.factors import Factored
 from autocompress.inputs import slow_attention
 from autocompress.layers import CONVOLUTIONS, is_rms_norm
 from autocompress.measuring import Context
+from autocompress.offloading import is_streamed
 from autocompress.records import SCALED
 from autocompress.storage import Entry, float_entry, grid_codes, grid_entry, step_bytes
 
@@ -41,9 +43,12 @@ def tune(
     outputs (centred over classes) plus its mean over the outputs of all norms and biased layers, z_d the dense model's.
     Steps of codes are tuned through a scale of their layer's output, where no norm follows that has one already. At the
     end every value is rounded as it will be stored. Deterministic for a seed. progress: called with (steps done, steps
-    in all). Raises MismatchError for a model that carries no records.
+    in all). Raises MismatchError for a model that carries no records, CalibrationError for a streamed one: gradients
+    would want all of its weights at once.
     """
     encoded = encoded_of(small)
+    if is_streamed(dense):
+        raise CalibrationError("gradients need the whole model in memory; leave streaming off")
     tuned = copy.deepcopy(small).eval().requires_grad_(False)
     entries = {entry.name: entry for entry in encoded.entries}
     values = _tunable(tuned, entries)

@@ -20,6 +20,7 @@ ORDER = [
     "doctor",
     "tasks",
     "digits",
+    "offloading",
     "batches",
     "hf",
     "layers",

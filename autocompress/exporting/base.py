@@ -17,7 +17,7 @@ from torch import nn
 from autocompress.costs import code_bits
 from autocompress.errors import AutocompressError
 from autocompress.layers import swap
-from autocompress.saving import swap_groups
+from autocompress.records import swap_groups
 from autocompress.storage import Entry
 from autocompress.types import Option
 

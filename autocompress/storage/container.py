@@ -211,18 +211,21 @@ def write(path: str | os.PathLike[str], entries: Sequence[Entry], meta: Mapping[
     Either the whole verified file stands at `path` afterwards, or what stood there before. Raises OSError from the file
     system, FormatError if an entry does not decode.
     """
-    target, blob = Path(path), serialise(entries, meta)
+    target, front = Path(path), _front(entries, meta or {})
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(blob)
+            file.write(front)
+            for entry in entries:  # one at a time: all together would be in memory twice
+                file.write(entry.payload)
             file.flush()
             os.fsync(file.fileno())
         with read(temporary) as archive:
-            if temporary.read_bytes() != blob:
+            same = archive._data[: archive._front] == front
+            if not same or any(archive[entry.name].payload != entry.payload for entry in entries):
                 raise FormatError(f"{temporary}: the file system returned other bytes than were written")
             archive.verify()
-            header_bytes = archive._front
+            header_bytes, length = archive._front, archive.bytes
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -231,4 +234,4 @@ def write(path: str | os.PathLike[str], entries: Sequence[Entry], meta: Mapping[
         os.fsync(folder)
     finally:
         os.close(folder)
-    return FileInfo(target, len(blob), header_bytes, len(entries))
+    return FileInfo(target, length, header_bytes, len(entries))

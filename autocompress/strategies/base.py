@@ -13,6 +13,7 @@ import numpy as np
 
 from autocompress.compressors import Measured
 from autocompress.errors import BudgetError, InfeasibleError, MismatchError
+from autocompress.layers import weight_of
 from autocompress.measuring import Context
 from autocompress.planning import (
     Allocation,
@@ -86,7 +87,7 @@ def weights_of(profile: Profile, context: Context | None, strategy: str) -> dict
     found = {}
     for name, layer in profile.layers.items():
         if layer.reached:
-            weight = layer.layer.matrix(model.get_parameter(layer.layer.key))
+            weight = layer.layer.matrix(weight_of(model, layer.layer.key))
             (groups, height, _), (columns, rows) = weight.shape, profile.cut(name)
             some = weight.reshape(groups * height, -1)[rows][:, columns]
             found[name] = some.reshape(1 if groups == 1 else -1, len(rows) if groups == 1 else height, len(columns))

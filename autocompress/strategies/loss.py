@@ -15,7 +15,7 @@ from autocompress.compressors import Measured
 from autocompress.measuring import PASS_SAMPLES, Context
 from autocompress.profiling import LayerProfile, Profile
 from autocompress.strategies.base import solved_plan, with_context
-from autocompress.strategies.weighing import kept, realised_weights
+from autocompress.strategies.weighing import kept, realised_weights, require_whole
 from autocompress.types import Budget, Plan
 
 __all__ = ["LayerLoss", "along_errors", "levels"]
@@ -59,6 +59,7 @@ class LayerLoss:
         return kept(context, profile, "loss", key, lambda: self.measure(profile, context, batch, bool(labelled)))
 
     def measure(self, profile: Profile, context: Context, batch: Batch, labelled: bool) -> dict[str, list[list[float]]]:
+        require_whole(context.model)
         # One copy of the model for all, norms and biases as they will be stored; only a layer's weight comes and goes.
         small = with_weights(context.model, profile, {}, None)
         pieces = chunk_batch(batch, PASS_SAMPLES)

@@ -17,12 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autocompress.compressors import COMPRESSORS, compressor_of
 from autocompress.compressors.base import CODES_HELD
+from autocompress.errors import CalibrationError
+from autocompress.layers import weight_of
 from autocompress.measuring import Context
+from autocompress.offloading import is_streamed
 from autocompress.profiling import Profile
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option
 
-__all__ = ["differentiable", "kept", "losses_of_changes", "realised_weights"]
+__all__ = ["differentiable", "kept", "losses_of_changes", "realised_weights", "require_whole"]
 
 
 def kept(
@@ -55,7 +58,7 @@ def realised_weights(
     the profile took to measure them.
     """
     layer = profile.layers[name].layer
-    problem = profile.problem(name, model.get_parameter(layer.key))
+    problem = profile.problem(name, weight_of(model, layer.key))
     by_compressor: dict[str, list[Option]] = {}
     for option in options:
         by_compressor.setdefault(compressor_of(option)[0], []).append(option)
@@ -78,7 +81,7 @@ def losses_of_changes(
 
     def of_layer(name: str) -> list[float]:
         layer = profile.layers[name]
-        dense = model.get_parameter(layer.layer.key).detach().double().cpu().numpy()
+        dense = weight_of(model, layer.layer.key).detach().double().cpu().numpy()
         options = [row.option for row in (*layer.rows, *(layer.narrowed if narrowed else ()))]
         found = {o: loss(name, w - dense) for o, w in realised_weights(model, profile, name, options)}
         return [found[option] for option in options]
@@ -89,11 +92,21 @@ def losses_of_changes(
     return {name: found[name] for name in profile.layers}
 
 
+def require_whole(model: nn.Module) -> None:
+    """Raise CalibrationError for a streamed model."""
+    if is_streamed(model):
+        raise CalibrationError(
+            "this strategy changes or differentiates weights of the whole model in memory; leave streaming off "
+            "(--no-stream), or ask one that only runs the model, such as auto"
+        )
+
+
 @contextlib.contextmanager
 def differentiable(context: Context, profile: Profile) -> Iterator[tuple[nn.Module, Mapping[str, nn.Parameter]]]:
     """A copy of the dense model in eval mode, with the weights of its layers by name, whose losses can be
-    differentiated twice within the block.
+    differentiated twice within the block. Raises CalibrationError for a streamed model.
     """
+    require_whole(context.model)
     model = copy.deepcopy(context.model).eval().requires_grad_(True)
     weights = {name: model.get_parameter(found.layer.key) for name, found in profile.layers.items()}
     # The fused kernels of attention have no second derivative.

@@ -188,7 +188,7 @@ def test_weights_that_are_made_at_once_are_those_made_one_by_one(monkeypatch: py
     monkeypatch.undo()
     once.prepare(profile, every)
     # Nothing is left to make.
-    monkeypatch.setattr(measuring, "realise_layers", _nothing_to_make)
+    monkeypatch.setattr(measuring, "realised_layers", _nothing_to_make)
     for layers, wanted in zip(choices, plain, strict=True):
         found = once.build(profile, layers).state_dict()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
