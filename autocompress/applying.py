@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from autocompress.batches import Batch, join_batches, materialise, split_batches
+from autocompress.batches import Batch, join_batches, materialise, samples_within, split_batches
 from autocompress.compressors import Realised, realise
 from autocompress.compressors.base import Parts, factor_keys, product
 from autocompress.correcting import Moments, correct_statistics, dense_moments
@@ -29,11 +29,13 @@ from autocompress.types import Option, Plan
 
 __all__ = [
     "CORRECTION_SAMPLES",
+    "CORRECTION_TOKENS",
     "Encoded",
     "Made",
     "apply",
     "carrying",
     "check_plan",
+    "correction_batch",
     "encoded_of",
     "kept_weight",
     "made",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 CORRECTION_SAMPLES = 512
+CORRECTION_TOKENS = 4096  # what a large model makes of them is in memory at once
 _ATTRIBUTE = "_autocompress_encoded"
 Made = Parts | list[Entry]  # a compressed weight as a model gets it: dense, or for a streamed model its records
 
@@ -83,9 +86,14 @@ def apply(
     weights = realised_layers(model, profile, plan.layers)
     data = None
     if batches is not None:
-        data = join_batches(split_batches(materialise(batches), seed=seed)[0], CORRECTION_SAMPLES)
+        data = correction_batch(split_batches(materialise(batches), seed=seed)[0])
     small = with_weights(model, profile, {n: made(r) for n, r in weights.items()}, data, layers=plan.layers)
     return with_records(small, plan, profile, weights)
+
+
+def correction_batch(fit: Sequence[Batch], samples: int = CORRECTION_SAMPLES) -> Batch:
+    """The first samples of the part that `calibrate` saw, on which statistics are corrected."""
+    return join_batches(fit, samples_within(fit[0], samples, CORRECTION_TOKENS))
 
 
 def check_plan(model: nn.Module, plan: Plan, profile: Profile) -> None:

@@ -16,6 +16,7 @@ from autocompress.errors import CalibrationError
 from autocompress.offloading import is_streamed, reading
 
 __all__ = [
+    "Enough",
     "batch_digest",
     "batch_samples",
     "chunk_batch",
@@ -27,10 +28,17 @@ __all__ = [
     "map_tensors",
     "materialise",
     "sample_digests",
+    "samples_within",
     "split_batches",
 ]
 
 Batch = Any
+
+
+class Enough(Exception):
+    """What a hook raises to end a forward pass whose rest would be for nothing."""
+
+
 HOLDOUT = 0.2
 
 
@@ -241,6 +249,13 @@ def chunk_batch(batch: Batch, samples: int) -> list[Batch]:
         return map_tensors(batch, lambda t: t[start : start + samples] if t.ndim and t.shape[0] == size else t)
 
     return [part(start) for start in range(0, size, samples)]
+
+
+def samples_within(batch: Batch, samples: int, tokens: int) -> int:
+    """At most so many samples, and where these are sequences of tokens at most so many tokens; one at least."""
+    first = first_tensor(batch)
+    length = first[0].numel() if first.ndim > 1 and not first.is_floating_point() else 1
+    return max(1, min(samples, tokens // length))
 
 
 def join_batches(batches: Sequence[Batch], samples: int) -> Batch:

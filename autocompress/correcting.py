@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress.batches import Batch, evaluating, feed
+from autocompress.batches import Batch, Enough, chunk_batch, evaluating, feed
 from autocompress.inputs import slow_attention
 from autocompress.layers import CONVOLUTIONS, NORMS, TRANSPOSED, is_rms_norm
 from autocompress.records import foldable_norms
@@ -111,12 +112,24 @@ def correct_statistics(
                 return _correct_bias(m, output, mean, store)
 
             handles.append(target.register_forward_hook(bias_hook))
+    once = [name for name, (_, _, calls) in targets.items() if calls == 1]
+    if once:
+        handles.append(_ending(small.get_submodule(once[-1])))
     try:
-        with torch.no_grad(), slow_attention():
+        with torch.no_grad(), slow_attention(), contextlib.suppress(Enough):
             feed(small, data)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ending(module: nn.Module) -> Any:
+    """Have a forward pass end with a module, once it is corrected: the scores of a language model take most memory."""
+
+    def end(*_: Any) -> None:
+        raise Enough
+
+    return module.register_forward_pre_hook(end) if isinstance(module, NORMS) else module.register_forward_hook(end)
 
 
 def _own_affine(norm: nn.LayerNorm, users: Mapping[int, int]) -> bool:
@@ -155,17 +168,25 @@ def _collect_moments(
     dense: nn.Module, wanted: dict[str, nn.Module], data: Batch
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
     found: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+    calls, last = 0, -1
     handles = []
     for name, module in wanted.items():
 
         def hook(m: Any, args: Any, output: torch.Tensor, name: str = name) -> None:
-            calls = found[name][2] + 1 if name in found else 1
+            nonlocal calls
+            calls += 1
+            times = found[name][2] + 1 if name in found else 1
             # Inputs of a batch norm have their channels in dimension 1.
-            found[name] = (*(_moments(args[0], 1) if isinstance(m, NORMS) else _output_moments(m, output)), calls)
+            found[name] = (*(_moments(args[0], 1) if isinstance(m, NORMS) else _output_moments(m, output)), times)
+            if calls == last:
+                raise Enough
 
         handles.append(module.register_forward_hook(hook))
     try:
-        with torch.no_grad(), evaluating(dense), slow_attention():
+        with torch.no_grad(), evaluating(dense), slow_attention(), contextlib.suppress(Enough):
+            feed(dense, chunk_batch(data, 1)[0])  # how many calls there are: what follows the last is left out
+            calls, last = 0, calls
+            found.clear()
             feed(dense, data)
     finally:
         for handle in handles:

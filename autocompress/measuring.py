@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autocompress.applying import CORRECTION_SAMPLES, Made, made, realised_layers, with_weights
+from autocompress.applying import CORRECTION_SAMPLES, Made, correction_batch, made, realised_layers, with_weights
 from autocompress.batches import (
     Batch,
     batch_digest,
@@ -29,6 +29,7 @@ from autocompress.batches import (
     join_batches,
     materialise,
     sample_digests,
+    samples_within,
     split_batches,
 )
 from autocompress.compressors import realise_each
@@ -44,12 +45,14 @@ from autocompress.types import Option, Plan
 __all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
 CACHE_BYTES = 1 << 30
+RECORD_BYTES = 1 << 28  # of a streamed model's compressed weights, beside those of the plan at hand
 OUTPUT_BYTES = 1 << 29  # of the dense model's outputs, kept because every plan is compared with them
 SCORES_AT_ONCE = 1 << 24  # in double precision: a language model has tens of thousands at every position
 SENSITIVITY_VERSION = 3
 # Samples per forward pass when outputs are compared: small enough for activations to stay near the cores, and a bound
 # on the memory.
 PASS_SAMPLES = 64
+PASS_TOKENS = 2048  # of which a language model puts out tens of thousands of scores each
 LEVELS = (0.01, 0.05, 0.2)
 SAMPLE = 256  # samples of `fit` that layers are measured on alone, and that a search may look at as often as it likes
 # Statistics are corrected on so many samples where a search scores a choice: correction on `CORRECTION_SAMPLES` would
@@ -117,8 +120,10 @@ class Context:
             part: [piece for batch in batches for piece in chunk_batch(batch, PASS_SAMPLES)]
             for part, batches in (("fit", self.fit), ("held", self.held), ("all", [*self.fit, *self.held]))
         }
-        self._pieces["sample"] = chunk_batch(join_batches(self.fit, SAMPLE), PASS_SAMPLES)
-        self._corrections = {n: join_batches(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
+        self._pieces["sample"] = chunk_batch(
+            join_batches(self.fit, SAMPLE), samples_within(self.fit[0], PASS_SAMPLES, PASS_TOKENS)
+        )
+        self._corrections = {n: correction_batch(self.fit, n) for n in (CORRECTION_SAMPLES, SCORE_SAMPLES)}
         self._digest = model_digest(model)
         self._outputs: dict[tuple[str, int], torch.Tensor] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
@@ -205,7 +210,7 @@ class Context:
         todo = {name: option for name, option in layers.items() if name not in weights}
         for name, found in realised_layers(self.model, profile, todo).items():
             weights[name] = made(found)
-            if sum(map(_held, self._weights.values())) > CACHE_BYTES:
+            if sum(map(_held, self._weights.values())) > (RECORD_BYTES if is_streamed(self.model) else CACHE_BYTES):
                 self._weights.clear()
             self._weights[keys[name]] = weights[name]
         weights = {name: weights[name] for name in layers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -88,7 +89,10 @@ def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:
             place, _, field = name.rpartition(".")
             owners[known].append((model.get_submodule(place), field))
     for name, entry in weights.items():
-        raw = torch.frombuffer(bytearray(entry.payload), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            # That bytes cannot be written: nothing writes into a payload, and a copy would be as large as the file.
+            warnings.simplefilter("ignore", UserWarning)
+            raw = torch.frombuffer(entry.payload, dtype=torch.uint8)
         payload = nn.Parameter(raw, requires_grad=False)
         for module, field in owners[name]:
             if parametrize.is_parametrized(module, field):  # the same module under two names

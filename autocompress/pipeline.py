@@ -43,7 +43,7 @@ from autocompress.planning import (
 from autocompress.profiling import Profile, profile
 from autocompress.records import Template, make_template
 from autocompress.salience import widths
-from autocompress.saving import OutputError, SaveInfo, load, save
+from autocompress.saving import OutputError, SaveInfo, load, load_carrying, save
 from autocompress.sequential import apply_sequentially
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, plan
 from autocompress.streaming import calibrate_streamed
@@ -157,12 +157,14 @@ def compress(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".result-") as scratch:
             with say.stage("save and verify"):
                 info = save(small, chosen, Path(scratch) / "model.acz")
-                restored = load(info.path, copy.deepcopy(model), packed=streamed)
+                if streamed:  # what comes back can run without the folder that it came from
+                    del small  # its records are as large as the file
+                    small = restored = load_carrying(info.path, copy.deepcopy(model), chosen)
+                else:
+                    restored = load(info.path, copy.deepcopy(model))
             if evaluate is not None:
                 with say.stage("evaluate the file"):
                     metric = _score(evaluate, restored)
-            if streamed:  # which can run without the folder that it came from
-                small = carrying(restored, encoded_of(small).entries, chosen)
             costs = cost_facts(found.with_realised(chosen), wanted, chosen.layers)
             if "latency_ms" in costs:
                 with say.stage("time the result"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autocompress.applying import encoded_of
+from autocompress.applying import carrying, encoded_of
 from autocompress.errors import AutocompressError, BudgetError, MismatchError
 from autocompress.factors import Halves, factorise, split_shapes
 from autocompress.files import atomic_path
@@ -32,6 +32,7 @@ __all__ = [
     "halves_of",
     "is_narrower",
     "load",
+    "load_carrying",
     "save",
     "state_dict_of",
     "unpack",
@@ -154,22 +155,40 @@ def load(
     if packed not in (False, True, "bits"):
         raise MismatchError(f"packed is {packed!r}; it is False, True or 'bits'")
     with read(path) as archive:
-        halves, narrower = halves_of(archive), is_narrower(archive)
         if packed and model is not None:
             archive.verify()  # one at a time: what is damaged shows before the model is touched
-            _reshape(model, _shapes(archive), str(path), halves, narrower)
-            weights = [name for name, entry in archive.items() if packable(entry, model)]
-            others = state_dict_of({name: archive[name] for name in archive if name not in set(weights)})
-            pack(model, _Some(archive, weights, fixed_width if packed == "bits" else None))
-            if is_streamed(model):
-                delattr(model, READER)
-            return _copy_in(model, others)
+            return _packed(model, archive, str(path), fixed_width if packed == "bits" else None)
+        halves, narrower = halves_of(archive), is_narrower(archive)
         tensors = state_dict_of(archive)
     if model is None:
         if packed:
             raise MismatchError("packed=True needs the model whose layers decode their weights; got none")
         return tensors
     return fill(model, tensors, str(path), halves, narrower)
+
+
+def load_carrying(path: str | Path, model: nn.Module, plan: Plan) -> nn.Module:
+    """`load` with packed weights, as a model that `save` takes again: what it carries is what its layers decode, once
+    in memory.
+    """
+    with read(path) as archive:
+        entries = dict(archive)
+    for entry in entries.values():
+        entry.dequantise()
+    return carrying(_packed(model, entries, str(path)), entries.values(), plan)
+
+
+def _packed(
+    model: nn.Module, entries: Mapping[str, Entry], place: str, change: Callable[[Entry], Entry] | None = None
+) -> nn.Module:
+    """Fill a model with what a file holds, weights of layers as they are held there."""
+    _reshape(model, _shapes(entries), place, halves_of(entries), is_narrower(entries))
+    weights = [name for name, entry in entries.items() if packable(entry, model)]
+    others = state_dict_of({name: entries[name] for name in entries if name not in set(weights)})
+    pack(model, _Some(entries, weights, change))
+    if is_streamed(model):
+        delattr(model, READER)
+    return _copy_in(model, others)
 
 
 def fill(

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from autocompress.applying import (
-    CORRECTION_SAMPLES,
     check_plan,
+    correction_batch,
     kept_weight,
     made,
     realised_layers,
@@ -25,11 +25,11 @@ from autocompress.applying import (
 )
 from autocompress.batches import (
     Batch,
+    Enough,
     batch_samples,
     chunk_batch,
     evaluating,
     feed,
-    join_batches,
     materialise,
     split_batches,
 )
@@ -75,7 +75,7 @@ def apply_sequentially(
     profile = profile.with_vectors(plan.vector_bits)
     fit = split_batches(materialise(batches), seed=seed)[0]
     pieces = [piece for batch in fit for piece in chunk_batch(batch, PASS_SAMPLES)]
-    data = join_batches(fit, CORRECTION_SAMPLES)
+    data = correction_batch(fit)
     with evaluating(model):
         moments = dense_moments(model, [o for x in profile.layers.values() for o in x.layer.owners], data)
         steps = _steps(
@@ -139,13 +139,13 @@ def _correct_until(
     """Correct the statistics of everything in front of a step's layers, as `with_weights` does for the whole model."""
 
     def stop(module: nn.Module, args: Any) -> None:
-        raise _Reached
+        raise Enough
 
     handles = [small.get_submodule(owner).register_forward_pre_hook(stop) for owner in step.owners]
     everywhere = [owner for layer in profile.layers.values() for owner in layer.layer.owners]
     try:
         correct_statistics(model, small, everywhere, data, VectorStore(profile.template), moments)
-    except _Reached:
+    except Enough:
         pass
     finally:
         for handle in handles:
@@ -226,10 +226,6 @@ class _Call:
     version: int
 
 
-class _Reached(Exception):
-    """The last call that was wanted is done; the rest of the forward pass would be for nothing."""
-
-
 def _steps(model: nn.Module, layers: Sequence[Layer], piece: Batch) -> list[_Step]:
     """The layers in the order of their first calls, those that read the same tensor together."""
     layer_of = {owner: layer for layer in layers for owner in layer.owners}
@@ -284,13 +280,13 @@ def _calls(
             held = x if inputs else x[:0]
             found.append(_Call(owner, held.clone(), output.clone(), held, x._version))
             if len(found) == stop:
-                raise _Reached
+                raise Enough
 
         handles.append(model.get_submodule(owner).register_forward_hook(hook, with_kwargs=True))
     try:
         with torch.no_grad(), slow_attention():
             feed(model, batch)
-    except _Reached:
+    except Enough:
         pass
     finally:
         for handle in handles:

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from autocompress.batches import Batch, batch_digest, evaluating, feed, map_tensors
+from autocompress.batches import Batch, Enough, batch_digest, evaluating, feed, map_tensors
 from autocompress.calibration import Collector, LayerStatistics, Statistics, fit_part
 from autocompress.errors import CalibrationError, LayerError, MismatchError, TaskError
 from autocompress.files import atomic_path
@@ -333,10 +333,6 @@ class _Call:
         return replace(self, kwargs={**self.kwargs, next(iter(self.kwargs)): states})
 
 
-class _Reached(Exception):
-    """The call that was wanted is there."""
-
-
 class _Blocks:
     """A chain of blocks, and the model about them with stand-ins in their places.
 
@@ -368,9 +364,9 @@ class _Blocks:
 
         def stop(number: int, call: _Call) -> torch.Tensor:
             found.append(call)
-            raise _Reached
+            raise Enough
 
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(Enough):
             self._around(batch, stop)
         if not found:
             raise self._no_chain(0, "is not called")
