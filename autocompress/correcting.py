@@ -184,7 +184,8 @@ def _collect_moments(
         handles.append(module.register_forward_hook(hook))
     try:
         with torch.no_grad(), evaluating(dense), slow_attention(), contextlib.suppress(Enough):
-            feed(dense, chunk_batch(data, 1)[0])  # how many calls there are: what follows the last is left out
+            # How many calls there are: what follows the last is left out. Norms without statistics want two samples.
+            feed(dense, chunk_batch(data, 2)[0])
             calls, last = 0, calls
             found.clear()
             feed(dense, data)

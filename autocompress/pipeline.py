@@ -239,7 +239,7 @@ def _finished(
                 trial = attempt(advance)
                 found = context.divergence_of(trial)
         except CalibrationError as error:
-            if sequential:
+            if sequential and name == "sequential":
                 raise
             plan = plan.replace(notes=(*plan.notes, f"{name}: not possible ({error})"))
             continue
