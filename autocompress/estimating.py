@@ -38,6 +38,7 @@ __all__ = [
     "Network",
     "Unit",
     "bench_layer",
+    "compressing_bytes",
     "estimate",
     "families",
     "llama",
@@ -183,7 +184,53 @@ def streaming_bytes(network: Network, options: Sequence[Option] | None = None, e
     for u in network.units:
         problem = 8 * (u.weights + (0 if u.table else u.shape[0] * u.shape[2] ** 2))
         moments.append(2 * problem if options is None else task_bytes(u, options, exact_limit, sent=False))
-    return LIBRARIES + TRANSFORMERS + BUFFERS + network.data_bytes + max(moments)
+    return _fixed_bytes(network) + max(moments)
+
+
+def compressing_bytes(
+    network: Network,
+    file_bytes: int,
+    options: Sequence[Option] | None = None,
+    exact_limit: float = EXACT_LIMIT,
+    sequential: bool = True,
+) -> int:
+    """Peak memory of `compress` of a streamed network into a file of so many bytes: twice the file, for its records and
+    the plan that is measured or the result that is checked beside them, and the most of five moments.
+
+    The profile (`streaming_bytes`, options as there). A layer's weight is made: `task_bytes`. A pass over
+    `CORRECTION_TOKENS` tokens: 24 per weight of the largest layer, for codes, the weight, and what either is made from;
+    4 per token and value of a block's inputs and its widest output, twice. A pass that is compared, of `PASS_TOKENS`
+    tokens: 8 per score, and the dense ones that are kept. One step of sequential mode: 40 per weight of the layers that
+    read one input, and `task_bytes` of the largest of them.
+    """
+    from autocompress.applying import CORRECTION_TOKENS
+    from autocompress.measuring import OUTPUT_BYTES, PASS_TOKENS, SCORES_AT_ONCE
+
+    made = [DENSE] if options is None else list(options)[:1]
+    largest = max(u.weights for u in network.units)
+    block = [u for u in network.units if u.name in network.block]
+    values = sum({u.input: u.shape[0] * u.shape[2] for u in block}.values())
+    widest = max((u.shape[0] * u.shape[1] for u in block), default=0)
+    scores = PASS_TOKENS * max((u.shape[1] for u in network.units if u.name in network.outside), default=0)
+    moments = [
+        streaming_bytes(network, options, exact_limit) - _fixed_bytes(network),
+        max(task_bytes(u, made, exact_limit, sent=False) for u in network.units),
+        24 * largest + 8 * CORRECTION_TOKENS * (values + widest),
+        24 * largest + 8 * scores + min(OUTPUT_BYTES, 4 * scores) + 32 * min(scores, SCORES_AT_ONCE),
+    ]
+    steps: dict[str, list[Unit]] = {}
+    for unit in network.units if sequential else ():
+        if not unit.table:
+            steps.setdefault(unit.input, []).append(unit)
+    for step in steps.values():
+        work = max(task_bytes(u, made, exact_limit, sent=False) for u in step)
+        moments.append(40 * sum(u.weights for u in step) + work)
+    return _fixed_bytes(network) + 2 * file_bytes + max(moments)
+
+
+def _fixed_bytes(network: Network) -> int:
+    """What a process that streams a network holds all the time."""
+    return LIBRARIES + TRANSFORMERS + BUFFERS + network.data_bytes
 
 
 def task_bytes(unit: Unit, options: Sequence[Option], exact_limit: float = EXACT_LIMIT, sent: bool = True) -> int:

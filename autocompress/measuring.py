@@ -18,7 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autocompress.applying import CORRECTION_SAMPLES, Made, correction_batch, made, realised_layers, with_weights
+from autocompress.applying import (
+    CORRECTION_SAMPLES,
+    Made,
+    correction_batch,
+    made,
+    realised_layers,
+    set_weight,
+    with_weights,
+)
 from autocompress.batches import (
     Batch,
     batch_digest,
@@ -39,13 +47,13 @@ from autocompress.errors import CalibrationError, MismatchError
 from autocompress.layers import model_digest, weight_of
 from autocompress.offloading import is_streamed
 from autocompress.profiling import Profile
+from autocompress.storage import Entry
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import Option, Plan
 
 __all__ = ["EVALUATIONS", "LEVELS", "Context", "Trial", "class_axis", "divergence", "logits", "merit"]
 
 CACHE_BYTES = 1 << 30
-RECORD_BYTES = 1 << 28  # of a streamed model's compressed weights, beside those of the plan at hand
 OUTPUT_BYTES = 1 << 29  # of the dense model's outputs, kept because every plan is compared with them
 SCORES_AT_ONCE = 1 << 24  # in double precision: a language model has tens of thousands at every position
 SENSITIVITY_VERSION = 3
@@ -210,7 +218,9 @@ class Context:
         todo = {name: option for name, option in layers.items() if name not in weights}
         for name, found in realised_layers(self.model, profile, todo).items():
             weights[name] = made(found)
-            if sum(map(_held, self._weights.values())) > (RECORD_BYTES if is_streamed(self.model) else CACHE_BYTES):
+            if is_streamed(self.model):
+                continue  # what all of them take is what memory lacks
+            if sum(map(_held, self._weights.values())) > CACHE_BYTES:
                 self._weights.clear()
             self._weights[keys[name]] = weights[name]
         weights = {name: weights[name] for name in layers}
@@ -368,21 +378,23 @@ class Context:
         for level in range(len(levels)):
             alone = {n: options[level] for n, options in chosen.items() if level < len(options)}
             for layer_name, realised in realised_layers(self.model, profile, alone).items():
-                weight = realised if isinstance(realised, list) else realised.weight()
+                layer = profile.layers[layer_name].layer
+                weight: Made = realised if isinstance(realised, list) else realised.weight()
                 if not isinstance(realised, list) and realised.cut is not None:
                     # Alone, it reads zeros and makes what it made.
-                    parameter = self.model.get_parameter(profile.layers[layer_name].layer.key)
-                    weight = profile.problem(layer_name, parameter).whole(realised)
-                small = with_weights(self.model, profile, {layer_name: weight}, None)
+                    weight = profile.problem(layer_name, self.model.get_parameter(layer.key)).whole(realised)
+                small = with_weights(self.model, profile, {}, None)
+                with torch.no_grad():
+                    set_weight(small, layer, weight)
                 error = profile.layers[layer_name].row(alone[layer_name]).error
                 found[layer_name].append([error, *(max(rise, 0.0) for rise in self.judge(small, "sample"))])
         return found
 
 
 def _held(weight: Made) -> int:
-    if isinstance(weight, list):
-        return sum(entry.bytes for entry in weight)
-    return sum(part.nbytes for part in weight) if isinstance(weight, tuple) else weight.nbytes
+    if isinstance(weight, np.ndarray):
+        return weight.nbytes
+    return sum(part.bytes if isinstance(part, Entry) else part.nbytes for part in weight)
 
 
 def _near(layer: Any, levels: tuple[float, ...]) -> list[tuple[Option, float]]:

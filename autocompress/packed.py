@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from autocompress.layers import swap
 from autocompress.storage import Entry, weight_entry, with_fixed_fields
 
-__all__ = ["Decode", "fixed_width", "pack", "packable", "packed_bytes"]
+__all__ = ["Decode", "fixed_width", "pack", "packable", "packed_bytes", "payload_key"]
 
 META = torch.device("meta")
 
@@ -106,6 +106,12 @@ def pack(model: nn.Module, weights: Mapping[str, Entry]) -> nn.Module:
             # unsafe: the weight has another dtype and shape than what it is made from.
             parametrize.register_parametrization(module, field, decode, unsafe=True)
     return model
+
+
+def payload_key(name: str) -> str:
+    """What the state dict of a packed model calls the payload of a weight."""
+    owner, _, field = name.rpartition(".")
+    return f"{owner}.parametrizations.{field}.original" if owner else f"parametrizations.{field}.original"
 
 
 def packed_bytes(model: nn.Module) -> int:

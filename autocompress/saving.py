@@ -20,7 +20,7 @@ from autocompress.files import atomic_path
 from autocompress.layers import CONVOLUTIONS, TRANSPOSED, stored_tensors, swapped_shape, weight_of
 from autocompress.narrowing import narrow_to
 from autocompress.offloading import READER, is_streamed
-from autocompress.packed import fixed_width, pack, packable
+from autocompress.packed import fixed_width, pack, packable, payload_key
 from autocompress.records import foldable_norms, stored_values, swap_groups
 from autocompress.storage import Entry, FormatError, file_size, read, write
 from autocompress.types import Plan
@@ -80,8 +80,13 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
 
 def _check_unchanged(small: nn.Module, entries: Sequence[Entry]) -> None:
     tensors = stored_tensors(small)
-    for name, values in ((entry.name, stored_values(entry)) for entry in entries):
-        tensor = tensors.get(name)
+    for entry in entries:
+        name = entry.name
+        if (payload := tensors.get(payload_key(name))) is not None:
+            if bytes(payload.cpu().numpy()) != entry.payload:
+                raise MismatchError(f"field {name!r}: its payload was changed after it was loaded; load the file again")
+            continue
+        values, tensor = stored_values(entry), tensors.get(name)
         if tensor is None or tuple(tensor.shape) != values.shape:
             raise MismatchError(
                 f"field {name!r}: the model no longer has this tensor as it was applied; apply the plan again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,16 +19,23 @@ from test_hf import WORDS, save_tokenizer, tiny_bert, tiny_llama
 from tiny_tasks import call
 from torch import nn
 
+import autocompress as ac
 from autocompress import estimating, hf, streaming
+from autocompress.applying import apply, encoded_of
+from autocompress.batches import feed
 from autocompress.calibration import Statistics, calibrate
-from autocompress.errors import CalibrationError, LayerError, StoreError, TaskError
+from autocompress.errors import BudgetError, CalibrationError, LayerError, MismatchError, StoreError, TaskError
 from autocompress.layers import find_layers, model_digest
-from autocompress.pipeline import profiled
+from autocompress.measuring import Context
+from autocompress.offloading import READER
+from autocompress.pipeline import compress, profiled
 from autocompress.profiling import load_profile, profile
+from autocompress.sequential import apply_sequentially
+from autocompress.strategies import plan
 from autocompress.streaming import calibrate_streamed, find_chain, streamed_model
 from autocompress.types import DENSE, Option
 
-OPTIONS = ["w4", "s50", "rd(0.1,0.1)"]
+OPTIONS: list[Option | str] = ["w4", "s50", "rd(0.1,0.1)"]
 
 
 def bare_gpt2() -> Any:
@@ -182,6 +190,87 @@ def test_a_calibration_that_is_interrupted_goes_on_with_the_next_block(llama: Pa
 
 def stored_statistics(store: Path) -> bytes:
     return (store / "streaming" / "statistics.npz").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["shards", "bert"])
+def test_a_streamed_result_is_that_of_the_whole_model(case: str, text: Path, tmp_path: Path) -> None:
+    """Corrections, sequential mode, measured plans and factors: the same plan, the same bytes, the same outputs."""
+    folder = saved(tmp_path / "model", case)
+    task = hf.model_task(folder, text, length=16)
+    found: dict[str, Any] = {}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    for name, model in (("streamed", streamed_model(folder)), ("whole", task.build_model())):
+        data = task.calibration_batches(0)
+        context = Context(model, data, embedding=task.embedding)
+        profile_ = profiled(model, data, 0, tmp_path / name, ["w3", "rd(0.3,0.1)", "rank4w6+w2"], 1)
+        plans = [plan(profile_, "8x", strategy, context) for strategy in ("exact", "kl")]
+        split = {
+            n: next((row.option for row in layer.rows if row.option.residual), plans[0].layers[n])
+            for n, layer in profile_.layers.items()
+        }
+        models = [apply_sequentially(model, plans[0], profile_, data), context.build(profile_, split)]
+        found[name] = [encoded_of(models[0]), [p.replace(measured={}).to_json() for p in plans], plans[0].measured]
+        outputs[name] = [context.output(small, data[0]) for small in models]
+        assert all(p.is_meta for n, p in models[0].named_parameters() if n in profile_.template.keys.values()) == (
+            name == "streamed"
+        )
+    assert found["streamed"] == found["whole"]
+    assert len({entry.name for entry in found["whole"][0].entries}) > 20
+    for one, other in zip(outputs["streamed"], outputs["whole"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_comes_back_of_a_streamed_model_runs_without_its_folder(llama: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "model")
+    task = hf.model_task(folder, text, length=16)
+    data = task.calibration_batches(0)
+    result = compress(
+        streamed_model(folder), data, "5x", effort="normal", options=OPTIONS, out=tmp_path / "out", strategy="exact"
+    )
+    assert "tune: not possible (gradients need the whole model" in " ".join(result.plan.notes)
+    shutil.rmtree(folder)
+    again = ac.save(result.model, result.plan, tmp_path / "again.acz")
+    assert again.path.read_bytes() == result.info.path.read_bytes()
+    fresh = tiny_llama()
+    with torch.no_grad():
+        expected = ac.load(result.info.path, fresh)(**data[0]).logits
+        assert torch.equal(result.model(**data[0]).logits, expected)
+
+
+def test_what_needs_the_whole_model_says_so(llama: Path, text: Path, tmp_path: Path) -> None:
+    task = hf.model_task(llama, text, length=16)
+    data, model = task.calibration_batches(0), streamed_model(llama)
+    with pytest.raises(BudgetError, match="milliseconds are timed on the whole model"):
+        compress(model, data, ac.Budget(ratio=5, latency_ms=1.0), out=tmp_path / "out")
+    found = profiled(model, data, 0, tmp_path / "store", ["w4", "w6"], 1)
+    with pytest.raises(CalibrationError, match="this strategy changes or differentiates weights of the whole model"):
+        plan(found, "5x", "loss", Context(model, data))
+    small = apply(model, plan(found, "5x", "exact"), found, data)
+    info = ac.save(small, encoded_of(small).plan, tmp_path / "model.acz")
+    with pytest.raises(MismatchError, match=r"are not in memory; load .*model\.acz with packed=True"):
+        ac.load(info.path, streamed_model(llama))
+
+
+def test_a_weight_that_is_used_outside_of_its_layer_is_noticed() -> None:
+    class Peeking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + (self.inner.weight.sum() if x.sum() > 0 else 0.0)
+
+    model = Peeking()
+    held = model.inner.weight
+    setattr(model, READER, lambda key: held.detach().clone())
+    model.inner._parameters["weight"] = nn.Parameter(held.to("meta"))
+    assert torch.equal(feed(model, -torch.ones(2, 3)), -torch.ones(2, 3) @ held.T + model.inner.bias)
+    with pytest.raises(CalibrationError, match="uses a weight outside of the layer that holds it"):
+        feed(model, torch.ones(2, 3))
+    with pytest.raises(CalibrationError, match="cannot take a batch"):
+        feed(model, torch.ones(2, 4))
+    assert model.inner.weight.is_meta
+    assert not model.inner._forward_hooks
 
 
 def test_compress_writes_the_same_file_either_way(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -368,11 +457,11 @@ def test_layers_that_part_after_the_first_batch_are_refused(tmp_path: Path) -> N
         calibrate_streamed(model, [torch.ones(4, 6), -torch.ones(4, 6)], tmp_path / "other", holdout=0.0)
 
 
-# Peaks in bytes: once a tiny model has been through all of it, after calibration, after the profile.
+# Peaks in bytes: once a tiny model has been through all of it; after calibration, the profile, and all the rest.
 MEASURED = """
 import sys
 import torch
-from autocompress.calibration import calibrate
+from autocompress.pipeline import compress
 from autocompress.profiling import profile
 from autocompress.streaming import calibrate_streamed, streamed_model
 data = [{"input_ids": rows, "use_cache": False} for rows in torch.arange(192).reshape(6, 32).remainder(60).split(6)]
@@ -386,7 +475,9 @@ for folder, store in zip(sys.argv[1::2], sys.argv[2::2]):
     marks.append(peak())
     profile(model, stats, store, ["fp16"], workers=1)
     marks.append(peak())
-print(*marks[1:])
+    compress(model, data, "1.9x", effort="fast", options=["fp16"], workers=1, store=store, out=store + "-out")
+    marks.append(peak())
+print(*marks[2:])
 """
 
 
@@ -401,14 +492,18 @@ def test_peak_memory_is_that_of_a_block_as_the_formula_says(llama: Path, tmp_pat
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURED, *map(str, given)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    before, calibrated, profiled = map(int, done.stdout.split())
+    before, calibrated, profiled, compressed = map(int, done.stdout.split())
     network = estimating.llama(tmp_path / "model" / "config.json", samples=6, tokens=32)
     fixed = estimating.LIBRARIES + estimating.TRANSFORMERS
-    calibration, whole = (
-        estimating.streaming_bytes(network, options) - fixed for options in (None, [DENSE, Option.parse("fp16")])
-    )
+    offered = [DENSE, Option.parse("fp16")]
+    calibration, whole = (estimating.streaming_bytes(network, options) - fixed for options in (None, offered))
+    size = (tmp_path / "b-out" / "model.acz").stat().st_size
+    everything = estimating.compressing_bytes(network, size, offered, sequential=False) - fixed
+    assert size < 2.2 * network.parameters
+    assert everything < 1.5 * 4 * network.parameters  # and whole models would be there twice
     assert max(calibration, whole) < 0.75 * 4 * network.parameters  # or it would not tell
     assert calibrated - before <= calibration
     assert profiled - before <= whole
+    assert compressed - before <= everything
     inside = sum(unit.weights for unit in network.units if unit.name in network.block)
     assert profiled <= 4 * inside + network.hessian_bytes(network.block) + 1.5 * 2**30

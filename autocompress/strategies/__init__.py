@@ -96,6 +96,7 @@ STRATEGIES: dict[str, Strategy] = {
 # is left out would have to turn around a prediction twice as bad.
 RIVALS = 2.0
 LEAST_RIVALS = 16  # measured at least, where so many fit: all of them in a small profile
+FAR = 3  # of those that another one beats in every layer, in a row and far behind: then no more of them are measured
 NOISE = 1e-6  # summed relative errors below this are rounding, and so is their order
 
 
@@ -149,7 +150,7 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context,
 
     Measured are the single-option plans that no other one beats in every layer, and, as a larger error in every layer
     now and then comes with a smaller KL, all others whose relative errors sum to at most `RIVALS` times the plan's, or
-    that are among the `LEAST_RIVALS` smallest.
+    that are among the `LEAST_RIVALS` smallest, until `FAR` of these in a row have `RIVALS` times the least KL.
     What a single option leaves of the budget is spent where no layer gets worse, if that measures no worse either.
     """
     kl = found.measured["kl"] if "kl" in found.measured else context.measure(profile, found.layers, found.strategy)
@@ -167,8 +168,13 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context,
         if rows not in best_of_all and (i < LEAST_RIVALS or loss(rows) <= near)
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
-    labels = [f"single {_shared_option(profile, layers)}" for layers in rivals]
-    measured = [context.measure(profile, *pair) for pair in zip(rivals, labels, strict=True)]
+    measured: list[float] = []
+    for rows, layers in zip(chosen, rivals, strict=True):
+        last = measured[len(best_of_all) :][-FAR:]
+        if len(last) == FAR and min(last) > RIVALS * min(kl, *measured) and loss(rows) > near:
+            break
+        measured.append(context.measure(profile, layers, f"single {_shared_option(profile, layers)}"))
+    rivals = rivals[: len(measured)]
     best = min(range(len(rivals)), key=lambda i: (measured[i], i), default=None)
     figures = {"kl": kl, "samples": float(context.held_samples), "single_options": float(len(rivals))}
     if best is None:
