@@ -197,11 +197,11 @@ def compressing_bytes(
     """Peak memory of `compress` of a streamed network into a file of so many bytes: twice the file, for its records and
     the plan that is measured or the result that is checked beside them, and the most of five moments.
 
-    The profile (`streaming_bytes`, options as there). A layer's weight is made: `task_bytes`. A pass over
+    The profile (`streaming_bytes`, options as there). A layer's weight is made: `task_bytes`. A pass over at most
     `CORRECTION_TOKENS` tokens: 24 per weight of the largest layer, for codes, the weight, and what either is made from;
     4 per token and value of a block's inputs and its widest output, twice. A pass that is compared, of `PASS_TOKENS`
-    tokens: 8 per score, and the dense ones that are kept. One step of sequential mode: 40 per weight of the layers that
-    read one input, and `task_bytes` of the largest of them.
+    tokens: 8 per score, and the dense ones that are kept. One step of sequential mode: 40 per weight of the layers
+    that read one input, and `task_bytes` of the largest of them.
     """
     from autocompress.applying import CORRECTION_TOKENS
     from autocompress.measuring import OUTPUT_BYTES, PASS_TOKENS, SCORES_AT_ONCE
@@ -211,11 +211,12 @@ def compressing_bytes(
     block = [u for u in network.units if u.name in network.block]
     values = sum({u.input: u.shape[0] * u.shape[2] for u in block}.values())
     widest = max((u.shape[0] * u.shape[1] for u in block), default=0)
-    scores = PASS_TOKENS * max((u.shape[1] for u in network.units if u.name in network.outside), default=0)
+    tokens = round(network.samples * max(u.positions for u in network.units))
+    scores = min(tokens, PASS_TOKENS) * max((u.shape[1] for u in network.units if u.name in network.outside), default=0)
     moments = [
         streaming_bytes(network, options, exact_limit) - _fixed_bytes(network),
         max(task_bytes(u, made, exact_limit, sent=False) for u in network.units),
-        24 * largest + 8 * CORRECTION_TOKENS * (values + widest),
+        24 * largest + 8 * min(tokens, CORRECTION_TOKENS) * (values + widest),
         24 * largest + 8 * scores + min(OUTPUT_BYTES, 4 * scores) + 32 * min(scores, SCORES_AT_ONCE),
     ]
     steps: dict[str, list[Unit]] = {}

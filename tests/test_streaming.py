@@ -500,7 +500,7 @@ def test_peak_memory_is_that_of_a_block_as_the_formula_says(llama: Path, tmp_pat
     size = (tmp_path / "b-out" / "model.acz").stat().st_size
     everything = estimating.compressing_bytes(network, size, offered, sequential=False) - fixed
     assert size < 2.2 * network.parameters
-    assert everything < 1.5 * 4 * network.parameters  # and whole models would be there twice
+    assert everything < 1.75 * 4 * network.parameters  # the model and a copy, whole, are twice
     assert max(calibration, whole) < 0.75 * 4 * network.parameters  # or it would not tell
     assert calibrated - before <= calibration
     assert profiled - before <= whole
