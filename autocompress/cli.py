@@ -425,7 +425,7 @@ def verify(folder: FolderArgument, task: TaskOption = None, as_json: JsonOption 
     from autocompress.reporting.tables import facts_table
     from autocompress.verifying import verify as verified
 
-    found = verified(folder, None if task is None else _task(task))
+    found = verified(folder, None if task is None else _task(task, stream=None if Path(task).is_dir() else False))
     if as_json:
         _print_json({"good": found.good, "checks": [vars(c) for c in found.checks]})
     else:

@@ -4,7 +4,7 @@ tensors of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -28,6 +28,7 @@ from autocompress.types import Plan
 __all__ = [
     "OutputError",
     "SaveInfo",
+    "check_unchanged",
     "fill",
     "halves_of",
     "is_narrower",
@@ -70,7 +71,7 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
             f"the file would have {size:,} bytes, the budget is {plan.budget_bytes:,}; "
             "make the plan again for this model"
         )
-    _check_unchanged(small, encoded.entries)
+    check_unchanged(small, encoded.entries)
     try:
         info = write(path, encoded.entries)
     except OSError as error:
@@ -78,7 +79,8 @@ def save(small: nn.Module, plan: Plan, path: str | Path) -> SaveInfo:
     return SaveInfo(Path(path), info.bytes, plan.budget_bytes)
 
 
-def _check_unchanged(small: nn.Module, entries: Sequence[Entry]) -> None:
+def check_unchanged(small: nn.Module, entries: Iterable[Entry]) -> None:
+    """Raise MismatchError, naming the first, unless every tensor of a model is what these records hold."""
     tensors = stored_tensors(small)
     for entry in entries:
         name = entry.name

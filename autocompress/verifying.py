@@ -246,20 +246,18 @@ def _width(entry: Entry) -> int:
 
 
 def _task_checks(path: Path, metrics: dict[str, Any], task: Task) -> list[Check]:
-    import torch
+    from autocompress.offloading import is_streamed
+    from autocompress.saving import check_unchanged, load
 
-    from autocompress.layers import stored_tensors
-    from autocompress.saving import load
-
-    model = load(path, task.build_model())
-    tensors = load(path)
-    wrong = [
-        name
-        for name, value in stored_tensors(model).items()
-        if not torch.equal(value.cpu(), tensors[name].to(value.dtype))
-    ]
-    found = wrong[0] if wrong else f"every tensor arrives in {type(model).__name__}"
-    checks = [Check("loading", not wrong, found)]
+    fresh = task.build_model()
+    model = load(path, fresh, packed=is_streamed(fresh))
+    wrong = ""
+    try:
+        with read(path) as archive:
+            check_unchanged(model, archive.values())
+    except MismatchError as error:
+        wrong = str(error)
+    checks = [Check("loading", not wrong, wrong or f"every tensor arrives in {type(model).__name__}")]
     recorded = metrics["metric"]
     if task.evaluate is None:
         checks.append(Check("metric", True, "the task defines no evaluate(), so there is none to compare"))

@@ -235,6 +235,12 @@ def test_what_comes_back_of_a_streamed_model_runs_without_its_folder(llama: Path
     with torch.no_grad():
         expected = ac.load(result.info.path, fresh)(**data[0]).logits
         assert torch.equal(result.model(**data[0]).logits, expected)
+    layer: Any = result.model.get_submodule("model.layers.0.mlp.up_proj")
+    payload = layer.parametrizations.weight.original.detach().clone()
+    payload[-1] += 1
+    layer.parametrizations.weight.original = nn.Parameter(payload, requires_grad=False)
+    with pytest.raises(MismatchError, match="its payload was changed after it was loaded"):
+        ac.save(result.model, result.plan, tmp_path / "other.acz")
 
 
 def test_what_needs_the_whole_model_says_so(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -273,7 +279,9 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_noticed() -> None:
     assert not model.inner._forward_hooks
 
 
-def test_compress_writes_the_same_file_either_way(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_compress_writes_the_same_file_either_way(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = ["--budget", "5x", "--text", text, "--length", 16, "--effort", "fast", "--options", "w4,w6,w8,rd(0.1,0.1)"]
     for name in ("--stream", "--no-stream"):
         call("compress", llama, *common, "--out", tmp_path / name, "--json", name)
@@ -284,6 +292,9 @@ def test_compress_writes_the_same_file_either_way(llama: Path, text: Path, tmp_p
     assert metrics[0]["baseline_metric"] == metrics[1]["baseline_metric"] < 0
     planned = json.loads(call("plan", one, "--budget", "5x", "--json").out)
     assert planned["predicted_bytes"] <= metrics[0]["budget_bytes"]
+    for large in (False, True):
+        monkeypatch.setattr(streaming, "too_large", lambda folder, large=large: large)
+        assert "every tensor arrives in LlamaForCausalLM" in call("verify", one, "--task", llama).out
 
 
 def test_what_a_streamed_model_cannot_have_is_refused_before_the_work(llama: Path, text: Path, tmp_path: Path) -> None:
