@@ -234,15 +234,17 @@ class Context:
     def prepare(self, profile: Profile, options: Mapping[str, Sequence[Option]]) -> None:
         """Make the weights of several options of each layer, for a search that will want many of them.
 
-        At once they cost little more than one of them, as they share a factorisation. Nothing is done where they would
-        not all be kept, or the model is streamed.
+        At once they cost little more than one of them, as they share a factorisation. Others make room for them;
+        nothing is done where they would not all be kept even so, or the model is streamed.
         """
         self.check(profile)
         if is_streamed(self.model):
             return
         size = sum(4 * profile.layers[name].layer.size * len(wanted) for name, wanted in options.items())
-        if size + sum(map(_held, self._weights.values())) > CACHE_BYTES:
+        if size > CACHE_BYTES:
             return
+        if size + sum(map(_held, self._weights.values())) > CACHE_BYTES:
+            self._weights.clear()
 
         def every(name: str) -> dict[Option, Any]:
             todo = [o for o in options[name] if (profile.fingerprint, name, str(o)) not in self._weights]

@@ -97,6 +97,7 @@ STRATEGIES: dict[str, Strategy] = {
 RIVALS = 2.0
 LEAST_RIVALS = 16  # measured at least, where so many fit: all of them in a small profile
 FAR = 3  # of those that another one beats in every layer, in a row and far behind: then no more of them are measured
+TOGETHER = 4  # singles whose weights are made at once: more would only be thrown away where far ones end the search
 NOISE = 1e-6  # summed relative errors below this are rounding, and so is their order
 
 
@@ -169,10 +170,13 @@ def never_worse(found: Plan, profile: Profile, budget: Budget, context: Context,
     ]
     rivals = [{n: row.option for n, row in rows.items()} for rows in chosen]
     measured: list[float] = []
-    for rows, layers in zip(chosen, rivals, strict=True):
+    for number, (rows, layers) in enumerate(zip(chosen, rivals, strict=True)):
         last = measured[len(best_of_all) :][-FAR:]
         if len(last) == FAR and min(last) > RIVALS * min(kl, *measured) and loss(rows) > near:
             break
+        if number % TOGETHER == 0:
+            together = rivals[number : number + TOGETHER]
+            context.prepare(profile, {n: list(dict.fromkeys(other[n] for other in together)) for n in layers})
         measured.append(context.measure(profile, layers, f"single {_shared_option(profile, layers)}"))
     rivals = rivals[: len(measured)]
     best = min(range(len(rivals)), key=lambda i: (measured[i], i), default=None)
