@@ -190,9 +190,9 @@ def _packed(
 ) -> nn.Module:
     """Fill a model with what a file holds, weights of layers as they are held there."""
     _reshape(model, _shapes(entries), place, halves_of(entries), is_narrower(entries))
-    weights = [name for name, entry in entries.items() if packable(entry, model)]
-    others = state_dict_of({name: entries[name] for name in entries if name not in set(weights)})
-    pack(model, _Some(entries, weights, change))
+    weights = {name: None for name, entry in entries.items() if packable(entry, model)}
+    others = state_dict_of({name: entries[name] for name in entries if name not in weights})
+    pack(model, _Some(entries, list(weights), change))
     if is_streamed(model):
         delattr(model, READER)
     return _copy_in(model, others)
