@@ -20,7 +20,7 @@ from autocompress.errors import InfeasibleError, MismatchError
 from autocompress.measuring import Trial
 from autocompress.planning import budget_bytes, limits_of, make_plan, running_cost, single_options, within
 from autocompress.profiling import Profile, profile
-from autocompress.strategies import STRATEGIES, StrategyError, needs_of
+from autocompress.strategies import STRATEGIES, StrategyError, needs_of, never_worse
 from autocompress.strategies.base import chosen_plan
 from autocompress.types import Budget, Plan
 
@@ -264,3 +264,35 @@ def test_the_context_builds_what_apply_makes() -> None:
     for key, tensor in applied.state_dict().items():
         assert torch.equal(built.state_dict()[key], tensor), key
     assert encoded_of(applied).plan == plan
+
+
+def test_singles_far_behind_end_the_measuring_of_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, _ = small_profile()
+    found = profiled(model, data, [f"s{10 * share}w{bits}" for share in range(1, 8) for bits in (2, 3, 4)])
+    exact = ac.plan(found, "6x", "exact")
+    limits = limits_of(Budget.parse("6x"), found)
+    order = [
+        {n: row.option for n, row in rows.items()}
+        for rows in single_options(within(found, limits.bytes), limits, undominated=False)
+    ]
+    best = len(single_options(within(found, limits.bytes), limits))
+    assert len(order) > best + 4
+
+    def measured_with(kl_of: Any) -> list[str]:
+        measuring = context()
+        monkeypatch.setattr(measuring, "measure", lambda profile_, layers, label="": log(layers, label))
+        labels: list[str] = []
+
+        def log(layers: Any, label: str) -> float:
+            if not label.startswith("single"):
+                return 1.0
+            labels.append(label)
+            return float(kl_of(len(labels)))
+
+        never_worse(exact, found, Budget.parse("6x"), measuring)
+        return labels
+
+    every = min(len(order), 16)
+    assert len(measured_with(lambda number: 1.9)) >= every, "near ones are all measured"
+    assert len(measured_with(lambda number: 2.1)) < every, "after three in a row at more than twice the least, no more"
+    assert len(measured_with(lambda number: 2.1 if number % 3 else 1.9)) >= every, "three in a row it takes"
