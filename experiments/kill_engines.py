@@ -3,8 +3,8 @@
     python experiments/kill_engines.py [--engines inline processes ray] [--moments 10]
 
 Each trial profiles a task with two workers (inline: in one process) in a process of its own, sends SIGKILL to a worker
-or to the driver at a random moment between the start of the profile and its usual end, runs the same command again, and
-compares with a profile that nobody disturbed: fingerprint, and every byte of the store but clock times. `kept`: layers
+or to the driver at a random moment between the start of the profile and its usual end (another one, where there was
+nothing to kill), runs the same command again, and compares with a profile that nobody disturbed: fingerprint, and every byte of the store but clock times. `kept`: layers
 whose file was there after the kill; `again`: how many of those the second run wrote once more. Rows go to
 results/kill_engines.csv; finished ones are not repeated.
 """
@@ -32,6 +32,7 @@ from autocompress.engines import ENGINES
 OUT = RESULTS / "kill_engines.csv"
 os.environ.setdefault("RAY_worker_niceness", "0")  # of 15 by default: on a busy machine its workers hardly run
 KEYS = ("engine", "trial")
+ATTEMPTS = 6
 RUN = """
 import sys
 from autocompress import pipeline
@@ -186,9 +187,12 @@ def main() -> None:
             for trial in todo:
                 draw = random.Random(f"{engine} {trial}")
                 victim = "driver" if engine == "inline" or trial % 2 == 0 else "worker"
-                moment = draw.uniform(0.0, usual)
-                run = Run(given.task, Path(folder) / f"{engine}-{trial}", engine, options)
-                found = killed(run, victim, moment, trial)
+                for attempt in range(ATTEMPTS):  # a moment at which nothing was left, or begun, to kill is drawn again
+                    moment = draw.uniform(0.0, usual)
+                    run = Run(given.task, Path(folder) / f"{engine}-{trial}-{attempt}", engine, options)
+                    found = killed(run, victim, moment, trial)
+                    if found.hit:
+                        break
                 row: dict[str, Any] = {
                     "engine": engine,
                     "trial": trial,
