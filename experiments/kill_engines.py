@@ -4,9 +4,9 @@
 
 Each trial profiles a task with two workers (inline: in one process) in a process of its own, sends SIGKILL to a worker
 or to the driver at a random moment between the start of the profile and its usual end (another one, where there was
-nothing to kill), runs the same command again, and compares with a profile that nobody disturbed: fingerprint, and every byte of the store but clock times. `kept`: layers
-whose file was there after the kill; `again`: how many of those the second run wrote once more. Rows go to
-results/kill_engines.csv; finished ones are not repeated.
+nothing to kill), runs the same command again, and compares with a profile that nobody disturbed: fingerprint, and every
+byte of the store but clock times. `kept`: layers whose file was there after the kill; `again`: how many of those the
+second run wrote once more. Rows go to results/kill_engines.csv; finished ones are not repeated.
 """
 
 from __future__ import annotations
