@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from autocompress.estimating import Network
     from autocompress.profiling import Profile
     from autocompress.tasks import Task
     from autocompress.types import Plan
@@ -194,14 +195,14 @@ def _task(
     return found
 
 
-def _warn_if_large(spec: str) -> None:
+def _warn_if_large(spec: str, instead: str) -> None:
     """Say on stderr that a model folder is one that `compress` and `profile` would stream, where nothing can be."""
     from autocompress import streaming
 
     if Path(spec).is_dir() and streaming.too_large(spec):
         print(
             f"autocompress: warning: the weights in {spec}, as float32, are more than {streaming.SHARE:.0%} of this "
-            "machine's memory; compare does not stream, and each of its --workers holds them and a compressed copy",
+            f"machine's memory; {instead}",
             file=sys.stderr,
         )
 
@@ -427,7 +428,7 @@ def compare(
     found = _task(task, text, length, samples)
     if evaluate is not None:
         found = found.evaluated_by(evaluate)
-    _warn_if_large(task)
+    _warn_if_large(task, "compare does not stream, and each of its --workers holds them and a compressed copy")
     model, data = found.build_model(), found.calibration_batches(draws[0])
     facts = [pipeline.forecast(model, data, budget, out, None, offered or ()) for budget in wanted]
     if dry_run:
@@ -637,12 +638,17 @@ def doctor(
     estimate: Annotated[
         str | None,
         typer.Option(
-            metavar="TASK", help="Minutes, memory and disk of a profile of TASK, or of a Llama's config.json."
+            metavar="TASK",
+            help="Minutes, memory and disk of a profile of TASK, a model folder (--text), or a Llama's config.json.",
         ),
     ] = None,
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
     workers: WorkersOption = None,
-    samples: Annotated[int, typer.Option(min=1, help="With a config.json: texts of the calibration.")] = 128,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Calibration samples: of a model folder (256), with a config.json (128).")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="With a config.json: tokens of each.")] = 2048,
     as_json: JsonOption = False,
 ) -> None:
@@ -651,7 +657,8 @@ def doctor(
     from autocompress.reporting.tables import facts_table
 
     if estimate is not None:
-        _show_facts(_estimated(estimate, _offered(options, estimate), workers, samples, tokens), as_json)
+        network = _described(estimate, text, length, samples, tokens)
+        _show_facts(_estimated(network, _offered(options, estimate), workers), as_json)
         return
     found = diagnose()
     if as_json:
@@ -664,15 +671,20 @@ def doctor(
         fail(f"{', '.join(bad)}: see above", 1)
 
 
-def _estimated(task: str, offered: list[Any] | None, workers: int | None, samples: int, tokens: int) -> dict[str, Any]:
+def _described(task: str, text: Path | None, length: int | None, samples: int | None, tokens: int) -> Network:
+    """What the estimate needs of a task, a model folder or a config.json."""
     from autocompress import estimating
-    from autocompress.tasks import load_task
 
     if task.endswith(".json"):
-        network = estimating.llama(task, samples, tokens)
-    else:
-        found = load_task(task)
-        network = estimating.network_of(found.build_model(), found.calibration_batches(0))
+        return estimating.llama(task, samples or 128, tokens)
+    found = _task(task, text, length, samples or 256)
+    _warn_if_large(task, "an estimate loads them; that of its config.json, where it is a Llama's, does not")
+    return estimating.network_of(found.build_model(), found.calibration_batches(0))
+
+
+def _estimated(network: Network, offered: list[Any] | None, workers: int | None) -> dict[str, Any]:
+    from autocompress import estimating
+
     with _progress() as progress:
         progress("measure this machine", 0, 1)
         rates = estimating.measured_rates()

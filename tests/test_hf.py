@@ -18,12 +18,13 @@ from tiny_tasks import call
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import autocompress as ac
-from autocompress import hf, measuring, streaming
+from autocompress import estimating, hf, measuring, streaming
 from autocompress.comparing import CompareWarning, summary
 from autocompress.compressors import named_options
 from autocompress.errors import TaskError
 from autocompress.profiling import load_profile
 from autocompress.tasks import load_evaluate
+from autocompress.workloads import REFERENCE
 
 WORDS = [f"w{i}" for i in range(56)]
 
@@ -250,6 +251,20 @@ def test_compare_says_that_it_holds_what_others_would_stream(
     assert "warning" not in call(*arguments).err
     monkeypatch.setattr(streaming, "SHARE", 0.0)
     assert "more than 0% of this machine's memory; compare does not stream" in call(*arguments).err
+
+
+def test_doctor_estimates_a_folder_by_its_own_windows(
+    bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimating, "measured_rates", lambda: dict(REFERENCE))
+    arguments = [bert, "--text", text, "--length", 16, "--samples", 40, "--options", "w4,w8", "--workers", 1, "--json"]
+    found = json.loads(call("doctor", "--estimate", *arguments).out)
+    facts = json.loads(call("profile", *arguments, "--store", tmp_path / "store").out)
+    assert found["layers"] == facts["layers"]
+    assert found["calibration_samples"] == 32  # a fifth is held out
+    kept = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.npz"))
+    assert found["disk_bytes"] < kept < 1.5 * found["disk_bytes"]
+    assert "calibration needs a text" in call("doctor", "--estimate", bert).refused(2)
 
 
 def hidden(model: Any, rows: torch.Tensor) -> torch.Tensor:
