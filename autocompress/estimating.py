@@ -5,8 +5,9 @@
                 (weights + Σ d²/2 of the inputs) multiply-adds at the rate of a product. Over the cores of this
                 machine: it is the calling process that calibrates
     profile     Σ over layers of Σ over kinds of operations · rate (`workloads`), dealt to the workers largest first
-    memory      of the calling process: libraries + 4 bytes per parameter, 8 per weight of a layer (order, loss)
-                + calibration data + Hessians; of a worker: libraries + its largest task (`task_bytes`)
+    memory      of the calling process: libraries, with transformers where the model is of it, + 4 bytes per parameter,
+                8 per weight of a layer (order, loss) + calibration data + Hessians; of a worker: libraries + its
+                largest task (`task_bytes`)
     disk        8 bytes per entry of each different Hessian, 8 per weight of a layer with an order (index and loss)
 
 A block is what a transformer repeats: held alone with its Hessians, as streaming does, it is all of the model that is
@@ -87,7 +88,7 @@ class Network:
     """What the estimate needs of a network and its data. block: names of the layers of the largest block, whose
     statistics streaming holds at once; outside: of those in no block, which it holds at another time; batches, and
     batch_samples of the largest; pass_seconds: processor seconds of a calibration, of each batch, of each sample, where
-    measured.
+    measured; transformers: whether the model is of that library.
     """
 
     units: tuple[Unit, ...]
@@ -99,6 +100,7 @@ class Network:
     batch_samples: int = 1
     batches: int = 1
     pass_seconds: tuple[float, float, float] | None = None
+    transformers: bool = False
 
     def hessian_bytes(self, names: Iterable[str] | None = None) -> int:
         """Of the different inputs of all layers, or of those named, once each; float64."""
@@ -159,7 +161,8 @@ def estimate(
         calibrating = once + network.batches * batch + network.samples * sample
     held = 4 * network.parameters + network.data_bytes + 8 * sum(u.weights for u in network.units)
     largest = max((task_bytes(u, offered, exact_limit) for u in network.units), default=0)
-    memory = LIBRARIES + held + network.hessian_bytes() + (largest if alone else 0)
+    libraries = LIBRARIES + (TRANSFORMERS if network.transformers else 0)
+    memory = libraries + held + network.hessian_bytes() + (largest if alone else 0)
     streaming = streaming_bytes(network, offered if alone else None, exact_limit) if network.block else None
     ordered = sum(u.weights for u in network.units if u.reached and any(o.bits or o.step for o in offered))
     return Estimate(
@@ -253,6 +256,7 @@ def llama(config: str | Path | Mapping[str, Any], samples: int = 128, tokens: in
         tuple(f"0.{name}" for name in inside),
         tuple(u.name for u in units if "." not in u.name),
         min(samples, batch_rows(tokens)),
+        transformers=True,
     )
 
 
@@ -282,6 +286,7 @@ def network_of(model: Any, data: Sequence[Any]) -> Network:
         batch_samples=max(map(batch_samples, fit)),
         batches=len(fit),
         pass_seconds=pass_seconds(model, batch),
+        transformers=any(type(m).__module__.startswith("transformers.") for m in model.modules()),
     )
 
 

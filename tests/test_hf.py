@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -264,6 +265,11 @@ def test_doctor_estimates_a_folder_by_its_own_windows(
     assert found["calibration_samples"] == 32  # a fifth is held out
     kept = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.npz"))
     assert found["disk_bytes"] < kept < 1.5 * found["disk_bytes"]
+    task = hf.model_task(bert, text, length=16, samples=40)
+    network = estimating.network_of(task.build_model(), task.calibration_batches(0))
+    alone = dataclasses.replace(network, transformers=False)
+    library = found["memory_bytes"] - estimating.estimate(alone, REFERENCE, 1, ["w4", "w8"]).memory_bytes
+    assert library == estimating.TRANSFORMERS
     assert "calibration needs a text" in call("doctor", "--estimate", bert).refused(2)
 
 
