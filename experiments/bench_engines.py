@@ -229,14 +229,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {"rates": rates, "estimates": estimates, "scaling": scaling, "schedule": plan_schedule}
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--networks", nargs="*", default=None, choices=TASKS)
+    parser.add_argument("--networks", nargs="*", default=None, choices=[*TASKS], help="without a name: none of them")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--options", default="", help="of estimates: names or families, as of `autocompress profile`")
     parser.add_argument("--shapes", action=argparse.BooleanOptionalAction, default=True, help="7B and 70B too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="per second, that the calling process can send")
     given = parser.parse_args()
-    given.networks = given.networks or (["resnet56"] if given.part == "scaling" else list(TASKS))
+    if given.networks is None:
+        given.networks = ["resnet56"] if given.part == "scaling" else list(TASKS)
     parts[given.part](given)
 
 
