@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from autocompress.estimating import Network
     from autocompress.profiling import Profile
     from autocompress.tasks import Task
     from autocompress.types import Plan
@@ -140,6 +141,9 @@ StreamOption = Annotated[
         "the memory).",
     ),
 ]
+EvaluateOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A Python file with evaluate(model), instead of the task's own.")
+]
 TaskOption = Annotated[str | None, typer.Option("--task", metavar="TASK", help="The task, to run its model.")]
 
 
@@ -191,6 +195,18 @@ def _task(
     return found
 
 
+def _warn_if_large(spec: str, instead: str) -> None:
+    """Say on stderr that a model folder is one that `compress` and `profile` would stream, where nothing can be."""
+    from autocompress import streaming
+
+    if Path(spec).is_dir() and streaming.too_large(spec):
+        print(
+            f"autocompress: warning: the weights in {spec}, as float32, are more than {streaming.SHARE:.0%} of this "
+            f"machine's memory; {instead}",
+            file=sys.stderr,
+        )
+
+
 def _looks_like_hub(spec: str) -> bool:
     """Whether a name that is no file may be that of a model on the hub, owner/name."""
     parts = spec.split("/")
@@ -235,9 +251,7 @@ def compress(
     length: LengthOption = None,
     samples: SamplesOption = 256,
     stream: StreamOption = None,
-    evaluate: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A Python file with evaluate(model), instead of the task's own.")
-    ] = None,
+    evaluate: EvaluateOption = None,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
@@ -381,12 +395,19 @@ def plan(
 @command(cls=_Command)
 def compare(
     task: TaskArgument,
-    budgets: Annotated[str, typer.Option(help="Budgets, joined by commas: 8x,12x,64kB.")],
+    budgets: Annotated[
+        list[str],
+        typer.Option("--budget", "--budgets", help="A budget, or several joined by commas: 8x,12x,64kB; repeatable."),
+    ],
     out: Annotated[Path, typer.Option(help="Where compare.csv, plans.jsonl, compare.html go; rows there are kept.")],
     strategies: Annotated[str | None, typer.Option(help="Strategies, joined by commas (default: all).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each has a profile of its own.")] = "0",
     effort: Annotated[str, typer.Option(help="How often searches may run the model: fast, normal or max.")] = "normal",
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
+    samples: SamplesOption = 256,
+    evaluate: EvaluateOption = None,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
@@ -396,20 +417,23 @@ def compare(
     from autocompress.reporting import render_comparison
     from autocompress.saving import write_text
     from autocompress.strategies import STRATEGIES
-    from autocompress.tasks import load_task
 
     names = list(STRATEGIES) if strategies is None else [name.strip() for name in strategies.split(",")]
-    wanted = [pipeline.check_request(text, name, effort) for text in _each_budget(budgets) for name in names[:1]]
+    limits = [limit for given in budgets for limit in _each_budget(given)]
+    wanted = [pipeline.check_request(limit, name, effort) for limit in limits for name in names[:1]]
     for name in names:
         pipeline.check_request(wanted[0], name, effort)
-    draws = [_seed(text) for text in seeds.split(",")]
-    offered = _offered(options)
-    found = load_task(task)
+    draws = [_seed(draw) for draw in seeds.split(",")]
+    offered = _offered(options, task)
+    found = _task(task, text, length, samples)
+    if evaluate is not None:
+        found = found.evaluated_by(evaluate)
+    _warn_if_large(task, "compare does not stream, and each of its --workers holds them and a compressed copy")
     model, data = found.build_model(), found.calibration_batches(draws[0])
     facts = [pipeline.forecast(model, data, budget, out, None, offered or ()) for budget in wanted]
     if dry_run:
-        limits = {str(budget): fact.get("budget_bytes") for budget, fact in zip(wanted, facts, strict=True)}
-        rows = {"budgets": limits, "strategies": names, "seeds": draws, "rows": len(wanted) * len(names) * len(draws)}
+        sizes = {str(budget): fact.get("budget_bytes") for budget, fact in zip(wanted, facts, strict=True)}
+        rows = {"budgets": sizes, "strategies": names, "seeds": draws, "rows": len(wanted) * len(names) * len(draws)}
         kept = {key: value for key, value in facts[0].items() if key not in ("budget_bytes", "profile")}
         _show_facts(kept | _counted(offered) | rows, as_json)
         return
@@ -614,12 +638,17 @@ def doctor(
     estimate: Annotated[
         str | None,
         typer.Option(
-            metavar="TASK", help="Minutes, memory and disk of a profile of TASK, or of a Llama's config.json."
+            metavar="TASK",
+            help="Minutes, memory and disk of a profile of TASK, a model folder (--text), or a Llama's config.json.",
         ),
     ] = None,
     options: OptionsOption = None,
+    text: TextOption = None,
+    length: LengthOption = None,
     workers: WorkersOption = None,
-    samples: Annotated[int, typer.Option(min=1, help="With a config.json: texts of the calibration.")] = 128,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Calibration samples: of a model folder (256), with a config.json (128).")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="With a config.json: tokens of each.")] = 2048,
     as_json: JsonOption = False,
 ) -> None:
@@ -628,7 +657,8 @@ def doctor(
     from autocompress.reporting.tables import facts_table
 
     if estimate is not None:
-        _show_facts(_estimated(estimate, _offered(options, estimate), workers, samples, tokens), as_json)
+        network = _described(estimate, text, length, samples, tokens)
+        _show_facts(_estimated(network, _offered(options, estimate), workers), as_json)
         return
     found = diagnose()
     if as_json:
@@ -641,15 +671,20 @@ def doctor(
         fail(f"{', '.join(bad)}: see above", 1)
 
 
-def _estimated(task: str, offered: list[Any] | None, workers: int | None, samples: int, tokens: int) -> dict[str, Any]:
+def _described(task: str, text: Path | None, length: int | None, samples: int | None, tokens: int) -> Network:
+    """What the estimate needs of a task, a model folder or a config.json."""
     from autocompress import estimating
-    from autocompress.tasks import load_task
 
     if task.endswith(".json"):
-        network = estimating.llama(task, samples, tokens)
-    else:
-        found = load_task(task)
-        network = estimating.network_of(found.build_model(), found.calibration_batches(0))
+        return estimating.llama(task, samples or 128, tokens)
+    found = _task(task, text, length, samples or 256)
+    _warn_if_large(task, "an estimate loads them; that of its config.json, where it is a Llama's, does not")
+    return estimating.network_of(found.build_model(), found.calibration_batches(0))
+
+
+def _estimated(network: Network, offered: list[Any] | None, workers: int | None) -> dict[str, Any]:
+    from autocompress import estimating
+
     with _progress() as progress:
         progress("measure this machine", 0, 1)
         rates = estimating.measured_rates()

@@ -1,16 +1,19 @@
 """Minutes, memory and disk of a run, predicted before anything starts: counted work times rates measured here.
 
-    calibrate   samples · (seconds of a forward pass with its products, of some samples) for a task, on its own model;
-                for shapes, positions · (weights + Σ d²/2 of the inputs) multiply-adds at the rate of a product, on
-                the cores of this machine: it is the calling process that calibrates
+    calibrate   seconds of all that is done once, + batches · those of a batch + samples · those of a sample: what fits
+                three short calibrations of the task's own model best (`pass_seconds`); for shapes, positions ·
+                (weights + Σ d²/2 of the inputs) multiply-adds at the rate of a product. Over the cores of this
+                machine: it is the calling process that calibrates
     profile     Σ over layers of Σ over kinds of operations · rate (`workloads`), dealt to the workers largest first
-    memory      of the calling process: libraries + 4 bytes per parameter, 8 per weight of a layer (order, loss)
-                + calibration data + Hessians; of a worker: libraries + its largest task (`task_bytes`)
+    memory      of the calling process: libraries, with transformers where the model is of it, + 4 bytes per parameter,
+                8 per weight of a layer (order, loss) + calibration data + Hessians; of a worker: libraries + its
+                largest task (`task_bytes`)
     disk        8 bytes per entry of each different Hessian, 8 per weight of a layer with an order (index and loss)
 
 A block is what a transformer repeats: held alone with its Hessians, as streaming does, it is all of the model that is
 in memory (`streaming_bytes`). Rates are those of one thread, measured in processor time, so that a busy machine does
-not change them; the minutes are those of a machine that is not.
+not change them; the minutes are those of a machine that is not. More threads would count the time that they spin while
+they wait for each other, which on a busy machine is most of it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ LIBRARIES = 400 << 20  # of a process with torch and the compiled kernels; see r
 TRANSFORMERS = 100 << 20  # of transformers beside them
 BUFFERS = 16 << 20  # of files that numpy writes
 CODES_HELD = 1 << 28  # bytes of codes that a task holds at once (compressors.base), made and copied
-SAMPLED = 64  # samples that a pass is timed on
+SAMPLED = 64  # samples of the batches that are timed, at most
 
 
 class EstimateError(AutocompressError):
@@ -84,8 +87,9 @@ class Unit:
 @dataclass(frozen=True)
 class Network:
     """What the estimate needs of a network and its data. block: names of the layers of the largest block, whose
-    statistics streaming holds at once; outside: of those in no block, which it holds at another time; batch_samples: of
-    the largest batch; pass_seconds: of one sample's forward pass with its products, where measured.
+    statistics streaming holds at once; outside: of those in no block, which it holds at another time; batches, and
+    batch_samples of the largest; pass_seconds: processor seconds of a calibration, of each batch, of each sample, where
+    measured; transformers: whether the model is of that library.
     """
 
     units: tuple[Unit, ...]
@@ -95,7 +99,9 @@ class Network:
     block: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     batch_samples: int = 1
-    pass_seconds: float | None = None
+    batches: int = 1
+    pass_seconds: tuple[float, float, float] | None = None
+    transformers: bool = False
 
     def hessian_bytes(self, names: Iterable[str] | None = None) -> int:
         """Of the different inputs of all layers, or of those named, once each; float64."""
@@ -106,12 +112,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds are of an idle machine. tasks: seconds of every layer's, largest first. memory_bytes: of the calling
-    process, where everything is computed in it, or of it alone; worker_bytes: of each worker beside it, 0 without any.
-    streaming_bytes: see the function of that name, None where the blocks are not known.
+    """Seconds are of an idle machine; calibrate_cpu_seconds: of all processors together. tasks: seconds of every
+    layer's, largest first. memory_bytes: of the calling process, where everything is computed in it, or of it alone;
+    worker_bytes: of each worker beside it, 0 without any. streaming_bytes: see the function of that name, None where
+    the blocks are not known.
     """
 
-    calibrate_seconds: float
+    calibrate_cpu_seconds: float
     profile_seconds: float
     tasks: tuple[float, ...]
     workers: int
@@ -119,6 +126,10 @@ class Estimate:
     worker_bytes: int
     streaming_bytes: int | None
     disk_bytes: int
+
+    @property
+    def calibrate_seconds(self) -> float:
+        return self.calibrate_cpu_seconds / default_workers()
 
     @property
     def minutes(self) -> float:
@@ -142,17 +153,21 @@ def estimate(
     alone = workers <= 1 or len(tasks) <= 1 or whole <= START_SECONDS + schedule(tasks, workers)
     used = 1 if alone else workers
     profile = whole if alone else START_SECONDS + schedule(tasks, used)
-    passes = network.pass_seconds
-    if passes is None:
+    if network.pass_seconds is None:
         products = {u.input: u.shape[0] * u.shape[2] ** 2 / 2 * u.positions for u in network.units if not u.table}
-        passes = (sum(u.macs for u in network.units) + sum(products.values())) * rates["product"] / default_workers()
+        each = (sum(u.macs for u in network.units) + sum(products.values())) * rates["product"]
+        calibrating = network.samples * each
+    else:
+        once, batch, sample = network.pass_seconds
+        calibrating = once + network.batches * batch + network.samples * sample
     held = 4 * network.parameters + network.data_bytes + 8 * sum(u.weights for u in network.units)
     largest = max((task_bytes(u, offered, exact_limit) for u in network.units), default=0)
-    memory = LIBRARIES + held + network.hessian_bytes() + (largest if alone else 0)
+    libraries = LIBRARIES + (TRANSFORMERS if network.transformers else 0)
+    memory = libraries + held + network.hessian_bytes() + (largest if alone else 0)
     streaming = streaming_bytes(network, offered if alone else None, exact_limit) if network.block else None
     ordered = sum(u.weights for u in network.units if u.reached and any(o.bits or o.step for o in offered))
     return Estimate(
-        passes * network.samples,
+        calibrating,
         profile,
         tuple(tasks),
         used,
@@ -289,22 +304,19 @@ def llama(config: str | Path | Mapping[str, Any], samples: int = 128, tokens: in
         tuple(f"0.{name}" for name in inside),
         tuple(u.name for u in units if "." not in u.name),
         min(samples, batch_rows(tokens)),
+        transformers=True,
     )
 
 
 def network_of(model: Any, data: Sequence[Any]) -> Network:
-    """A task's model, run once on a few samples: which layers read one input, at how many positions, in what time."""
-    import torch
-
+    """A task's model, run on a few samples: which layers read one input, at how many positions, in what time."""
     from autocompress.batches import batch_samples, join_batches, split_batches
     from autocompress.calibration import calibrate
     from autocompress.layers import find_layers
 
-    few = join_batches(list(data), SAMPLED)
-    calibrate(model, few, holdout=0.0)  # what only the first pass does
-    began = time.process_time()
-    stats = calibrate(model, few, holdout=0.0)
-    spent = time.process_time() - began
+    fit = split_batches(list(data))[0]
+    batch = join_batches([max(fit, key=batch_samples)], SAMPLED)
+    stats = calibrate(model, [batch], holdout=0.0)  # and what only the first pass does
     units = []
     for layer in find_layers(model):
         found = stats.layers.get(layer.name)
@@ -314,15 +326,38 @@ def network_of(model: Any, data: Sequence[Any]) -> Network:
         units.append(Unit(layer.name, layer.matrix_shape, reads, positions, table, found is not None))
     tensors = {t.data_ptr(): t.numel() for t in (*model.parameters(), *model.buffers())}
     kept = [t for batch in data for t in _tensors(batch)]
-    samples = sum(batch_samples(batch) for batch in split_batches(list(data))[0])
-    cores = min(torch.get_num_threads(), default_workers())
     return Network(
         tuple(units),
-        samples,
+        sum(map(batch_samples, fit)),
         sum(tensors.values()),
         sum(t.numel() * t.element_size() for t in kept),
-        pass_seconds=spent / stats.samples / cores,
+        batch_samples=max(map(batch_samples, fit)),
+        batches=len(fit),
+        pass_seconds=pass_seconds(model, batch),
+        transformers=any(type(m).__module__.startswith("transformers.") for m in model.modules()),
     )
+
+
+def pass_seconds(model: Any, batch: Any) -> tuple[float, float, float]:
+    """Processor seconds of a calibration, of each of its batches, and of each sample, on one thread: none negative, and
+    of least squared relative error for three calibrations: of a batch, of its first half, and of that half twice.
+    """
+    import torch
+
+    from autocompress.batches import batch_samples, join_batches
+    from autocompress.calibration import calibrate
+
+    half = join_batches([batch], max(1, batch_samples(batch) // 2))
+    runs = ([half], [half, half], [batch])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times = [_least(lambda r=r: calibrate(model, r, holdout=0.0), time.process_time) for r in runs]
+    finally:
+        torch.set_num_threads(threads)
+    counted = [{"run": 1, "batch": len(run), "sample": sum(map(batch_samples, run))} for run in runs]
+    found = fit(counted, times, {}, ("run", "batch", "sample"))
+    return found["run"], found["batch"], found["sample"]
 
 
 def _tensors(value: Any) -> list[Any]:
@@ -364,11 +399,16 @@ def families(shape: Sequence[int]) -> list[list[Option]]:
     return [grids, steps] + ([[o for o in found if o.trellis]] if math.prod(shape) <= 2400 else [])
 
 
-def fit(counted: Sequence[Mapping[str, float]], times: Sequence[float], known: Mapping[str, float]) -> dict[str, float]:
+def fit(
+    counted: Sequence[Mapping[str, float]],
+    times: Sequence[float],
+    known: Mapping[str, float],
+    kinds: Sequence[str] = KINDS,
+) -> dict[str, float]:
     """Rates of the kinds that are not known, from counted work and its seconds: min Σ (predicted / measured - 1)²."""
     from scipy.optimize import nnls
 
-    free = [kind for kind in KINDS if kind not in known]
+    free = [kind for kind in kinds if kind not in known]
     measured = np.asarray(times)
     fixed = np.array([sum(c[kind] * rate for kind, rate in known.items()) for c in counted])
     matrix = np.array([[c[kind] for kind in free] for c in counted], float) / measured[:, None]
@@ -395,14 +435,14 @@ def basic_rates() -> dict[str, float]:
         }
 
 
-def _least(run: Any) -> float:
-    """Processor seconds of this thread, the least of three runs, or of fewer once they take long."""
-    best, began = math.inf, time.thread_time()
+def _least(run: Any, clock: Callable[[], float] = time.thread_time) -> float:
+    """Processor seconds of this thread, or by that clock: the least of three runs, or of fewer once they take long."""
+    best, began = math.inf, clock()
     for _ in range(3):
-        start = time.thread_time()
+        start = clock()
         run()
-        best = min(best, time.thread_time() - start)
-        if time.thread_time() - began > 1.0:
+        best = min(best, clock() - start)
+        if clock() - began > 1.0:
             break
     return best
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from autocompress.batches import Batch
+from autocompress.batches import Batch, batch_digest
 from autocompress.errors import TaskError
 from autocompress.tasks import Task
 
@@ -77,18 +78,30 @@ def model_task(
         rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:samples]
         return window_batches(found[rows], causal)
 
-    def evaluate(small: nn.Module) -> float:
-        return -perplexity(small, parts()[1])
-
     return Task(
         name=path.name or str(path),
         source=str(folder),
         folder=None,
         model=model,
         calibration=calibration,
-        evaluate=evaluate if causal and text is not None else None,
+        evaluate=Perplexity(lambda: parts()[1]) if causal and text is not None else None,
         embedding=None if causal else hidden_states,
+        recipe=functools.partial(model_task, folder, text, length, samples),
     )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """evaluate(model): minus the perplexity on these windows (n, length). `version` tells their tokens from others."""
+
+    windows: Callable[[], torch.Tensor]
+
+    def __call__(self, model: nn.Module) -> float:
+        return -perplexity(model, self.windows())
+
+    @property
+    def version(self) -> str:
+        return batch_digest(self.windows())
 
 
 def pretrained(kind: Any, folder: Path, **arguments: Any) -> nn.Module:

@@ -17,6 +17,7 @@ names the function and the task.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -46,8 +47,8 @@ _OPTIONAL = ("evaluate", "score", "loss", "training", "example_input", "embeddin
 class Task:
     """The functions of one task, None where it does not define one. Whatever they raise arrives as a TaskError.
 
-    `name` is for people and folders, `source` finds the task again: `load_task(task.source)`. `folder` is where a task
-    file finds its neighbours.
+    `name` is for people and folders, `source` says where it is from. `folder` is where a task file finds its
+    neighbours. `recipe` makes the task again, in another process too: it can be pickled.
     """
 
     name: str
@@ -61,6 +62,12 @@ class Task:
     training: Callable[..., Iterable[Any]] | None = None
     example_input: Callable[[], Any] | None = None
     embedding: Callable[[Any, Any], torch.Tensor] | None = None
+    recipe: Callable[[], Task] | None = None
+
+    def evaluated_by(self, path: str | Path) -> Task:
+        """This task with the evaluate(model) of a Python file for its own. Raises TaskError as `load_evaluate` does."""
+        recipe = None if self.recipe is None else functools.partial(_evaluated_by, self.recipe, path)
+        return dataclasses.replace(self, evaluate=load_evaluate(path), recipe=recipe)
 
     def build_model(self) -> torch.nn.Module:
         """A fresh `model()` in eval mode. Raises TaskError if that is not an nn.Module."""
@@ -108,6 +115,10 @@ class Task:
             yield batch
 
 
+def _evaluated_by(recipe: Callable[[], Task], path: str | Path) -> Task:
+    return recipe().evaluated_by(path)
+
+
 _END = object()
 
 
@@ -145,7 +156,7 @@ def load_task(spec: str | Path) -> Task:
     for what in ("evaluate", "score"):
         if functions[what] is not None:
             functions[what] = _returning_float(functions[what], what, name)
-    return Task(name=name, source=source, folder=folder, **functions)
+    return Task(name=name, source=source, folder=folder, recipe=functools.partial(load_task, source), **functions)
 
 
 def load_evaluate(path: str | Path) -> Callable[[torch.nn.Module], float]:

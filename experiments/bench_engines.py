@@ -1,14 +1,16 @@
 """Engines: rates of the work, estimates against runs, scaling on this machine, a schedule for 7B on many.
 
     python experiments/bench_engines.py rates       seconds per operation, layers the fit never saw, a worker's start
-    python experiments/bench_engines.py estimates   predicted against measured; predicted for 7B and 70B
+    python experiments/bench_engines.py estimates   predicted against measured, by network; predicted for 7B and 70B
     python experiments/bench_engines.py scaling     a profile inline, in two processes, on one Ray node, in turns
     python experiments/bench_engines.py schedule    a profile of 7B on 1, 8 and 64 workers, simulated
 
 Rows go to results/engines_*.csv. Times are processor seconds wherever one process computes, so that a busy machine
 changes them little; those of `scaling` are seconds on the clock, of which only ratios within a round mean something
-where `load` is more than the engine's own. estimates and schedule take their rates from engines_rates.csv, if it is
-there; calibration for shapes is on this machine's cores. --every N takes each N-th default option only.
+where `load` is more than the engine's own. Runs that estimates are held against have one thread (OMP_NUM_THREADS=1):
+threads that spin while they wait for each other count as processor time. estimates measures its rates just before, and
+keeps none of them; schedule takes its own from engines_rates.csv, if it is there; calibration for shapes is on this
+machine's cores. --every N takes each N-th default option only; --options names others for estimates.
 """
 
 from __future__ import annotations
@@ -29,8 +31,7 @@ from typing import Any
 
 from common import RESULTS, ROOT, environment, keep_row
 
-from autocompress.compressors import default_options, profile_layer
-from autocompress.doctor import cores
+from autocompress.compressors import default_options, named_options, profile_layer
 from autocompress.engines import run_tasks
 from autocompress.estimating import Network, bench_layer, estimate, llama, measured_rates, network_of
 from autocompress.obs import EXACT_LIMIT
@@ -41,6 +42,8 @@ TASKS = {
     "digits": "digits",
     "resnet20": "experiments/tasks/resnet20_cifar10.py",
     "resnet56": "experiments/tasks/resnet56_cifar10.py",
+    "stories260k": "experiments/tasks/stories260k.py",
+    "minilm": "experiments/tasks/minilm_stsb.py",
 }
 UNSEEN = (((1, 32, 288), EXACT_LIMIT), ((1, 64, 576), EXACT_LIMIT), ((1, 128, 1024), 0.0))
 SHAPES = sorted((ROOT / "experiments" / "shapes").glob("*.json"))
@@ -102,22 +105,23 @@ def kept_rates() -> dict[str, float]:
 
 
 def estimates(given: argparse.Namespace) -> None:
-    found, options = kept_rates(), [str(option) for option in default_options()[:: given.every]]
+    found = measured_rates()
+    options = [str(option) for option in named_options([given.options or "default"])[:: given.every]]
     for name in given.networks:
         task = load_task(TASKS[name])
         network = network_of(task.build_model(), task.calibration_batches(0))
         predicted = facts(network, found, options, 1)
-        calibrated = predicted.pop("calibrate_s") * cores()
         with tempfile.TemporaryDirectory() as store:
             command = [sys.executable, "-c", MEASURED, TASKS[name], store, " ".join(options)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+            alone = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=alone)
         measured = dict(
             zip(("calibrate", "profile", "memory", "disk"), json.loads(done.stdout.splitlines()[-1]), strict=True)
         )
         row = {
-            "cpu_s": predicted["profile_s"] + calibrated,
+            "cpu_s": predicted["profile_s"] + predicted["calibrate_cpu_s"],
             "measured_cpu_s": measured["calibrate"] + measured["profile"],
-            "calibrate_cpu_s": calibrated,
+            "calibrate_cpu_s": predicted["calibrate_cpu_s"],
             "measured_calibrate_cpu_s": measured["calibrate"],
             "memory_gib": predicted["memory_gib"],
             "measured_memory_gib": measured["memory"] / 2**30,
@@ -133,7 +137,7 @@ def estimates(given: argparse.Namespace) -> None:
             {"network": name, "options": len(options), "workers": 1} | figures(row | ratios),
             ("network", "options", "workers"),
         )
-    for path in SHAPES:
+    for path in SHAPES if given.shapes else ():
         for workers in (1, 8, 64):
             row = facts(llama(path), found, options, workers)
             head = {"network": path.stem, "options": len(options), "workers": workers}
@@ -144,6 +148,7 @@ def facts(network: Network, found: Mapping[str, float], options: list[str], work
     got = estimate(network, found, workers, options)
     facts = {
         "calibrate_s": got.calibrate_seconds,
+        "calibrate_cpu_s": got.calibrate_cpu_seconds,
         "profile_s": got.profile_seconds,
         "memory_gib": got.memory_bytes / 2**30,
         "worker_gib": got.worker_bytes / 2**30,
@@ -224,12 +229,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {"rates": rates, "estimates": estimates, "scaling": scaling, "schedule": plan_schedule}
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--networks", nargs="*", default=None, choices=TASKS)
+    parser.add_argument("--networks", nargs="*", default=None, choices=[*TASKS], help="without a name: none of them")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--options", default="", help="of estimates: names or families, as of `autocompress profile`")
+    parser.add_argument("--shapes", action=argparse.BooleanOptionalAction, default=True, help="7B and 70B too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="per second, that the calling process can send")
     given = parser.parse_args()
-    given.networks = given.networks or (["resnet56"] if given.part == "scaling" else list(TASKS))
+    if given.networks is None:
+        given.networks = ["resnet56"] if given.part == "scaling" else list(TASKS)
     parts[given.part](given)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from networks import OPTIONS, convnet, images, kinds, profiled
 from tiny_tasks import call, write_task
 
-from autocompress import estimating
+from autocompress import calibration, estimating
 from autocompress.batches import batch_samples, split_batches
 from autocompress.compressors import default_options
 from autocompress.estimating import Network, Unit, estimate, fit, llama, network_of, task_bytes
@@ -53,8 +54,36 @@ def test_a_network_is_what_its_model_and_calibration_say() -> None:
     assert {u.name: u.positions for u in found.units} == {"conv1": 36.0, "conv2": 36.0, "conv3": 36.0, "linear": 1.0}
     assert found.samples == sum(map(batch_samples, split_batches(data)[0]))
     assert found.data_bytes == sum(batch.numel() * 4 for batch in data)
+    assert (found.batches, found.batch_samples) == (len(split_batches(data)[0]), max(map(batch_samples, data)))
     assert found.pass_seconds is not None
-    assert found.pass_seconds > 0
+    assert min(found.pass_seconds) >= 0 < sum(found.pass_seconds)
+
+
+def test_what_is_done_once_for_each_batch_and_for_each_sample_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that knows nothing else; on one thread, which does not spin while it waits for others."""
+    spent, sizes, before = 0.0, set(), torch.get_num_threads()
+
+    def counted(model: Any, batches: list[torch.Tensor], holdout: float) -> None:
+        nonlocal spent
+        assert torch.get_num_threads() == 1
+        spent += 2.0 + sum(0.5 + 0.01 * len(batch) for batch in batches)
+        sizes.add(tuple(map(len, batches)))
+
+    monkeypatch.setattr(calibration, "calibrate", counted)
+    monkeypatch.setattr(estimating.time, "process_time", lambda: spent)
+    torch.set_num_threads(2)
+    try:
+        found = estimating.pass_seconds(None, torch.zeros(33, 1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert found == pytest.approx((2.0, 0.5, 0.01))
+    assert sizes == {(16,), (16, 16), (33,)}
+    network = Network((Unit("a", (1, 4, 9), "a", 1.0),), 640, 36, 0, batches=5, pass_seconds=found)
+    assert estimate(network, REFERENCE, 1).calibrate_cpu_seconds == pytest.approx(2.0 + 5 * 0.5 + 640 * 0.01)
+    # Of a single sample there is no half, and a second batch of it costs what it costs.
+    alone = estimating.pass_seconds(None, torch.zeros(1, 1))
+    assert alone[0] + 7 * (alone[1] + alone[2]) == pytest.approx(2.0 + 7 * 0.51)
 
 
 def test_shapes_of_published_networks_have_their_numbers_of_parameters() -> None:
@@ -109,9 +138,11 @@ def test_time_is_the_scheduled_sum_of_counted_work() -> None:
     passed = sum(u.macs for u in network.units) + 16 / 2 * network.hessian_bytes() / 8
     assert alone.calibrate_seconds == pytest.approx(8 * passed * REFERENCE["product"] / default_workers())
     assert many.calibrate_seconds == alone.calibrate_seconds, "the caller calibrates, however many workers there are"
-    tiny = Network((Unit("a", (1, 4, 9), "a", 1.0), Unit("b", (1, 4, 9), "b", 1.0)), 4, 72, 0, pass_seconds=0.5)
+    tiny = Network(
+        (Unit("a", (1, 4, 9), "a", 1.0), Unit("b", (1, 4, 9), "b", 1.0)), 4, 72, 0, pass_seconds=(0.5, 0.5, 0.25)
+    )
     assert estimate(tiny, REFERENCE, 8).workers == 1, "processes that do not pay are not started"
-    assert estimate(tiny, REFERENCE, 8).calibrate_seconds == 2.0
+    assert estimate(tiny, REFERENCE, 8).calibrate_cpu_seconds == 2.0
 
 
 def test_a_task_holds_its_codes_up_to_a_limit() -> None:

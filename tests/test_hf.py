@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -15,10 +19,13 @@ from tiny_tasks import call
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import autocompress as ac
-from autocompress import hf, measuring
+from autocompress import estimating, hf, measuring, streaming
+from autocompress.comparing import CompareWarning, summary
 from autocompress.compressors import named_options
 from autocompress.errors import TaskError
+from autocompress.profiling import load_profile
 from autocompress.tasks import load_evaluate
+from autocompress.workloads import REFERENCE
 
 WORDS = [f"w{i}" for i in range(56)]
 
@@ -169,6 +176,101 @@ def test_an_encoder_is_judged_by_its_hidden_states_and_reports_what_a_file_says(
         for a, b in [[hidden(m, piece["input_ids"]) for m in (restored, context.model)]]
     ]
     assert metrics["measured"]["kl"] == pytest.approx(float(sum(expected)) / context.held_samples, rel=1e-5)
+
+
+COMPARED = ("--length", 16, "--options", "w4,w8", "--strategies", "uniform,exact")
+
+
+def test_compare_reports_perplexity_on_the_tail_and_another_tail_makes_other_rows(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out, known = tmp_path / "out", tmp_path / "text.txt"
+    known.write_text(text.read_text())
+    arguments = ["compare", llama, "--budget", "5x", "--budget", "6x,5.5x", "--out", out, "--workers", 1, *COMPARED]
+    assert call(*arguments, "--text", known).code == 0
+    table = ac.load_comparison(out)
+    assert list(table["budget"]) == [b for b in ("5x", "6x", "5.5x") for _ in range(2)]
+    task = hf.model_task(llama, known, length=16)
+    model, data = task.build_model(), task.calibration_batches(0)
+    words = known.read_text().split()
+    whole = len(words) // 16
+    tail = torch.tensor([4 + int(w[1:]) for w in words[: whole * 16]]).reshape(-1, 16)[-round(0.1 * whole) :]
+    profile = load_profile(out / "seed0" / "profile")
+    for line, row in zip(map(json.loads, (out / "plans.jsonl").open()), table.to_dict("records"), strict=True):
+        small = ac.apply(model, ac.Plan.from_json(json.dumps(line["plan"])), profile, data)
+        assert row["metric"] == pytest.approx(-expected_perplexity(small, tail), rel=1e-5)
+        assert row["kl"] > 0
+    # The same calibration with other words behind it is the same profile, and not the same perplexity.
+    first = {p.name for p in (out / "seed0" / "rows").iterdir()}
+    for again, others in ((words, 0), (words[:-20] + words[-40:-20], 6), (words, 6)):
+        known.write_text(" ".join(again))
+        assert call(*arguments, "--text", known).code == 0
+        assert len({p.name for p in (out / "seed0" / "rows").iterdir()} - first) == others
+    pd.testing.assert_frame_equal(ac.load_comparison(out), table, check_exact=True)
+    known.write_text(" ".join(words[::-1]))
+    assert "field 'data'" in call(*arguments, "--text", known).refused(2)
+
+
+def test_compare_of_an_encoder_goes_by_its_hidden_states_or_by_a_file_in_workers_too(
+    bert: Path, text: Path, tmp_path: Path
+) -> None:
+    metric = tmp_path / "metric.py"
+    metric.write_text("def evaluate(model):\n    return model.embeddings.word_embeddings.weight.detach().abs().sum()\n")
+    arguments = ["compare", bert, "--budget", "4x", "--budget", "6x", "--text", text, "--samples", 40, *COMPARED]
+    tables = {}
+    for name, given in (("plain", []), ("file", ["--evaluate", metric]), ("both", ["--evaluate", metric])):
+        out = tmp_path / name
+        if name != "plain":
+            shutil.copytree(tmp_path / "plain" / "seed0" / "profile", out / "seed0" / "profile")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CompareWarning)  # where workers cannot load what they need
+            outcome = call(*arguments, "--out", out, "--workers", 2 if name == "both" else 1, *given)
+        assert outcome.code == 0, outcome.err
+        tables[name] = ac.load_comparison(out).assign(seconds=0.0)
+    plain, file = tables["plain"], tables["file"]
+    pd.testing.assert_frame_equal(tables["both"], file, check_exact=True)
+    pd.testing.assert_frame_equal(plain.drop(columns="metric"), file.drop(columns="metric"), check_exact=True)
+    assert plain["metric"].isna().all()
+    assert file["metric"].nunique() > 1
+    best = summary(plain).query("best")
+    assert list(best["kl"]) == list(plain.groupby("budget", sort=False)["kl"].min())
+    task = hf.model_task(bert, text, length=16, samples=40)
+    context = ac.Context(task.build_model(), task.calibration_batches(0), embedding=task.embedding)
+    profile = load_profile(tmp_path / "plain" / "seed0" / "profile")
+    for row in plain.to_dict("records"):
+        layers = {n: ac.Option.parse(option) for n, (option, _) in json.loads(row["layers"]).items()}
+        plan = ac.plan(profile, row["budget"], row["strategy"])
+        assert layers == dict(plan.layers)
+        small = ac.apply(context.model, plan, profile, task.calibration_batches(0))
+        assert row["kl"] == pytest.approx(context.divergence_of(small), rel=1e-5)
+
+
+def test_compare_says_that_it_holds_what_others_would_stream(
+    bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compare", bert, "--budget", "4x", "--text", text, "--out", tmp_path / "out", "--dry-run", *COMPARED]
+    assert "warning" not in call(*arguments).err
+    monkeypatch.setattr(streaming, "SHARE", 0.0)
+    assert "more than 0% of this machine's memory; compare does not stream" in call(*arguments).err
+
+
+def test_doctor_estimates_a_folder_by_its_own_windows(
+    bert: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimating, "measured_rates", lambda: dict(REFERENCE))
+    arguments = [bert, "--text", text, "--length", 16, "--samples", 40, "--options", "w4,w8", "--workers", 1, "--json"]
+    found = json.loads(call("doctor", "--estimate", *arguments).out)
+    facts = json.loads(call("profile", *arguments, "--store", tmp_path / "store").out)
+    assert found["layers"] == facts["layers"]
+    assert found["calibration_samples"] == 32  # a fifth is held out
+    kept = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.npz"))
+    assert found["disk_bytes"] < kept < 1.5 * found["disk_bytes"]
+    task = hf.model_task(bert, text, length=16, samples=40)
+    network = estimating.network_of(task.build_model(), task.calibration_batches(0))
+    alone = dataclasses.replace(network, transformers=False)
+    library = found["memory_bytes"] - estimating.estimate(alone, REFERENCE, 1, ["w4", "w8"]).memory_bytes
+    assert library == estimating.TRANSFORMERS
+    assert "calibration needs a text" in call("doctor", "--estimate", bert).refused(2)
 
 
 def hidden(model: Any, rows: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ from autocompress.profiling import Profile, Store
 from autocompress.strategies import STRATEGIES, Strategy, StrategyError, needs_of, offered_to
 from autocompress.strategies import plan as never_worse_plan
 from autocompress.strategies.auto import Auto
-from autocompress.tasks import Task, load_task
+from autocompress.tasks import Task
 from autocompress.types import Budget, Plan
 
 __all__ = ["CompareWarning", "compare", "task_context"]
@@ -81,11 +81,11 @@ def compare(
     given. context: without one nothing is measured. evaluate (higher is better) only reports. seeds: each seeds the
     searches; the split of the calibration data stays that of the context. store: a folder where finished rows are kept
     and found again if they depend on the same profile, data, loss, strategy, budget, seed, effort, code and name of
-    evaluate. The code is all files of `autocompress` and `solvers`; your own callables are run again, unless they have
-    an attribute `version`.
+    evaluate, with its attribute `version` if it has one. The code is all files of `autocompress` and `solvers`; your
+    own strategies are run again, unless they have an attribute `version`.
     workers: processes. Every row runs on one thread, so that the table, but for `seconds`, does not depend on how many
     there are; what cannot be pickled runs in this process, with a CompareWarning. task: where context and evaluate come
-    from (`task_context`, `task.evaluate`), which lets workers load it anew instead of unpickling them.
+    from (`task_context`, `task.evaluate`), which lets workers make it anew (`task.recipe`) instead of unpickling them.
     progress: called with ("compare", rows done, rows in all). on_row: called with every row, {column: value}, as soon
     as it is known; those of the store first.
 
@@ -102,7 +102,7 @@ def compare(
     asked = [(name, budget, seed) for seed in dict.fromkeys(seeds) for budget in wanted for name in chosen]
     tell = progress or (lambda stage, done, total: None)
     with _folder(store) as place:
-        bench = _Bench(profile, context, evaluate, chosen, place, None if task is None else task.source)
+        bench = _Bench(profile, context, evaluate, chosen, place, None if task is None else task.recipe)
         book = Book(place, store is not None, asked, {at: bench.key(*at) for at in asked})
         tell("compare", len(book.rows), len(asked))
         hand = on_row or (lambda row: None)
@@ -155,7 +155,7 @@ class _Bench:
     evaluate: Callable[[nn.Module], float] | None
     strategies: Mapping[str, Strategy]
     place: Path
-    task: str | None
+    recipe: Callable[[], Task] | None
     measured: dict[tuple[Any, ...], tuple[float, float | None]] = field(default_factory=dict)
 
     def key(self, name: str, budget: str, seed: int) -> str | None:
@@ -177,7 +177,10 @@ class _Bench:
             "strategy": [name, *registered],
             "at": [budget, seed],
             "evaluate": evaluate
-            and [getattr(evaluate, k, type(evaluate).__name__) for k in ("__module__", "__qualname__")],
+            and [
+                *(getattr(evaluate, k, type(evaluate).__name__) for k in ("__module__", "__qualname__")),
+                getattr(evaluate, "version", None),
+            ],
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
@@ -366,27 +369,27 @@ def _made_by_workers(bench: _Bench, todo: list[tuple[str, str, int]], workers: i
 
 def _pickled(bench: _Bench) -> bytes:
     """A bench as bytes. With a task, its model and functions are left out: workers load it again."""
-    again = None
-    if bench.task is not None and bench.context is not None:
-        again = bench.context.seed, bench.context.effort, bench.context.data_digest, bench.evaluate is not None
+    given = None
+    if bench.recipe is not None and bench.context is not None:
+        given = bench.context.seed, bench.context.effort, bench.context.data_digest, bench.evaluate is not None
         bench = dataclasses.replace(bench, context=None, evaluate=None)
-    return pickle.dumps((dataclasses.replace(bench, profile=dataclasses.replace(bench.profile, store=None)), again))
+    return pickle.dumps((dataclasses.replace(bench, profile=dataclasses.replace(bench.profile, store=None)), given))
 
 
 @functools.lru_cache(maxsize=1)  # the rows of a worker share one context, and what it measured
 def _unpickled(path: str) -> _Bench | str:
     """What `_pickled` made, or why it cannot be loaded in this process."""
     try:
-        bench, again = pickle.loads(Path(path).read_bytes())
+        bench, given = pickle.loads(Path(path).read_bytes())
     except (pickle.UnpicklingError, ImportError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
-    if again is not None:
-        seed, effort, digest, evaluates = again
-        task = load_task(bench.task)
+    if given is not None:
+        seed, effort, digest, evaluates = given
+        task = bench.recipe()
         bench.context, bench.evaluate = task_context(task, seed, effort), task.evaluate if evaluates else None
         if bench.context.data_digest != digest:
             raise MismatchError(
-                f"field 'data': calibration() of task {bench.task} gives other batches when it is called again; "
+                f"field 'data': calibration() of task {task.source} gives other batches when it is called again; "
                 "with several workers it must repeat itself"
             )
         bench.context.check(bench.profile)
