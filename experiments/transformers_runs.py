@@ -124,7 +124,6 @@ def row_of(task_name: str, ratio: str, strategy: str, seed: str, arguments: argp
             if fresh
             else load_profile(store)
         )
-        (store / "done").touch()
         name, _, mode = strategy.partition("+")
         chosen = ac.plan(found, budget, name)
         if mode == "sequential":
@@ -137,6 +136,7 @@ def row_of(task_name: str, ratio: str, strategy: str, seed: str, arguments: argp
         (out / "plan.json").write_text(plan.to_json())
         restored = ac.load(out / "model.acz", copy.deepcopy(model))
         metric, distance = task.evaluate(restored), context.divergence_of(restored)
+    (store / "done").touch()
     return {
         "budget_bytes": plan.budget_bytes,
         "bytes": (out / "model.acz").stat().st_size,
