@@ -125,6 +125,15 @@ OptionsOption = Annotated[
     str | None,
     typer.Option("--options", help="What a layer may become: names (s75,2:4w8) or families (int8, nm, ..., all)."),
 ]
+ExactLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Layers whose exact pruning order takes more than N multiply-adds, rows x columns^3 / 3, have one order "
+        "for all rows (default: 3e13, some 10 to 25 minutes of a core; docs/options.md).",
+    ),
+]
 TextOption = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="For a model folder: the text to calibrate on.")
 ]
@@ -241,6 +250,7 @@ def compress(
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
+    exact_limit: ExactLimitOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
@@ -279,6 +289,7 @@ def compress(
             example=None if found.example_input is None else found.example_input(),
             training=found.labelled_batches(seed),
             embedding=found.embedding,
+            exact_limit=exact_limit,
         )
     _show_result(result, as_json)
 
@@ -295,6 +306,7 @@ def profile(
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
+    exact_limit: ExactLimitOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
@@ -311,7 +323,7 @@ def profile(
         _show_facts(pipeline.forecast(model, data, None, None, store, offered or ()) | _counted(offered), as_json)
         return
     with _progress() as progress:
-        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine)
+        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine, exact_limit)
     low, high = size_range(made)
     facts = {
         "layers": len(made.layers),
@@ -321,6 +333,7 @@ def profile(
         "original_bytes": made.template.dense_bytes,
         "left_alone": dict(made.skipped),
         "not_reached": [name for name, layer in made.layers.items() if not layer.reached],
+        "one_order_for_all_rows": [name for name in made.layers if made.method(name) == "shared"],
         "fingerprint": made.fingerprint,
         "store": str(store),
     }
@@ -619,6 +632,7 @@ def doctor(
     ] = None,
     options: OptionsOption = None,
     workers: WorkersOption = None,
+    exact_limit: ExactLimitOption = None,
     samples: Annotated[int, typer.Option(min=1, help="With a config.json: texts of the calibration.")] = 128,
     tokens: Annotated[int, typer.Option(min=1, help="With a config.json: tokens of each.")] = 2048,
     as_json: JsonOption = False,
@@ -628,7 +642,7 @@ def doctor(
     from autocompress.reporting.tables import facts_table
 
     if estimate is not None:
-        _show_facts(_estimated(estimate, _offered(options, estimate), workers, samples, tokens), as_json)
+        _show_facts(_estimated(estimate, _offered(options, estimate), workers, samples, tokens, exact_limit), as_json)
         return
     found = diagnose()
     if as_json:
@@ -641,7 +655,9 @@ def doctor(
         fail(f"{', '.join(bad)}: see above", 1)
 
 
-def _estimated(task: str, offered: list[Any] | None, workers: int | None, samples: int, tokens: int) -> dict[str, Any]:
+def _estimated(
+    task: str, offered: list[Any] | None, workers: int | None, samples: int, tokens: int, exact_limit: float | None
+) -> dict[str, Any]:
     from autocompress import estimating
     from autocompress.tasks import load_task
 
@@ -654,7 +670,8 @@ def _estimated(task: str, offered: list[Any] | None, workers: int | None, sample
         progress("measure this machine", 0, 1)
         rates = estimating.measured_rates()
         progress("measure this machine", 1, 1)
-    expected = estimating.estimate(network, rates, workers, offered)
+    limit = {} if exact_limit is None else {"exact_limit": exact_limit}
+    expected = estimating.estimate(network, rates, workers, offered, **limit)
     return {
         "layers": len(network.units),
         "weights": sum(unit.weights for unit in network.units),
