@@ -131,7 +131,7 @@ ExactLimitOption = Annotated[
         min=0,
         metavar="N",
         help="Layers whose exact pruning order takes more than N multiply-adds, rows x columns^3 / 3, have one order "
-        "for all rows (default: 3e13, some 10 to 25 minutes of a core; docs/options.md).",
+        "for all rows (default: 3e13, some six minutes of a core; docs/options.md).",
     ),
 ]
 TextOption = Annotated[

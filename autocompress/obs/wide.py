@@ -1,9 +1,10 @@
 """Layers too wide for exact work on every row: one order and one factor for all rows.
 
 Exact OBS costs d³/3 multiply-adds per row (`exact_operations`), and again for every sparsity. Where that is above a
-limit, weights are pruned by their first scores, what is left is refitted by conjugate gradients, all rows at once, and
-quantised in the order of the largest diagonal of H with one factor for the layer: about 50 d² operations per row and
-sparsity, and d² per row and cell. Sources: GPTQ, arXiv 2210.17323 (act-order); L-OBS's scores, arXiv 1705.07565.
+limit, weights are pruned in rounds, what is left is refitted by conjugate gradients, all rows at once, and quantised in
+the order of the largest diagonal of H with one factor for the layer: 168 d² operations per row for the order, about 50
+d² per row and sparsity, and d² per row and cell. What that loses: docs/options.md. Sources: GPTQ, arXiv 2210.17323
+(act-order); L-OBS's scores, arXiv 1705.07565, computed anew after every round.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ EXACT_LIMIT = 3e13  # operations of one exact trace of a layer; 512 rows of 4,60
 ROWS = 64  # rows of a task: fixed, since the sums of a product may depend on how many rows it has
 COLUMNS = 128  # columns between two matrix products
 STEPS = 24  # of conjugate gradients: each costs a product with H
+ROUNDS = 24  # of pruning, until LAST is left
+ROUND_STEPS = 6  # of conjugate gradients after each, from where the last one stopped
+LAST = 0.02
 
 
 def exact_operations(shape: Sequence[int]) -> float:
@@ -31,20 +35,52 @@ def exact_operations(shape: Sequence[int]) -> float:
     return math.prod(shape[:-1]) * shape[-1] ** 3 / 3
 
 
-def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Order and losses as `prune_trace` returns them, by the first scores alone: w_j²/(2 [H⁻¹]_jj), least first.
+def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0, rounds: int = ROUNDS) -> tuple[np.ndarray, np.ndarray]:
+    """Order and losses as `prune_trace` returns them, of pruning in rounds by the score w_j²/(2 [H⁻¹]_jj), least first.
 
-    Losses are the exact ones of losing that weight only; their sum is an estimate. Shapes and errors as in
-    `prune_trace`.
+    Round k of n takes the least scores of the layer until (1 - (1 - √LAST) k/n)² of its weights are left, then refits
+    these, for [H⁻¹]_jj stays that of the whole H. Losses are the scores that weights went by; their sum is an estimate.
+    With no rounds all go by their first scores. Shapes and errors as in `prune_trace`.
     """
     weight, hessian = as_groups(W, H)
     order = np.empty(weight.shape, np.int32)
     losses = np.empty(weight.shape)
-    for g, (w, h) in enumerate(zip(weight, hessian, strict=True)):
-        scaled, scale = scaled_hessian(h)
-        scores = w**2 / (2.0 * np.diag(inverse_hessian(scaled, threads)) / scale)
-        order[g] = np.argsort(scores, axis=1, kind="stable")
-        losses[g] = np.take_along_axis(scores, order[g].astype(np.int64), 1)
+    for g in range(len(weight)):
+        peak = float(np.abs(weight[g]).max(initial=0.0)) or 1.0
+        h, h_scale = scaled_hessian(hessian[g])
+        twice = (2.0 * np.diag(inverse_hessian(h, threads))).astype(np.float32)
+        curved, w = h.astype(np.float32), (weight[g] / peak).astype(np.float32)
+        x, score = w.copy(), w**2 / twice
+        left = np.full(w.shape, rounds, np.int16)  # the round that each weight goes in
+        gone = np.zeros(w.shape, np.bool_)
+
+        def refit(
+            top: int,
+            w: np.ndarray = w,
+            x: np.ndarray = x,
+            gone: np.ndarray = gone,
+            curved: np.ndarray = curved,
+            score: np.ndarray = score,
+            twice: np.ndarray = twice,
+        ) -> None:
+            part = slice(top, top + ROWS)
+            x[part] = _refit(w[part], gone[part], curved, ROUND_STEPS, x[part])
+            np.divide(x[part] ** 2, twice, out=score[part], where=~gone[part])
+
+        for k in range(rounds):
+            density = (1.0 - (1.0 - math.sqrt(LAST)) * (k + 1) / rounds) ** 2
+            alive = score[~gone]
+            count = alive.size - int(density * w.size)
+            if count > 0:
+                new = ~gone & (score <= np.partition(alive, count - 1)[count - 1])
+                left[new] = k
+                gone |= new
+            with single_threaded():
+                in_threads(refit, range(0, len(w), ROWS), threads)
+        by_score = np.argsort(score, axis=1, kind="stable")
+        by_round = np.argsort(np.take_along_axis(left, by_score, 1), axis=1, kind="stable")
+        order[g] = np.take_along_axis(by_score, by_round, 1)
+        losses[g] = np.take_along_axis(score.astype(np.float64), order[g].astype(np.int64), 1) * (peak**2 * h_scale)
     return order.reshape(np.shape(W)), losses.reshape(np.shape(W))
 
 
@@ -123,15 +159,17 @@ def shared_cells(
     return codes.reshape(n, *np.shape(W)), pruned.reshape(np.shape(W))
 
 
-def _refit(w: np.ndarray, gone: np.ndarray, H: np.ndarray) -> np.ndarray:
+def _refit(
+    w: np.ndarray, gone: np.ndarray, H: np.ndarray, steps: int = STEPS, start: np.ndarray | None = None
+) -> np.ndarray:
     """Weights x with x = 0 where gone that nearly minimise ½ (x-w) H (x-w)ᵀ, row by row, in float32."""
-    x = np.where(gone, np.float32(0.0), w)
+    x = np.where(gone, np.float32(0.0), w if start is None else start)
     scale = np.diag(H)
     r = np.where(gone, np.float32(0.0), (w - x) @ H)
     z = r / scale
     p = z
     slope = np.einsum("ij,ij->i", r, z)[:, None]
-    for _ in range(STEPS):
+    for _ in range(steps):
         Hp = np.where(gone, np.float32(0.0), p @ H)
         curve = np.einsum("ij,ij->i", p, Hp)[:, None]
         length = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
