@@ -116,10 +116,10 @@ def compress(
     the file, never for a choice. effort "fast" is one exact solve of the relative error; "normal" and "max" measure a
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
     each kept only if the held-out slice says better. A model from `streamed_model` is read into memory once its profile
-    is there. sequential: whether the first of these is tried; None leaves it to
-    the effort. embedding: see `Context`. exact_limit: see `profile` (None: its default). store: where the profile is
-    kept (default: out/profile), so that the next budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a batch
-    of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
+    is there. sequential: whether the first of these is tried; None leaves it to the effort. embedding: see `Context`.
+    exact_limit: see `profile` (None: its default). store: where the profile is kept (default: out/profile), so that the
+    next budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a
+    batch of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
     predicted from a measured table, and what the result takes stands beside it in metrics.json. loss(model, batch) and
     `training`, its labelled batches, are for strategies that go by the task's own loss or its gradients. Raises the
     errors of the stages; whatever was in `out` stays until the new results are complete.

@@ -48,7 +48,7 @@ def counts(
     found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     structures: dict[tuple[str, float], int] = Counter()
     for option in options:
-        if option.is_dense or option.half or (option.trellis and (table or not exact)):
+        if option.is_dense or option.half or (option.trellis and table):
             continue
         found["option"] += 1
         if not table:

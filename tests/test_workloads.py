@@ -108,16 +108,22 @@ def test_counts_of_the_trellis_are_what_it_walks(monkeypatch: pytest.MonkeyPatch
     counter = Counter(monkeypatch)
     compressor_of(options[0])[1].realise_all(problem(), options)
     assert counts((1, ROWS, D), options)["trellis"] == counter.found["trellis"] == (1 + 3 + 1) * ROWS * D
+    found = compressor_of(options[0])[1].realise_all(
+        problem(exact_limit=1.0), options
+    )  # as much where rows are too wide
+    assert all(found)
+    assert 2 * counts((1, ROWS, D), options, exact_limit=1.0)["trellis"] == counter.found["trellis"]
 
 
 def test_layers_that_cannot_have_an_option_are_not_charged_for_it() -> None:
     tcq, plain = named_options(["tcq(0.34,0.4)"]), named_options(["dense", "fp16"])
-    assert counts((1, ROWS, D), tcq, exact_limit=1.0)["trellis"] == 0
     assert counts((1, ROWS, D), tcq, table=True)["trellis"] == 0
     assert set(counts((1, ROWS, D), plain).values()) == {0}
     table = counts((1, ROWS, D), named_options(["w4"]), table=True)
     assert {kind for kind in KINDS if table[kind]} == {"option", "coded", "searched"}
-    found: list[Realised | None] = compressor_of(tcq[0])[1].realise_all(problem(exact_limit=1.0), tcq)
+    row = problem()
+    row.row_weights, row.hessian = np.ones(ROWS), np.zeros((0, D, D))
+    found: list[Realised | None] = compressor_of(tcq[0])[1].realise_all(row, tcq)
     assert found == [None]
 
 
