@@ -16,7 +16,7 @@ from numba import njit
 
 from autocompress.obs import blas
 from autocompress.obs.kernels import FAST
-from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.obs.pruning import as_groups, hessian_scale, over_rows
 from autocompress.obs.quantising import CODE_LIMIT, SAMPLE_ROWS, rate_table
 from autocompress.storage.kernels import NEXT_STATE, STATES
 from autocompress.threads import single_threaded
@@ -157,8 +157,8 @@ def trellis_codes(
     scales = np.empty(groups)
     with single_threaded():
         for g in range(groups):
-            h, scales[g] = scaled_hessian(hessian[g])
-            h = np.ascontiguousarray(h[::-1, ::-1])  # from the last column back: the feedback goes forward
+            scales[g] = hessian_scale(hessian[g])
+            h = hessian[g, ::-1, ::-1] / scales[g]  # from the last column back: the feedback goes forward
             if not blas.in_place(blas.DPOTRF, h, d):  # into its upper half, for a wide layer's is large
                 raise ValueError("the Hessian is not positive definite; add damping")
             diagonal = np.diag(h)[::-1]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress.obs import blas, kernels
-from autocompress.obs.pruning import as_groups, in_threads, inverse_hessian, scaled_hessian
+from autocompress.obs.pruning import as_groups, hessian_scale, in_threads, scaled_hessian
 from autocompress.obs.quantising import Cell
 from autocompress.threads import single_threaded
 
@@ -28,6 +28,7 @@ STEPS = 24  # of conjugate gradients: each costs a product with H
 ROUNDS = 24  # of pruning, until LAST is left
 ROUND_STEPS = 6  # of conjugate gradients after each, from where the last one stopped
 LAST = 0.02
+SINGULAR = "the Hessian is not positive definite; add damping (calibrate does)"
 
 
 def exact_operations(shape: Sequence[int]) -> float:
@@ -48,8 +49,12 @@ def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0, rounds: int = R
     for g in range(len(weight)):
         peak = float(np.abs(weight[g]).max(initial=0.0)) or 1.0
         h, h_scale = scaled_hessian(hessian[g])
-        twice = (2.0 * np.diag(inverse_hessian(h, threads))).astype(np.float32)
         curved, w = h.astype(np.float32), (weight[g] / peak).astype(np.float32)
+        with single_threaded():
+            if not (blas.in_place(blas.DPOTRF, h, len(h)) and blas.in_place(blas.DPOTRI, h, len(h))):
+                raise ValueError(SINGULAR)
+        twice = (2.0 * np.diag(h)).astype(np.float32)
+        del h
         x, score = w.copy(), w**2 / twice
         left = np.full(w.shape, rounds, np.int16)  # the round that each weight goes in
         gone = np.zeros(w.shape, np.bool_)
@@ -103,13 +108,15 @@ def shared_cells(
     np.put_along_axis(gone, np.asarray(order, np.int64).reshape(weight.shape), lost, -1)
     peak = float(np.abs(weight).max(initial=0.0)) or 1.0  # one scale for the layer: steps are shared by its rows
     for g in range(groups):
-        h, h_scale = scaled_hessian(hessian[g])
-        visit = np.argsort(np.diag(h), kind="stable")  # passes go from the last to the first
-        curved = h[np.ix_(visit, visit)].astype(np.float32)
+        h_scale = hessian_scale(hessian[g])
+        visit = np.argsort(np.diag(hessian[g]), kind="stable")  # passes go from the last to the first
+        curved = np.empty((d, d), np.float32)
+        for row, column in zip(curved, visit, strict=True):  # no copy in float64: a wide layer's is large
+            row[:] = hessian[g, column, visit] / h_scale
         factor = curved.copy()
         with single_threaded():
             if not blas.in_place(blas.POTRF, factor, d):
-                raise ValueError("the Hessian is not positive definite; add damping (calibrate does)")
+                raise ValueError(SINGULAR)
         w = np.ascontiguousarray(weight[g][:, visit] / peak, np.float32)
         left_out = np.ascontiguousarray(gone[g][:, visit])
 
