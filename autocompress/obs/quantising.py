@@ -31,6 +31,7 @@ class Cell:
     layer error.
 
     step float32 (groups, rows); low, high int (groups, rows); bits float32 (table,): length of code q at q + offset.
+    `shared_cells` also takes all three as (groups, rows, runs), a run being `run` consecutive columns.
     """
 
     step: np.ndarray
@@ -39,6 +40,7 @@ class Cell:
     price: float = 0.0
     bits: np.ndarray | None = None
     offset: int = 0
+    run: int = 0
 
 
 def salient_cells(

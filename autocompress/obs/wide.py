@@ -136,7 +136,8 @@ def shared_cells(
         ) -> None:
             at, top = task
             part, cell = slice(top, top + ROWS), cells[at]
-            step = (cell.step[g, part] / peak).astype(np.float32)
+            steps = (cell.step[g, part] / peak).astype(np.float32)
+            step, low, high = (_by_column(x, cell.run, visit) for x in (steps, cell.low[g, part], cell.high[g, part]))
             bits = np.zeros(1, np.float32) if cell.bits is None else cell.bits
             price = cell.price / (peak**2 * h_scale)
             e, q = np.zeros((len(step), d), np.float32), np.zeros((len(step), d), np.int32)
@@ -147,9 +148,9 @@ def shared_cells(
                     e[:, stop:] @ factor[block, stop:].T,
                     w[part, block],
                     left_out[part, block],
-                    step,
-                    cell.low[g, part],
-                    cell.high[g, part],
+                    step[:, block],
+                    low[:, block],
+                    high[:, block],
                     price,
                     bits,
                     cell.offset,
@@ -164,6 +165,13 @@ def shared_cells(
             in_threads(run, [(at, top) for at in range(n) for top in tops], threads)
         pruned[g][:, visit] = w.astype(np.float64) * peak
     return codes.reshape(n, *np.shape(W)), pruned.reshape(np.shape(W))
+
+
+def _by_column(values: np.ndarray, run: int, visit: np.ndarray) -> np.ndarray:
+    """Values (rows,), or (rows, runs) of `run` columns each, as (rows, d) in the order of the columns of a pass."""
+    if values.ndim == 1:
+        return np.repeat(values[:, None], len(visit), axis=1)
+    return values[:, visit // run]
 
 
 def _refit(
