@@ -158,7 +158,8 @@ def trellis_codes(
     with single_threaded():
         for g in range(groups):
             scales[g] = hessian_scale(hessian[g])
-            h = hessian[g, ::-1, ::-1] / scales[g]  # from the last column back: the feedback goes forward
+            # From the last column back: the feedback goes forward.
+            h = np.divide(hessian[g, ::-1, ::-1], scales[g], order="C")
             if not blas.in_place(blas.DPOTRF, h, d):  # into its upper half, for a wide layer's is large
                 raise ValueError("the Hessian is not positive definite; add damping")
             diagonal = np.diag(h)[::-1]

@@ -39,9 +39,10 @@ def exact_operations(shape: Sequence[int]) -> float:
 def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0, rounds: int = ROUNDS) -> tuple[np.ndarray, np.ndarray]:
     """Order and losses as `prune_trace` returns them, of pruning in rounds by the score w_j²/(2 [H⁻¹]_jj), least first.
 
-    Round k of n takes the least scores of the layer until (1 - (1 - √LAST) k/n)² of its weights are left, then refits
-    these, for [H⁻¹]_jj stays that of the whole H. Losses are the scores that weights went by; their sum is an estimate.
-    With no rounds all go by their first scores. Shapes and errors as in `prune_trace`.
+    Round k of n takes the least scores of the layer until (1 - (1 - √LAST) k/n)² of its weights are left, and refits
+    these. [H⁻¹]_jj stays that of the whole H: what is left of each row would have its own, at d³ operations. Losses are
+    the scores that weights went by; their sum is an estimate. With no rounds all go by their first scores. Shapes and
+    errors as in `prune_trace`.
     """
     weight, hessian = as_groups(W, H)
     order = np.empty(weight.shape, np.int32)
