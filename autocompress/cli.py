@@ -126,6 +126,15 @@ OptionsOption = Annotated[
     str | None,
     typer.Option("--options", help="What a layer may become: names (s75,2:4w8) or families (int8, nm, ..., all)."),
 ]
+ExactLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Layers whose exact pruning order takes more than N multiply-adds, rows x columns^3 / 3, have one order "
+        "for all rows (default: 3e13, some six minutes of a core; docs/options.md).",
+    ),
+]
 TextOption = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="For a model folder: the text to calibrate on.")
 ]
@@ -255,6 +264,7 @@ def compress(
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
+    exact_limit: ExactLimitOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
@@ -293,6 +303,7 @@ def compress(
             example=None if found.example_input is None else found.example_input(),
             training=found.labelled_batches(seed),
             embedding=found.embedding,
+            exact_limit=exact_limit,
         )
     _show_result(result, as_json)
 
@@ -309,6 +320,7 @@ def profile(
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     engine: EngineOption = None,
+    exact_limit: ExactLimitOption = None,
     as_json: JsonOption = False,
     dry_run: DryOption = False,
 ) -> None:
@@ -325,7 +337,7 @@ def profile(
         _show_facts(pipeline.forecast(model, data, None, None, store, offered or ()) | _counted(offered), as_json)
         return
     with _progress() as progress:
-        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine)
+        made = pipeline.profiled(model, data, seed, store, offered, workers, progress, engine, exact_limit)
     low, high = size_range(made)
     facts = {
         "layers": len(made.layers),
@@ -335,6 +347,7 @@ def profile(
         "original_bytes": made.template.dense_bytes,
         "left_alone": dict(made.skipped),
         "not_reached": [name for name, layer in made.layers.items() if not layer.reached],
+        "one_order_for_all_rows": [name for name in made.layers if made.method(name) == "shared"],
         "fingerprint": made.fingerprint,
         "store": str(store),
     }
@@ -646,6 +659,7 @@ def doctor(
     text: TextOption = None,
     length: LengthOption = None,
     workers: WorkersOption = None,
+    exact_limit: ExactLimitOption = None,
     samples: Annotated[
         int | None, typer.Option(min=2, help="Calibration samples: of a model folder (256), with a config.json (128).")
     ] = None,
@@ -658,7 +672,7 @@ def doctor(
 
     if estimate is not None:
         network = _described(estimate, text, length, samples, tokens)
-        _show_facts(_estimated(network, _offered(options, estimate), workers), as_json)
+        _show_facts(_estimated(network, _offered(options, estimate), workers, exact_limit), as_json)
         return
     found = diagnose()
     if as_json:
@@ -682,14 +696,17 @@ def _described(task: str, text: Path | None, length: int | None, samples: int | 
     return estimating.network_of(found.build_model(), found.calibration_batches(0))
 
 
-def _estimated(network: Network, offered: list[Any] | None, workers: int | None) -> dict[str, Any]:
+def _estimated(
+    network: Network, offered: list[Any] | None, workers: int | None, exact_limit: float | None
+) -> dict[str, Any]:
     from autocompress import estimating
 
     with _progress() as progress:
         progress("measure this machine", 0, 1)
         rates = estimating.measured_rates()
         progress("measure this machine", 1, 1)
-    expected = estimating.estimate(network, rates, workers, offered)
+    limit = {} if exact_limit is None else {"exact_limit": exact_limit}
+    expected = estimating.estimate(network, rates, workers, offered, **limit)
     return {
         "layers": len(network.units),
         "weights": sum(unit.weights for unit in network.units),

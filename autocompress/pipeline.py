@@ -29,6 +29,7 @@ from autocompress.engines import check_engine
 from autocompress.errors import BudgetError, CalibrationError, InfeasibleError, TaskError
 from autocompress.layers import find_layers
 from autocompress.measuring import Context
+from autocompress.obs import EXACT_LIMIT
 from autocompress.offloading import is_streamed, reading
 from autocompress.planning import (
     allocate,
@@ -107,6 +108,7 @@ def compress(
     example: Batch | None = None,
     training: Iterable[Batch] | None = None,
     embedding: Callable[[Any, Batch], torch.Tensor] | None = None,
+    exact_limit: float | None = None,
 ) -> Result:
     """Calibrate, profile, plan, apply, save, verify. Writes model.acz, plan.json, metrics.json and report.html to
     `out`.
@@ -116,13 +118,14 @@ def compress(
     portfolio, compress the layers again one after another (`apply_sequentially`) and tune what costs no bytes (`tune`),
     each kept only if the held-out slice says better. Of a model from `streamed_model` no more than a layer is in memory
     at any time, beside what is compressed; what comes back decodes its weights layer by layer (`load` with packed), and
-    it is not tuned. sequential: whether the first of these is tried; None leaves it to
-    the effort. embedding: see `Context`. store: where the profile is kept (default: out/profile), so that the next
-    budget finds it. progress: called with (stage, done, total). task: what the report calls the model. example: a batch
-    of which one sample is timed where the budget limits milliseconds (default: the first of `batches`); those are
-    predicted from a measured table, and what the result takes stands beside it in metrics.json. loss(model, batch) and
-    `training`, its labelled batches, are for strategies that go by the task's own loss or its gradients. Raises the
-    errors of the stages; whatever was in `out` stays until the new results are complete.
+    it is not tuned. sequential: whether the first of these is tried; None leaves it to the effort. embedding: see
+    `Context`. exact_limit: see `profile` (None: its default). store: where the profile is kept (default: out/profile),
+    so that the next budget finds it. progress: called with (stage, done, total). task: what the report calls the model.
+    example: a batch of which one sample is timed where the budget limits milliseconds (default: the first of
+    `batches`); those are predicted from a measured table, and what the result takes stands beside it in metrics.json.
+    loss(model, batch) and `training`, its labelled batches, are for strategies that go by the task's own loss or its
+    gradients.
+    Raises the errors of the stages; whatever was in `out` stays until the new results are complete.
     """
     began = time.perf_counter()
     wanted = check_request(budget, strategy, effort)
@@ -144,7 +147,7 @@ def compress(
             # Now, so that an evaluate that fails does so before the work; on a copy, so that it changes no choice.
             with say.stage("evaluate the dense model"):
                 baseline = _score(evaluate, copy.deepcopy(model))
-        found = _profiled(model, data, stats, place, options, workers, say, engine)
+        found = _profiled(model, data, stats, place, options, workers, say, engine, exact_limit)
         given = data[0] if example is None else example
         if wanted.latency_ms is not None:
             with say.stage("time layers"):
@@ -310,12 +313,13 @@ def profiled(
     workers: int | None = None,
     progress: Progress | None = None,
     engine: str | None = None,
+    exact_limit: float | None = None,
 ) -> Profile:
     """Calibrate and profile. Raises the errors of both."""
     check_engine(engine)
     say = _Clock(progress)
     stats = _calibrated(model, data, seed, None, options, workers, say, store)
-    return _profiled(model, data, stats, store, options, workers, say, engine)
+    return _profiled(model, data, stats, store, options, workers, say, engine, exact_limit)
 
 
 def compare_seeds(
@@ -465,6 +469,7 @@ def _profiled(
     workers: int | None,
     say: _Clock,
     engine: str | None = None,
+    exact_limit: float | None = None,
 ) -> Profile:
     channels = None
     if any(option.width is not None for option in named_options(options or [])):
@@ -474,7 +479,15 @@ def _profiled(
             channels = widths(model, data[0], stats)
     with say.stage("profile", len(stats.layers) + len(stats.unreached)) as advance:
         return profile(
-            model, stats, store, options, workers, lambda done, *_: advance(done), channels=channels, engine=engine
+            model,
+            stats,
+            store,
+            options,
+            workers,
+            lambda done, *_: advance(done),
+            EXACT_LIMIT if exact_limit is None else exact_limit,
+            channels,
+            engine,
         )
 
 

@@ -52,7 +52,7 @@ from autocompress.workloads import pays
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 7
+PROFILE_VERSION = 8
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what reading a layer's file may raise
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,6 @@ class LayerProfile:
     def reached(self) -> bool:
         """Whether calibration reached the layer; where it did not, its options are those that need no data."""
         return self.kept is not None or self.energy > 0.0  # options without a structure have no order
-
-    def method(self, exact_limit: float) -> str:
-        """exact: an order of its own for every row; shared: one for all, as the layer is too wide (`obs.wide`)."""
-        return "exact" if exact_operations(self.layer.matrix_shape) <= exact_limit else "shared"
 
     def row(self, option: Option) -> Measured:
         for row in (*self.rows, *self.narrowed):
@@ -276,16 +272,24 @@ class Profile:
         """Operations of a layer's exact trace above which one order is shared by its rows."""
         return float(self.fields["exact_limit"])
 
+    def method(self, name: str) -> str:
+        """exact: an order of its own for every row; shared: one for all, as the layer is too wide (`obs.wide`)."""
+        if exact_operations(self.layers[name].layer.matrix_shape) <= self.exact_limit:
+            return "exact"
+        stats = self.statistics.layers.get(name)
+        return "shared" if stats is None or stats.row_weights is None else "exact"  # a table is never too wide
+
     @property
     def table(self) -> pd.DataFrame:
         """One row per (layer, option): method (exact or shared order), error, relative error, bytes, bits per weight,
         MACs, BOPs, seconds; where the profile has a table of times, extra_ms.
         """
+        methods = {name: self.method(name) for name in self.layers}
         records = [
             {
                 "layer": name,
                 "option": str(row.option),
-                "method": layer.method(self.exact_limit),
+                "method": methods[name],
                 "error": row.error,
                 "relative_error": row.error / layer.energy if layer.energy > 0 else 0.0,
                 "bytes": row.bytes,

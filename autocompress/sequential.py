@@ -193,7 +193,7 @@ def _candidates(problem: LayerProblem, option: Option) -> list[Measured]:
     compressor = compressor_of(option)[1]
     with single_threaded(), ThreadPoolExecutor(default_workers()) as pool:
         if compressor.needs_data(option) and option.structure == Option(sparsity=option.sparsity):
-            problem.trace()  # once, before the threads
+            problem.kept(option.structure)  # its trace once, before the threads
         parts = list(pool.map(lambda group: measure(compressor, problem, group), groups.values()))
     return sorted((row for part in parts for row in part), key=lambda row: (row.error, row.bytes, str(row.option)))
 

@@ -30,6 +30,7 @@ __all__ = ["KINDS", "REFERENCE", "counts", "pays", "schedule", "seconds"]
 KINDS = ("trace", "factor", "feedback", "product", "coded", "searched", "trellis", "option")
 SAMPLED = 16  # rows that a rate table is learned from (obs.quantising)
 REFITS = 24  # steps of conjugate gradients where a layer shares one order (obs.wide)
+ORDERING = 24 * 7  # products of a row with H while such a layer is pruned in rounds
 Shape = Sequence[int]
 
 
@@ -47,7 +48,7 @@ def counts(
     found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     structures: dict[tuple[str, float], int] = Counter()
     for option in options:
-        if option.is_dense or option.half or (option.trellis and (table or not exact)):
+        if option.is_dense or option.half or (option.trellis and table):
             continue
         found["option"] += 1
         if not table:
@@ -61,8 +62,11 @@ def counts(
         structures["rd" if option.step is not None else "grid", option.sparsity] += 1
     if table:
         return found
-    if structures:
-        found["trace"] += round(exact_operations(shape)) if exact else groups * d**3
+    if structures and exact:
+        found["trace"] += round(exact_operations(shape))
+    elif any(sparsity > 0 for _, sparsity in structures):
+        found["trace"] += groups * d**3
+        found["product"] += ORDERING * R * d * d
     if any(option.trellis for option in options):
         found["factor"] += groups * d**3 // 3
     for (kind, sparsity), cells in structures.items():

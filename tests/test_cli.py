@@ -138,6 +138,39 @@ def test_the_next_budget_takes_the_profile_from_the_store(done: Path, tmp_path: 
     assert contents(tmp_path / "4x", ("model.acz", "plan.json")) == contents(done / "out", ("model.acz", "plan.json"))
 
 
+def test_the_limit_of_exact_work_is_an_option_and_a_store_of_another_one_is_refused(done: Path, tmp_path: Path) -> None:
+    task, store = done / "task.py", tmp_path / "store"
+    arguments = ("profile", task, "--options", "w4,s50w4", "--workers", 1, "--json", "--store")
+    limit = 6 * 9**3 / 3  # of conv, 6 x 9; wide has 8 x 54, head 3 x 8
+    facts = json.loads(call(*arguments, store, "--exact-limit", limit).out)
+    assert facts["one_order_for_all_rows"] == ["wide"]
+    table = ac.load_profile(store).table
+    assert dict(zip(table["layer"], table["method"], strict=True)) == {
+        "conv": "exact",
+        "wide": "shared",
+        "head": "exact",
+    }
+    assert json.loads(call(*arguments, tmp_path / "all").out)["one_order_for_all_rows"] == []
+    for other in ((), ("--exact-limit", limit - 1)):
+        assert "field 'exact_limit'" in call(*arguments, store, *other).refused(2)
+    compress = (
+        "compress",
+        task,
+        "--budget",
+        "3x",
+        "--effort",
+        "fast",
+        "--options",
+        "w4,s50w4",
+        "--store",
+        store,
+        "--out",
+    )
+    assert "field 'exact_limit'" in call(*compress, tmp_path / "out").refused(2)
+    assert call(*compress, tmp_path / "out", "--exact-limit", limit).code == 0
+    assert call(*arguments, tmp_path / "none", "--exact-limit", -1).code == 2
+
+
 def test_the_number_of_workers_changes_nothing(done: Path, tmp_path: Path) -> None:
     assert call("compress", done / "task.py", "--budget", "4x", "--out", tmp_path, "--workers", 2).code == 0
     assert contents(tmp_path, ("model.acz", "plan.json")) == contents(done / "out", ("model.acz", "plan.json"))

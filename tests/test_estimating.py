@@ -181,6 +181,11 @@ def test_the_command_says_what_a_run_takes(tmp_path: Path, monkeypatch: pytest.M
     assert small["workers"] == 1
     assert "memory_bytes_block_by_block" not in small
     assert "minutes" in call("doctor", "--estimate", config).out
+    exact, shared = (
+        json.loads(call("doctor", "--estimate", config, "--json", "--exact-limit", limit).out)["minutes"]
+        for limit in ("inf", 0)
+    )
+    assert shared < exact / 2
 
 
 @pytest.mark.parametrize(

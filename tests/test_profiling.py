@@ -443,6 +443,12 @@ def test_the_head_holds_no_clock(stored: Any) -> None:
     assert str(time.gmtime().tm_year) not in json.dumps(head["fields"])
 
 
+def test_a_table_is_never_too_wide() -> None:
+    model = nn.Sequential(nn.Embedding(12, 4), nn.Linear(4, 3)).eval()
+    made = profile(model, calibrate(model, [torch.arange(12)] * 4), options=["w4"], workers=1, exact_limit=0)
+    assert {name: made.method(name) for name in made.layers} == {"0": "exact", "1": "shared"}
+
+
 def test_layers_too_wide_for_exact_rows_offer_the_same_options(stored: Any, tmp_path: Path) -> None:
     model, stats, store = stored
     exact = load_profile(store)

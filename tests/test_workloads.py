@@ -10,6 +10,7 @@ import pytest
 from autocompress import obs, workloads
 from autocompress.compressors import LayerProblem, compressor_of, default_options, named_options
 from autocompress.compressors.base import Realised
+from autocompress.obs import wide
 from autocompress.types import Option
 from autocompress.workloads import KINDS, REFERENCE, counts, pays, schedule, seconds
 
@@ -79,21 +80,50 @@ def test_counts_are_what_the_engine_does(names: tuple[str, ...], monkeypatch: py
     assert counted["coded"] - len(options) * ROWS * D == counter.found["walked"] > 0
 
 
+def test_a_shared_order_is_counted_and_made_only_where_something_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, refit = [], wide._refit
+
+    def counted(w: Any, gone: Any, H: Any, steps: int = wide.STEPS, start: Any = None) -> Any:
+        done.append(0 if start is None else (steps + 1) * w.size * len(H))
+        return refit(w, gone, H, steps, start)
+
+    monkeypatch.setattr(wide, "_refit", counted)
+    shape = (1, ROWS, D)
+    whole, half = (named_options([name]) for name in ("w4", "s50w4"))
+    layer = problem(exact_limit=1.0)
+    compressor_of(whole[0])[1].realise_all(layer, whole)
+    assert layer.order is None
+    assert not done
+    assert counts(shape, whole, exact_limit=1.0)["trace"] == 0
+    compressor_of(half[0])[1].realise_all(layer, half)
+    assert layer.order is not None
+    found = counts(shape, half, exact_limit=1.0)
+    assert found["trace"] == D**3
+    other = (1 + 2 * workloads.REFITS) * ROWS * D * D + ROWS * D * D // 2  # the error, two refits, one pass
+    assert found["product"] - other == sum(done) > 0
+
+
 def test_counts_of_the_trellis_are_what_it_walks(monkeypatch: pytest.MonkeyPatch) -> None:
     options = named_options(["tcq(0.34,0.4)", "tcq(0.5,0)"])
     counter = Counter(monkeypatch)
     compressor_of(options[0])[1].realise_all(problem(), options)
     assert counts((1, ROWS, D), options)["trellis"] == counter.found["trellis"] == (1 + 3 + 1) * ROWS * D
+    found = compressor_of(options[0])[1].realise_all(
+        problem(exact_limit=1.0), options
+    )  # as much where rows are too wide
+    assert all(found)
+    assert 2 * counts((1, ROWS, D), options, exact_limit=1.0)["trellis"] == counter.found["trellis"]
 
 
 def test_layers_that_cannot_have_an_option_are_not_charged_for_it() -> None:
     tcq, plain = named_options(["tcq(0.34,0.4)"]), named_options(["dense", "fp16"])
-    assert counts((1, ROWS, D), tcq, exact_limit=1.0)["trellis"] == 0
     assert counts((1, ROWS, D), tcq, table=True)["trellis"] == 0
     assert set(counts((1, ROWS, D), plain).values()) == {0}
     table = counts((1, ROWS, D), named_options(["w4"]), table=True)
     assert {kind for kind in KINDS if table[kind]} == {"option", "coded", "searched"}
-    found: list[Realised | None] = compressor_of(tcq[0])[1].realise_all(problem(exact_limit=1.0), tcq)
+    row = problem()
+    row.row_weights, row.hessian = np.ones(ROWS), np.zeros((0, D, D))
+    found: list[Realised | None] = compressor_of(tcq[0])[1].realise_all(row, tcq)
     assert found == [None]
 
 

@@ -56,7 +56,7 @@ class LayerProblem:
         return self.row_weights is not None or obs.exact_operations(self.weight.shape) <= self.exact_limit
 
     def trace(self) -> tuple[np.ndarray, np.ndarray]:
-        """Order and losses of exact greedy pruning, or of the first scores where the layer is too wide for it.
+        """Order and losses of exact greedy pruning, or of pruning in rounds where the layer is too wide for it.
 
         Raises ValueError where there is no Hessian.
         """
@@ -129,8 +129,10 @@ class LayerProblem:
         return self._found[structure]
 
     def _kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
-        order, _ = self.trace()
         shape = self.weight.shape
+        if not self.exact and structure.is_dense:  # no row has an order of its own to be quantised in
+            return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape), np.zeros(shape[:-1], np.int64)
+        order, _ = self.trace()
         positions = int(np.prod(self.shape[2:]))
         if structure.nm is not None:
             gone = obs.nm_mask(self.weight, self.shared_hessian(), *structure.nm, positions, threads=1)

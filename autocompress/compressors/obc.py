@@ -44,8 +44,8 @@ class ObcUniform:
                 found |= dict.fromkeys(wanted)
                 continue
             weight = problem.refitted(structure)
-            grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4) for o in wanted}
-            # One factorisation serves all grids with a step per row.
+            grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4, not problem.exact) for o in wanted}
+            # One factorisation serves all grids with a step per row; where it is one for all rows, those with runs too.
             plain = [o for o in wanted if grids[o].cell is not None]
             codes = problem.quantised(structure, [c for o in plain if (c := grids[o].cell) is not None])
             by_option = dict(zip(plain, codes, strict=True))
@@ -74,10 +74,11 @@ def _nearest(problem: LayerProblem) -> Realised:
 class _Grid:
     """The grid of one option on refitted weights (groups, rows, d): steps as they are stored, and limits of codes.
 
-    The scales minimise Σ |w - ŵ|^exponent: 2.4 is OBC's, 2 the error itself where columns are on their own.
+    The scales minimise Σ |w - ŵ|^exponent: 2.4 is OBC's, 2 the error itself where columns are on their own. runs:
+    whether a cell may have a step for each of a row's runs.
     """
 
-    def __init__(self, weight: np.ndarray, option: Option, exponent: float) -> None:
+    def __init__(self, weight: np.ndarray, option: Option, exponent: float, runs: bool = False) -> None:
         groups, rows, d = weight.shape
         bits = option.bits or 8
         size = option.group or d
@@ -98,6 +99,9 @@ class _Grid:
         self.size, self.cell = size, None
         if not self.binary and scale.shape[2] == 1:
             self.cell = obs.Cell(self.stored[..., 0], self.low[..., 0], self.high[..., 0])
+        elif not self.binary and runs:
+            low, high = (np.where(self.steps > 0, x, 0) for x in (self.low, self.high))  # a run of zeros has codes 0
+            self.cell = obs.Cell(self.stored, low, high, run=size)
 
     def quantise(self, problem: LayerProblem, structure: Option) -> np.ndarray:
         """Codes where the step changes along a row, or the levels are -1 and 1; a run of zeros has codes 0."""

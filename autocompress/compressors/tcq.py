@@ -33,7 +33,7 @@ class TrellisCoded:
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
         # Rows that are not the stored rows would leave the trellis.
         stored = problem.weight.shape[0] * problem.weight.shape[1] == problem.shape[0] and len(problem.shape) >= 2
-        if not stored or not problem.takes_levels:
+        if not stored or problem.row_weights is not None:  # one factor serves all rows, however many columns they have
             return [None] * len(options)
         steps = [float(np.float32((o.step or 0.0) * problem.rms)) for o in options]
         grid = [(step, o.lam or 0.0) for o, step in zip(options, steps, strict=True)]

@@ -188,7 +188,8 @@ def shared_block(
     """One block of columns of a pass that all rows make in one order, from the block's last column to its first.
 
     A (n, n): the block of Cᵀ (upper half), H = C Cᵀ; base (rows, n): what the columns after the block contribute,
-    Σ_b C_ba e_b; weight, gone (rows, n). Columns that are gone are zero and stay so. e (rows, n) and codes are written.
+    Σ_b C_ba e_b; weight, gone, steps, low, high (rows, n). Columns that are gone are zero and stay so. e (rows, n) and
+    codes are written.
     """
     rows, n = weight.shape
     for r in range(rows):
@@ -199,5 +200,5 @@ def shared_block(
                 continue
             c = A[a, a]
             target = weight[r, a] - (base[r, a] + _dot(A[a], e[r], a + 1, n)) / c
-            codes[r, a] = choose(target, c * c, steps[r], low[r], high[r], price, bits, offset)
-            e[r, a] = codes[r, a] * steps[r] - weight[r, a]
+            codes[r, a] = choose(target, c * c, steps[r, a], low[r, a], high[r, a], price, bits, offset)
+            e[r, a] = codes[r, a] * steps[r, a] - weight[r, a]

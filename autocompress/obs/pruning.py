@@ -220,10 +220,16 @@ def scaled_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def scaled_hessian(hessian: np.ndarray) -> tuple[np.ndarray, float]:
     """The Hessian with a mean diagonal of one, and its scale."""
+    scale = hessian_scale(hessian)
+    return np.ascontiguousarray(hessian) / scale, scale
+
+
+def hessian_scale(hessian: np.ndarray) -> float:
+    """The mean of the diagonal. Raises ValueError where an entry of that is not positive."""
     scale = float(np.mean(np.diag(hessian)))
     if not scale > 0.0 or not (np.diag(hessian) > 0.0).all():
         raise ValueError("the Hessian has a diagonal entry that is not positive; add damping (calibrate does)")
-    return np.ascontiguousarray(hessian) / scale, scale
+    return scale
 
 
 def inverse_hessian(hessian: np.ndarray, threads: int = 1) -> np.ndarray:

@@ -31,6 +31,7 @@ class Cell:
     layer error.
 
     step float32 (groups, rows); low, high int (groups, rows); bits float32 (table,): length of code q at q + offset.
+    `shared_cells` also takes all three as (groups, rows, runs), a run being `run` consecutive columns.
     """
 
     step: np.ndarray
@@ -39,6 +40,7 @@ class Cell:
     price: float = 0.0
     bits: np.ndarray | None = None
     offset: int = 0
+    run: int = 0
 
 
 def salient_cells(
@@ -175,7 +177,7 @@ def rate_distortion_cells(
         if isinstance(hessian, RowHessian):
             log_det = float(hessian.log_dets().mean())
         else:
-            log_det = np.mean([2.0 * np.log(np.diag(np.linalg.cholesky(h))).sum() / d for h in hessian])
+            log_det = np.mean([_log_det(h) / d for h in hessian])
     unit = 0.5 * float(np.exp(log_det))
     peak = float(np.abs(weight).max(initial=0.0))
     shape, sampled = (groups, rows), SAMPLE_ROWS
@@ -232,7 +234,7 @@ def rate_distortion_cells(
         ]
         codes, _ = passes(
             weight[np.ix_(some, take)],
-            hessian if isinstance(hessian, RowHessian) else hessian[some],
+            hessian if isinstance(hessian, RowHessian) or len(some) == groups else hessian[some],
             order[np.ix_(some, take)],
             counts[np.ix_(some, take)],
             sample,
@@ -241,6 +243,14 @@ def rate_distortion_cells(
         for j, i in enumerate(priced):
             cells[i] = cell(*grid[i], codes[j])
     return cells
+
+
+def _log_det(H: np.ndarray) -> float:
+    """log det H of a positive definite matrix. Raises LinAlgError where it is none."""
+    factor = np.array(H, np.float64, order="C")  # the one copy that is made of it
+    if not blas.in_place(blas.DPOTRF, factor, len(factor)):
+        raise np.linalg.LinAlgError("the Hessian is not positive definite; add damping (calibrate does)")
+    return 2.0 * float(np.log(np.diag(factor)).sum())
 
 
 def rate_table(codes: np.ndarray, size: int) -> np.ndarray:

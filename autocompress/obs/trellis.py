@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
+from autocompress.obs import blas
 from autocompress.obs.kernels import FAST
-from autocompress.obs.pruning import as_groups, over_rows, scaled_hessian
+from autocompress.obs.pruning import as_groups, hessian_scale, over_rows
 from autocompress.obs.quantising import CODE_LIMIT, SAMPLE_ROWS, rate_table
 from autocompress.storage.kernels import NEXT_STATE, STATES
 from autocompress.threads import single_threaded
@@ -156,13 +157,13 @@ def trellis_codes(
     scales = np.empty(groups)
     with single_threaded():
         for g in range(groups):
-            h, scales[g] = scaled_hessian(hessian[g])
-            try:
-                C = np.linalg.cholesky(h[::-1, ::-1])  # from the last column back: the feedback goes forward
-            except np.linalg.LinAlgError:
-                raise ValueError("the Hessian is not positive definite; add damping") from None
-            diagonal = np.diag(C)[::-1]
-            factors[g] = C.T[::-1, ::-1] / diagonal[:, None]
+            scales[g] = hessian_scale(hessian[g])
+            # From the last column back: the feedback goes forward.
+            h = np.divide(hessian[g, ::-1, ::-1], scales[g], order="C")
+            if not blas.in_place(blas.DPOTRF, h, d):  # into its upper half, for a wide layer's is large
+                raise ValueError("the Hessian is not positive definite; add damping")
+            diagonal = np.diag(h)[::-1]
+            np.divide(h[::-1, ::-1], diagonal[:, None], out=factors[g], casting="same_kind")
             pivots[g] = diagonal**2
     unit = 0.5 * float(np.exp(np.mean(np.log(pivots.astype(np.float64)) + np.log(scales)[:, None])))
     take = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLE_ROWS)).astype(int))

@@ -1,9 +1,10 @@
 """Layers too wide for exact work on every row: one order and one factor for all rows.
 
 Exact OBS costs d³/3 multiply-adds per row (`exact_operations`), and again for every sparsity. Where that is above a
-limit, weights are pruned by their first scores, what is left is refitted by conjugate gradients, all rows at once, and
-quantised in the order of the largest diagonal of H with one factor for the layer: about 50 d² operations per row and
-sparsity, and d² per row and cell. Sources: GPTQ, arXiv 2210.17323 (act-order); L-OBS's scores, arXiv 1705.07565.
+limit, weights are pruned in rounds, what is left is refitted by conjugate gradients, all rows at once, and quantised in
+the order of the largest diagonal of H with one factor for the layer: 168 d² operations per row for the order, about 50
+d² per row and sparsity, and d² per row and cell. What that loses: docs/options.md. Sources: GPTQ, arXiv 2210.17323
+(act-order); L-OBS's scores, arXiv 1705.07565, computed anew after every round.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autocompress.obs import blas, kernels
-from autocompress.obs.pruning import as_groups, in_threads, inverse_hessian, scaled_hessian
+from autocompress.obs.pruning import as_groups, hessian_scale, in_threads, scaled_hessian
 from autocompress.obs.quantising import Cell
 from autocompress.threads import single_threaded
 
@@ -24,6 +25,10 @@ EXACT_LIMIT = 3e13  # operations of one exact trace of a layer; 512 rows of 4,60
 ROWS = 64  # rows of a task: fixed, since the sums of a product may depend on how many rows it has
 COLUMNS = 128  # columns between two matrix products
 STEPS = 24  # of conjugate gradients: each costs a product with H
+ROUNDS = 24  # of pruning, until LAST is left
+ROUND_STEPS = 6  # of conjugate gradients after each, from where the last one stopped
+LAST = 0.02
+SINGULAR = "the Hessian is not positive definite; add damping (calibrate does)"
 
 
 def exact_operations(shape: Sequence[int]) -> float:
@@ -31,20 +36,57 @@ def exact_operations(shape: Sequence[int]) -> float:
     return math.prod(shape[:-1]) * shape[-1] ** 3 / 3
 
 
-def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Order and losses as `prune_trace` returns them, by the first scores alone: w_j²/(2 [H⁻¹]_jj), least first.
+def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0, rounds: int = ROUNDS) -> tuple[np.ndarray, np.ndarray]:
+    """Order and losses as `prune_trace` returns them, of pruning in rounds by the score w_j²/(2 [H⁻¹]_jj), least first.
 
-    Losses are the exact ones of losing that weight only; their sum is an estimate. Shapes and errors as in
-    `prune_trace`.
+    Round k of n takes the least scores of the layer until (1 - (1 - √LAST) k/n)² of its weights are left, and refits
+    these. [H⁻¹]_jj stays that of the whole H: what is left of each row would have its own, at d³ operations. Losses are
+    the scores that weights went by; their sum is an estimate. With no rounds all go by their first scores. Shapes and
+    errors as in `prune_trace`.
     """
     weight, hessian = as_groups(W, H)
     order = np.empty(weight.shape, np.int32)
     losses = np.empty(weight.shape)
-    for g, (w, h) in enumerate(zip(weight, hessian, strict=True)):
-        scaled, scale = scaled_hessian(h)
-        scores = w**2 / (2.0 * np.diag(inverse_hessian(scaled, threads)) / scale)
-        order[g] = np.argsort(scores, axis=1, kind="stable")
-        losses[g] = np.take_along_axis(scores, order[g].astype(np.int64), 1)
+    for g in range(len(weight)):
+        peak = float(np.abs(weight[g]).max(initial=0.0)) or 1.0
+        h, h_scale = scaled_hessian(hessian[g])
+        curved, w = h.astype(np.float32), (weight[g] / peak).astype(np.float32)
+        with single_threaded():
+            if not (blas.in_place(blas.DPOTRF, h, len(h)) and blas.in_place(blas.DPOTRI, h, len(h))):
+                raise ValueError(SINGULAR)
+        twice = (2.0 * np.diag(h)).astype(np.float32)
+        del h
+        x, score = w.copy(), w**2 / twice
+        left = np.full(w.shape, rounds, np.int16)  # the round that each weight goes in
+        gone = np.zeros(w.shape, np.bool_)
+
+        def refit(
+            top: int,
+            w: np.ndarray = w,
+            x: np.ndarray = x,
+            gone: np.ndarray = gone,
+            curved: np.ndarray = curved,
+            score: np.ndarray = score,
+            twice: np.ndarray = twice,
+        ) -> None:
+            part = slice(top, top + ROWS)
+            x[part] = _refit(w[part], gone[part], curved, ROUND_STEPS, x[part])
+            np.divide(x[part] ** 2, twice, out=score[part], where=~gone[part])
+
+        for k in range(rounds):
+            density = (1.0 - (1.0 - math.sqrt(LAST)) * (k + 1) / rounds) ** 2
+            alive = score[~gone]
+            count = alive.size - int(density * w.size)
+            if count > 0:
+                new = ~gone & (score <= np.partition(alive, count - 1)[count - 1])
+                left[new] = k
+                gone |= new
+            with single_threaded():
+                in_threads(refit, range(0, len(w), ROWS), threads)
+        by_score = np.argsort(score, axis=1, kind="stable")
+        by_round = np.argsort(np.take_along_axis(left, by_score, 1), axis=1, kind="stable")
+        order[g] = np.take_along_axis(by_score, by_round, 1)
+        losses[g] = np.take_along_axis(score.astype(np.float64), order[g].astype(np.int64), 1) * (peak**2 * h_scale)
     return order.reshape(np.shape(W)), losses.reshape(np.shape(W))
 
 
@@ -67,13 +109,15 @@ def shared_cells(
     np.put_along_axis(gone, np.asarray(order, np.int64).reshape(weight.shape), lost, -1)
     peak = float(np.abs(weight).max(initial=0.0)) or 1.0  # one scale for the layer: steps are shared by its rows
     for g in range(groups):
-        h, h_scale = scaled_hessian(hessian[g])
-        visit = np.argsort(np.diag(h), kind="stable")  # passes go from the last to the first
-        curved = h[np.ix_(visit, visit)].astype(np.float32)
+        h_scale = hessian_scale(hessian[g])
+        visit = np.argsort(np.diag(hessian[g]), kind="stable")  # passes go from the last to the first
+        curved = np.empty((d, d), np.float32)
+        for row, column in zip(curved, visit, strict=True):  # no copy in float64: a wide layer's is large
+            row[:] = hessian[g, column, visit] / h_scale
         factor = curved.copy()
         with single_threaded():
             if not blas.in_place(blas.POTRF, factor, d):
-                raise ValueError("the Hessian is not positive definite; add damping (calibrate does)")
+                raise ValueError(SINGULAR)
         w = np.ascontiguousarray(weight[g][:, visit] / peak, np.float32)
         left_out = np.ascontiguousarray(gone[g][:, visit])
 
@@ -93,7 +137,8 @@ def shared_cells(
         ) -> None:
             at, top = task
             part, cell = slice(top, top + ROWS), cells[at]
-            step = (cell.step[g, part] / peak).astype(np.float32)
+            steps = (cell.step[g, part] / peak).astype(np.float32)
+            step, low, high = (_by_column(x, cell.run, visit) for x in (steps, cell.low[g, part], cell.high[g, part]))
             bits = np.zeros(1, np.float32) if cell.bits is None else cell.bits
             price = cell.price / (peak**2 * h_scale)
             e, q = np.zeros((len(step), d), np.float32), np.zeros((len(step), d), np.int32)
@@ -104,9 +149,9 @@ def shared_cells(
                     e[:, stop:] @ factor[block, stop:].T,
                     w[part, block],
                     left_out[part, block],
-                    step,
-                    cell.low[g, part],
-                    cell.high[g, part],
+                    step[:, block],
+                    low[:, block],
+                    high[:, block],
                     price,
                     bits,
                     cell.offset,
@@ -123,15 +168,24 @@ def shared_cells(
     return codes.reshape(n, *np.shape(W)), pruned.reshape(np.shape(W))
 
 
-def _refit(w: np.ndarray, gone: np.ndarray, H: np.ndarray) -> np.ndarray:
+def _by_column(values: np.ndarray, run: int, visit: np.ndarray) -> np.ndarray:
+    """Values (rows,), or (rows, runs) of `run` columns each, as (rows, d) in the order of the columns of a pass."""
+    if values.ndim == 1:
+        return np.repeat(values[:, None], len(visit), axis=1)
+    return values[:, visit // run]
+
+
+def _refit(
+    w: np.ndarray, gone: np.ndarray, H: np.ndarray, steps: int = STEPS, start: np.ndarray | None = None
+) -> np.ndarray:
     """Weights x with x = 0 where gone that nearly minimise ½ (x-w) H (x-w)ᵀ, row by row, in float32."""
-    x = np.where(gone, np.float32(0.0), w)
+    x = np.where(gone, np.float32(0.0), w if start is None else start)
     scale = np.diag(H)
     r = np.where(gone, np.float32(0.0), (w - x) @ H)
     z = r / scale
     p = z
     slope = np.einsum("ij,ij->i", r, z)[:, None]
-    for _ in range(STEPS):
+    for _ in range(steps):
         Hp = np.where(gone, np.float32(0.0), p @ H)
         curve = np.einsum("ij,ij->i", p, Hp)[:, None]
         length = np.divide(slope, curve, out=np.zeros_like(slope), where=curve > 0)
