@@ -50,7 +50,7 @@ __all__ = [
     "streaming_bytes",
 ]
 
-LIBRARIES = 400 << 20  # of a process with torch and the compiled kernels; see results/estimates.csv
+LIBRARIES = 400 << 20  # of a process with torch and the compiled kernels; see results/engines_estimates.csv
 TRANSFORMERS = 100 << 20  # of transformers beside them
 BUFFERS = 16 << 20  # of files that numpy writes
 CODES_HELD = 1 << 28  # bytes of codes that a task holds at once (compressors.base), made and copied
