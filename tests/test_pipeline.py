@@ -459,6 +459,28 @@ def test_what_measures_worse_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.plan.replace(notes=(), measured={}) == plain.plan.replace(notes=(), measured={})
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([(9.0, 0.1), (10.5, 0.05)], ["kept", "not used"]),
+        ([(11.0, 0.1), (9.0, 0.3)], ["not used", "not used"]),
+        ([(9.9, 0.1), (9.95, 0.05)], ["kept", "kept"]),
+    ],
+)
+def test_softened_outputs_decide_what_is_kept_within_the_best_single_option(
+    found: list[tuple[float, float]], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([(10.0, 0.2), *found])
+    apply = pipeline.apply
+    monkeypatch.setattr(pipeline.Context, "judge", lambda *_: next(answers))
+    monkeypatch.setattr(pipeline, "apply_sequentially", lambda m, p, f, d, s, tell: apply(m, p, f, d, s))
+    monkeypatch.setattr(pipeline, "tune", lambda model, small, *rest: small)
+    result = run(tmp_path, effort="normal", strategy="exact")
+    assert [note.rpartition(": ")[2] for note in result.plan.notes[-2:]] == words
+    kept = [kl for (kl, _), word in zip(found, words, strict=True) if word == "kept"]
+    assert result.plan.measured["kl"] == (kept or [10.0])[-1]
+
+
 def test_a_budget_below_what_the_whole_network_needs_is_not_refused_where_layers_narrow(tmp_path: Path) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 600), nn.BatchNorm1d(600), nn.ReLU(), nn.Linear(600, 3)))
     data = batches(4, size=32)
