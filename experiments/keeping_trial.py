@@ -5,7 +5,7 @@
 
 The plans of sequential_cifar10.py, applied and compressed again layer by layer. `plain` and `soft`: mean KL to the dense
 model of outputs as they are and divided by the context's temperature, on the held-out fifth of the calibration images
-(`held`), by which plans were chosen too, and on some 850 other training images (`other`), which nothing saw.
+(`held`), by which plans were chosen too, and on other training images (`other`), which nothing saw.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
                     continue
                 make = ac.apply if mode == "independent" else apply_sequentially
                 small = make(model, plan, profile, data, seed)
-                figures = {}
+                figures: dict[str, str] = {}
                 for name, (plain, soft) in (("held", context.judge(small)), ("other", other.judge(small, "all"))):
                     figures |= {f"plain_{name}": f"{plain:.6f}", f"soft_{name}": f"{soft:.6f}"}
                 row = {"task": arguments.task, "ratio": ratio, "seed": seed, "mode": mode, **figures, **environment()}
