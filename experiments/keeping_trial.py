@@ -3,9 +3,9 @@
     python experiments/sequential_cifar10.py --modes independent      # makes the profiles and plans
     python experiments/keeping_trial.py
 
-The plans of sequential_cifar10.py, applied and compressed again layer by layer. `plain` and `soft`: mean KL to the dense
-model of outputs as they are and divided by the context's temperature, on the held-out fifth of the calibration images
-(`held`), by which plans were chosen too, and on other training images (`other`), which nothing saw.
+The plans of sequential_cifar10.py, applied and compressed again layer by layer. `plain` and `soft`: mean KL to the
+dense model of outputs as they are and divided by the context's temperature, on the held-out fifth of the calibration
+images (`held`), by which plans were chosen too, and on other training images (`other`), which nothing saw.
 """
 
 from __future__ import annotations
