@@ -14,12 +14,22 @@ from tiny_tasks import call, write_task
 
 from autocompress import calibration, estimating
 from autocompress.batches import batch_samples, split_batches
-from autocompress.compressors import default_options
-from autocompress.estimating import Network, Unit, estimate, fit, llama, network_of, task_bytes
+from autocompress.compressors import default_options, named_options
+from autocompress.estimating import (
+    Network,
+    Unit,
+    compressing_bytes,
+    estimate,
+    fit,
+    llama,
+    network_of,
+    task_bytes,
+)
 from autocompress.layers import find_layers
 from autocompress.threads import default_workers
 from autocompress.workloads import KINDS, REFERENCE, counts, seconds
 
+ROOT = Path(__file__).resolve().parents[1]
 SEVEN = {
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -124,6 +134,25 @@ def test_streaming_holds_a_block_and_its_statistics() -> None:
     assert alone == max(task_bytes(u, default_options(), sent=False) for u in network.units) + rest
     assert found.streaming_bytes < alone < found.memory_bytes / 10
     assert estimate(network_of(convnet(), images()), REFERENCE).streaming_bytes is None
+
+
+def test_compressing_a_streamed_network_takes_what_the_docs_say() -> None:
+    """docs/transformers.md, of Llama 2 at 12x with options `lean,fine`, as the profile's figures there."""
+    words = (ROOT / "docs" / "transformers.md").read_text().replace("\n", " ")
+    found = {}
+    for size in ("7b", "70b"):
+        network = llama(ROOT / "experiments" / "shapes" / f"llama2_{size}.json")
+        file_bytes = 4 * network.parameters // 12
+        for sequential in (False, True):
+            taken = compressing_bytes(network, file_bytes, named_options(["lean,fine"]), sequential=sequential)
+            assert taken > 2 * file_bytes + network.data_bytes
+            found[size, sequential] = taken / 2**30
+        assert found[size, False] < found[size, True]
+    assert f"{found['7b', False]:.2f} GiB with `--no-sequential`, {found['7b', True]:.1f} GiB with sequential" in words
+    # Bytes of the file twice, whatever else is there at the most.
+    more = compressing_bytes(network, file_bytes + 1000) - compressing_bytes(network, file_bytes)
+    assert more == 2000
+    assert f"70B at 12x (21.4 GiB): {found['70b', False]:.0f} and {found['70b', True]:.0f} GiB" in words
 
 
 def test_time_is_the_scheduled_sum_of_counted_work() -> None:
