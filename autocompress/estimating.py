@@ -33,7 +33,7 @@ from autocompress.errors import AutocompressError
 from autocompress.obs import EXACT_LIMIT, exact_operations
 from autocompress.threads import default_workers, single_threaded
 from autocompress.types import DENSE, Option
-from autocompress.workloads import KINDS, START_SECONDS, counts, schedule, seconds
+from autocompress.workloads import KINDS, START_SECONDS, counts, needs_order, schedule, seconds
 
 __all__ = [
     "Estimate",
@@ -165,7 +165,7 @@ def estimate(
     libraries = LIBRARIES + (TRANSFORMERS if network.transformers else 0)
     memory = libraries + held + network.hessian_bytes() + (largest if alone else 0)
     streaming = streaming_bytes(network, offered if alone else None, exact_limit) if network.block else None
-    ordered = sum(u.weights for u in network.units if u.reached and any(o.bits or o.step for o in offered))
+    ordered = sum(u.weights for u in network.units if u.reached and needs_order(u.shape, offered, u.table, exact_limit))
     return Estimate(
         calibrating,
         profile,

@@ -52,7 +52,7 @@ from autocompress.workloads import pays
 
 __all__ = ["LayerProfile", "Profile", "Store", "load_profile", "profile"]
 
-PROFILE_VERSION = 8
+PROFILE_VERSION = 9
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what reading a layer's file may raise
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,16 @@
 The counts follow the engine's loops. A layer (groups, rows, d) has R = groups · rows rows; a structure of sparsity s
 leaves m = (1 - s) d columns of each; S = min(R, 16) rows are what a rate table is learned from.
 
-    trace      multiply-adds of the greedy order        R d³/3; d³ for a layer that shares one order
+    trace      multiply-adds of the greedy order        R d³/3, where anything is pruned or has at most 2 bits; d³ for
+                                                        a layer that shares one order, where anything is pruned
     factor     of triangular factors                    Σ over structures of m³/3 per row (and once more for the refit
-                                                        of uniform grids); d³/3 for a layer that shares one
+                                                        of uniform grids, and for those of at most 2 bits); d³/3 where
+                                                        nothing is pruned, and for a layer that shares one
     feedback   of each code's error on the next ones    m²/2 per row and cell, and for the gather of a factor; 64 d
                                                         for a layer that shares one, whose other errors are products
     product    of products of whole matrices            d² per row for each error and each step of a shared refit;
-                                                        d²/2 per row and cell for a layer that shares one factor
+                                                        d²/2 per row and cell for a layer that shares one factor;
+                                                        d³/3 for the order of a pass
     coded      weights that are rounded and coded       m per row and cell, rounded; R d per option, coded
     searched   weights that a step is searched for      R d per uniform width
     trellis    weights that a trellis walks             R d per (step, λ), and three times S d
@@ -25,9 +28,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from autocompress.obs import EXACT_LIMIT, exact_operations
 from autocompress.types import Option
 
-__all__ = ["KINDS", "REFERENCE", "counts", "pays", "schedule", "seconds"]
+__all__ = ["KINDS", "REFERENCE", "counts", "needs_order", "pays", "schedule", "seconds"]
 
 KINDS = ("trace", "factor", "feedback", "product", "coded", "searched", "trellis", "option")
+COARSE_BITS = 2  # grids that rows are quantised to in an order of their own (compressors.base)
 SAMPLED = 16  # rows that a rate table is learned from (obs.quantising)
 REFITS = 24  # steps of conjugate gradients where a layer shares one order (obs.wide)
 ORDERING = 24 * 7  # products of a row with H while such a layer is pruned in rounds
@@ -42,6 +46,7 @@ def counts(
     table: rows that are only looked up, whose columns are on their own: no factors, no feedback. Options beyond uniform
     grids, rate-distortion and trellis are counted as uniform grids of their structure.
     """
+    options = list(options)
     groups, rows, d = shape
     R, S = groups * rows, min(rows, SAMPLED) * min(groups, SAMPLED)
     exact = exact_operations(shape) <= exact_limit
@@ -59,29 +64,53 @@ def counts(
         found["coded"] += R * d
         if option.step is None:
             found["searched"] += R * d
-        structures["rd" if option.step is not None else "grid", option.sparsity] += 1
+        kind = "rd" if option.step is not None else "coarse" if _is_coarse(option) else "grid"
+        structures[kind, option.sparsity] += 1
     if table:
         return found
-    if structures and exact:
+    if needs_order(shape, options, table, exact_limit) and exact:
         found["trace"] += round(exact_operations(shape))
-    elif any(sparsity > 0 for _, sparsity in structures):
+    elif needs_order(shape, options, table, exact_limit):
         found["trace"] += groups * d**3
         found["product"] += ORDERING * R * d * d
+    if structures:
+        found["product"] += groups * d**3 // 3
     if any(option.trellis for option in options):
         found["factor"] += groups * d**3 // 3
     for (kind, sparsity), cells in structures.items():
         m = max(0.0, (1.0 - sparsity / 100.0) * d)
-        walked = cells * (R + (S if kind == "rd" else 0))
+        sampled = S if kind == "rd" else 0
+        walked = cells * (R + sampled)
         found["coded"] += round(walked * m)
-        passes = R * (1 + (kind == "grid" and sparsity > 0)) + (S if kind == "rd" else 0)
+        refits = (
+            R if sparsity > 0 and kind != "rd" and (kind == "coarse" or ("coarse", sparsity) not in structures) else 0
+        )
         if exact:
-            found["factor"] += round(passes * m**3 / 3)
-            found["feedback"] += round((passes + walked) * m * m / 2)
+            shared = sparsity == 0 and kind != "coarse"
+            factors = groups + min(groups, sampled) if shared else R + sampled
+            found["factor"] += round((factors + refits) * m**3 / 3)
+            found["feedback"] += round((factors + refits + walked) * m * m / 2)
         else:
             found["factor"] += groups * d**3 // 3 * (1 + (kind == "rd"))
-            found["product"] += (REFITS * passes * d * d if sparsity > 0 else 0) + walked * d * d // 2
+            found["product"] += (REFITS * (R + refits + sampled) * d * d if sparsity > 0 else 0) + walked * d * d // 2
             found["feedback"] += 64 * walked * d
     return found
+
+
+def needs_order(shape: Shape, options: Iterable[Option], table: bool = False, exact_limit: float = EXACT_LIMIT) -> bool:
+    """Whether one of these options needs the order in which pruning takes the weights of a layer: those that prune,
+    and, on rows that have one of their own, grids of at most `COARSE_BITS` bits.
+    """
+    own = not table and exact_operations(shape) <= exact_limit
+    return any(
+        not option.structure.is_dense or (own and _is_coarse(option) and not option.half)
+        for option in options
+        if not option.is_dense and not option.trellis and option.rank is None
+    )
+
+
+def _is_coarse(option: Option) -> bool:
+    return option.step is None and (option.bits or 0) <= COARSE_BITS
 
 
 # Seconds per operation of each kind on one thread, and to start a worker, as experiments/results/engines_rates.csv has

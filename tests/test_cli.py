@@ -462,7 +462,7 @@ def test_the_demo(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["bytes"] <= metrics["budget_bytes"] == metrics["original_bytes"] // 10
     assert metrics["metric"] > metrics["baseline_metric"] - 1.0
-    assert metrics["gap"] < 1e-3
+    assert metrics["gap"] < 0.05  # of a plan that a search found; 0 where one of the objectives' own is best
     assert call("verify", tmp_path / "demo", "--task", "digits").code == 0
 
 

@@ -213,11 +213,13 @@ def test_a_store_gives_back_the_same_profile(tmp_path: Path) -> None:
 def test_tuning_and_sequential_mode_keep_the_two_layers(split_model: Any, tmp_path: Path) -> None:
     model, data, found, plan, small, *_ = split_model
 
+    context = ac.Context(model, data)
+
     def error(other: nn.Module) -> float:
         with torch.no_grad():
-            return sum(float((other(batch) - model(batch)).square().sum()) for batch in data)
+            return sum(float((other(batch) - model(batch)).square().sum()) for batch in context.fit)
 
-    tuned: Any = ac.tune(model, small, ac.Context(model, data), 20)
+    tuned: Any = ac.tune(model, small, context, 50)
     for made in (tuned, ac.apply_sequentially(model, plan, found, data)):
         carried = encoded_of(made).plan
         assert isinstance(made.a, Factored)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from autocompress.types import Option
 __all__ = ["Compressor", "LayerProblem", "Measured", "Realised", "by_structure", "storable"]
 
 Parts = np.ndarray | tuple[np.ndarray, ...]  # a weight, or its factors and what they leave, if that is kept
+COARSE = 4  # levels of a grid, and fewer
 CODES_HELD = 1 << 26  # codes made at once (256 MiB): a large table has 10^7 for each of hundreds of options
 
 
@@ -49,6 +51,7 @@ class LayerProblem:
     outputs: Mapping[float, np.ndarray] = field(default_factory=dict)
     coupled: bool = False
     _found: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
+    _visited: tuple[Option, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     @property
     def exact(self) -> bool:
@@ -130,8 +133,6 @@ class LayerProblem:
 
     def _kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
         shape = self.weight.shape
-        if not self.exact and structure.is_dense:  # no row has an order of its own to be quantised in
-            return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape), np.zeros(shape[:-1], np.int64)
         order, _ = self.trace()
         positions = int(np.prod(self.shape[2:]))
         if structure.nm is not None:
@@ -160,25 +161,79 @@ class LayerProblem:
 
     def refitted(self, structure: Option) -> np.ndarray:
         """The weights of a structure: what goes is zero, what stays makes up for it. float64, in the weight's shape."""
-        order, counts = self.kept(structure)
-        if not counts.any():
+        if structure.is_dense:
             return self.weight
+        order, counts = self.kept(structure)
         prune: Any = obs.prune if self.exact else obs.shared_prune
         return prune(self.weight, self.known_hessian(), order, counts, threads=1)
 
+    def visited(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
+        """`kept`, with what stays in the order of `visit`: a pass goes from the last column to the first."""
+        shape = self.weight.shape
+        if structure.is_dense:  # one order for all rows, and no trace to find; none matters without feedback
+            visit = np.arange(shape[-1])[None] if self.is_table else self.visit()
+            return np.broadcast_to(visit[:, None], shape), np.zeros(shape[:-1], np.int64)
+        order, counts = self.kept(structure)
+        if self.is_table or not self.exact:  # without feedback, or with one order for all
+            return order, counts
+        visit = self.visit()
+        if self._visited is None or self._visited[0] != structure:
+            d = order.shape[-1]
+            place = np.argsort(visit, axis=1).astype(np.int32)
+            rank = np.take_along_axis(np.broadcast_to(place[:, None], order.shape), order.astype(np.int64), 2)
+            first = np.arange(d, dtype=np.int32)
+            rank = np.where(first < counts[..., None], first - d, rank)
+            self._visited = structure, np.take_along_axis(order, np.argsort(rank, axis=2), 2)
+        return self._visited[1], counts
+
+    def visit(self) -> np.ndarray:
+        """The columns in the order of `obs.least_pivots`, (groups, d)."""
+
+        def find() -> np.ndarray:
+            hessian = self.known_hessian()
+            if isinstance(hessian, obs.RowHessian):
+                assert hessian.shared is not None
+                hessian = (hessian.shared + float(hessian.weights.mean()) * np.eye(len(hessian.shared)))[None]
+            return obs.least_pivots(hessian, np.float64 if self.exact else np.float32)
+
+        return np.asarray(self.once("visit", find))
+
+    def _passes(self) -> Any:
+        if self.exact:
+            return partial(obs.salient_cells, paths=obs.PATHS)
+        return partial(obs.shared_cells, paths=obs.PATHS, visit=self.visit())
+
     def quantised(self, structure: Option, cells: Sequence[obs.Cell]) -> np.ndarray:
-        """Codes of every cell on what a structure leaves, int32 (cells, groups, rows, d)."""
-        passes: Any = obs.salient_cells if self.exact else obs.shared_cells
-        return passes(self.weight, self.known_hessian(), *self.kept(structure), cells, threads=1)[0]
+        """Codes of every cell on what a structure leaves, int32 (cells, groups, rows, d).
+
+        In the order of least pivots; a row whose grid has at most four levels in that of pruning, most salient weight
+        first: such a grid clips what is far out, which the others must be free to make up for.
+        """
+        found = np.zeros((len(cells), *self.weight.shape), np.int32)
+        for rows, order in zip(self._by_levels(cells), (self.visited, self.kept), strict=True):
+            if rows.any():
+                some = np.flatnonzero(rows.any(axis=(1, 2)))
+                now = [cells[int(i)] for i in some]
+                codes = self._passes()(self.weight, self.known_hessian(), *order(structure), now, threads=1)[0]
+                found[some] = np.where(rows[some][..., None], codes, found[some])
+        return found
+
+    def _by_levels(self, cells: Sequence[obs.Cell]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that cells quantise in the order of least pivots, and in that of pruning; bool (cells, groups, rows)."""
+        coarse = np.zeros((len(cells), *self.weight.shape[:-1]), bool)
+        if self.exact and not self.is_table:  # else there is one order for all, or none
+            for own, cell in zip(coarse, cells, strict=True):
+                span = (cell.high - cell.low).reshape(*own.shape, -1).max(axis=-1)
+                own[:] = (cell.price == 0.0) & (span > 0) & (span < COARSE)
+        return ~coarse, coarse
 
     def rate_distortion_cells(
         self, structure: Option, grid: Sequence[tuple[float, float]], scales: np.ndarray | None
     ) -> list[obs.Cell]:
         """Cells of (step, λ) pairs on what a structure leaves; scales: see `obs.rate_distortion_cells`."""
-        passes: Any = obs.salient_cells if self.exact else obs.shared_cells
-        hessian, (order, counts) = self.known_hessian(), self.kept(structure)
+        hessian, (order, counts) = self.known_hessian(), self.visited(structure)
         return obs.rate_distortion_cells(
-            self.weight, hessian, order, counts, grid, threads=1, scales=scales, passes=passes
+            self.weight, hessian, order, counts, grid, threads=1, scales=scales, passes=self._passes()
         )
 
     def cut(self, width: tuple[float, float]) -> tuple[np.ndarray, np.ndarray] | None:

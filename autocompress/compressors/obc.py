@@ -44,8 +44,8 @@ class ObcUniform:
                 found |= dict.fromkeys(wanted)
                 continue
             weight = problem.refitted(structure)
-            grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4, not problem.exact) for o in wanted}
-            # One factorisation serves all grids with a step per row; where it is one for all rows, those with runs too.
+            grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4, problem.row_weights is None) for o in wanted}
+            # One factorisation serves all grids but that of one bit.
             plain = [o for o in wanted if grids[o].cell is not None]
             codes = problem.quantised(structure, [c for o in plain if (c := grids[o].cell) is not None])
             by_option = dict(zip(plain, codes, strict=True))
@@ -104,11 +104,9 @@ class _Grid:
             self.cell = obs.Cell(self.stored, low, high, run=size)
 
     def quantise(self, problem: LayerProblem, structure: Option) -> np.ndarray:
-        """Codes where the step changes along a row, or the levels are -1 and 1; a run of zeros has codes 0."""
-        d = problem.weight.shape[-1]
-        step, low, high = (np.repeat(a, self.size, axis=-1)[..., :d] for a in (self.steps, self.low, self.high))
-        levels = np.array([-1.0, 1.0]) if self.binary else None
-        codes = obs.quantise_levels(
-            problem.weight, problem.shared_hessian(), *problem.kept(structure), step, low, high, levels
-        )
+        """Codes where the levels are -1 and 1; a run of zeros has codes 0."""
+        step = np.repeat(self.steps, self.size, axis=-1)[..., : problem.weight.shape[-1]]
+        levels = np.array([-1.0, 1.0])
+        hessian = problem.shared_hessian()
+        codes = obs.quantise_levels(problem.weight, hessian, *problem.kept(structure), step, levels=levels)
         return codes.astype(np.int32)

@@ -6,6 +6,7 @@ compressed layer is ½ tr(ΔW H ΔWᵀ). Everything here also takes groups, W (g
 """
 
 from autocompress.obs.grids import column_runs, quantise_levels, search_grid
+from autocompress.obs.kernels import PATHS
 from autocompress.obs.orders import ORDERS, obq, quantise
 from autocompress.obs.patterns import Units, input_blocks, nm_mask, order_of_mask, row_losses, unit_mask, unit_trace
 from autocompress.obs.pruning import layer_error, prune, prune_trace, pruned_counts
@@ -19,12 +20,14 @@ from autocompress.obs.quantising import (
 )
 from autocompress.obs.trellis import trellis_codes
 from autocompress.obs.vectors import Assignment, Runs
+from autocompress.obs.visiting import least_pivots
 from autocompress.obs.weighted import RowHessian, search_square
 from autocompress.obs.wide import EXACT_LIMIT, exact_operations, shared_cells, shared_prune, shared_trace
 
 __all__ = [
     "EXACT_LIMIT",
     "ORDERS",
+    "PATHS",
     "Assignment",
     "Cell",
     "RowHessian",
@@ -34,6 +37,7 @@ __all__ = [
     "exact_operations",
     "input_blocks",
     "layer_error",
+    "least_pivots",
     "nm_mask",
     "obq",
     "order_of_mask",

@@ -1,4 +1,4 @@
-"""Compiled passes over the weights that pruning left, most salient first: `obs.salient_cells`.
+"""Compiled passes over the weights that pruning left: `obs.salient_cells`.
 
 All kernels release the GIL, allocate only their work space, and give the same bits for any number of threads, because
 no row ever meets another. Float32 inside (engine.md section 1); callers scale weights and Hessian to about one first.
@@ -11,7 +11,10 @@ from numba import njit
 
 from autocompress.obs.blas import FAST, in_place
 
-__all__ = ["choose", "salient_rows", "shared_block"]
+__all__ = ["PATHS", "choose", "salient_rows", "shared_block"]
+
+PATHS = 8  # side by side, where an option is made: docs/options.md has what more and fewer do
+BLOCK = 64  # columns that are decided together, once twice as many are open
 
 
 @njit(nogil=True, cache=True)
@@ -90,31 +93,128 @@ def choose(
     return best
 
 
+@njit(inline="always")
+def _enter(
+    found: np.ndarray, parent: np.ndarray, value: np.ndarray, live: int, cost: float, path: int, code: int
+) -> int:
+    """Put a path into the list of the cheapest, by cost, if it is one of them. Returns how many there are."""
+    i = live
+    if live == found.shape[0]:
+        if not cost < found[live - 1]:
+            return live
+        i -= 1
+    else:
+        live += 1
+    while i > 0 and cost < found[i - 1]:
+        found[i], parent[i], value[i] = found[i - 1], parent[i - 1], value[i - 1]
+        i -= 1
+    found[i], parent[i], value[i] = cost, path, code
+    return live
+
+
 @njit(nogil=True, cache=True)
-def _salient_pass(
+def _pass(
     A: np.ndarray,
-    refit: np.ndarray,
-    m: int,
-    step: float,
-    low: int,
-    high: int,
+    weight: np.ndarray,
+    base: np.ndarray,
+    gone: np.ndarray,
+    step: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
     price: float,
     bits: np.ndarray,
     offset: int,
+    paths: np.ndarray,
+    parents: np.ndarray,
+    values: np.ndarray,
     e: np.ndarray,
     codes: np.ndarray,
 ) -> None:
-    """Quantise most-salient-first: columns m-1 ... 0 of the pruning order, each against the error of those before it.
+    """Quantise columns n-1 ... 0, each against the error of those before it, along the cheapest paths side by side.
 
-    The target of column a is w_a - sum over b > a of C_ba e_b / C_aa, and code q costs C_aa² (q step - target)² / 2 +
-    price bits(q).
+    The target of column a is w_a - (base_a + Σ_{b > a} C_ba e_b)/C_aa, and code q costs C_aa² (q step - target)²/2 +
+    price bits(q); A (n, n) is Cᵀ, upper half. A path is a choice of codes so far with its own errors; candidates to
+    continue it are both neighbours on the grid and, where bits have a price, zero. Once `2 BLOCK` columns are open, the
+    cheapest path decides the older half and those that differ from it there end. Columns that are gone are zero.
+
+    weight, base, gone, step, low, high (n,); work space: paths float32 (2, most, 2 BLOCK), parents and values int32
+    (at least n, most), most being how many paths are kept. e and codes (n,) are written.
     """
-    for a in range(m - 1, -1, -1):
-        row = A[a]
+    n, most, last = weight.shape[0], paths.shape[1], bits.shape[0] - 1
+    cost, found = np.zeros(most), np.empty(most)
+    ancestor = np.empty(most, np.int64)
+    now, live, top = 0, 1, n  # columns from `top` on are decided
+    for a in range(n - 1, -1, -1):
+        opened = top - 1 - a
+        if opened == 2 * BLOCK:
+            for h in range(live):
+                at = h
+                for column in range(a + 1, top - BLOCK):
+                    at = parents[column, at]
+                ancestor[h] = at
+            _decide(top - BLOCK, top, ancestor[0], parents, values, weight, step, e, codes)
+            for h in range(live):
+                if ancestor[h] != ancestor[0]:
+                    cost[h] = np.inf
+                for j in range(2 * BLOCK - 1, BLOCK - 1, -1):
+                    paths[now, h, j] = paths[now, h, j - BLOCK]
+            top -= BLOCK
+            opened = BLOCK
+        first = 2 * BLOCK - opened
+        row, s = A[a], step[a]
         c = row[a]
-        target = refit[a] - _dot(row, e, a + 1, m) / c
-        codes[a] = choose(target, c * c, step, low, high, price, bits, offset)
-        e[a] = codes[a] * step - refit[a]
+        entered = 0
+        if gone[a]:
+            for h in range(live):
+                found[h], parents[a, h], values[a, h] = cost[h], h, 0
+            entered = live
+        else:
+            centre = weight[a] - (base[a] + _dot(row, e, top, n)) / c
+            unit = 0.5 * c * c * s * s
+            for h in range(live):
+                if cost[h] == np.inf:
+                    continue
+                x = (centre - _dot(row[a + 1 :], paths[now, h, first:], 0, opened) / c) / s
+                below = int(min(max(np.floor(x), low[a]), high[a]))
+                above = min(below + 1, high[a])
+                for candidate in range(3):
+                    q = below if candidate == 0 else above if candidate == 1 else 0
+                    if candidate == 1 and above == below:
+                        continue
+                    if candidate == 2 and (price <= 0.0 or below == 0 or above == 0 or not low[a] <= 0 <= high[a]):
+                        continue
+                    total = cost[h] + unit * (q - x) * (q - x)
+                    if price > 0.0:
+                        total += price * bits[min(max(q + offset, 0), last)]
+                    entered = _enter(found, parents[a], values[a], entered, total, h, q)
+        for k in range(entered):
+            g = parents[a, k]
+            for j in range(first, 2 * BLOCK):
+                paths[1 - now, k, j] = paths[now, g, j]
+            paths[1 - now, k, first - 1] = values[a, k] * s - weight[a]
+            cost[k] = found[k]
+        now, live = 1 - now, entered
+    if n > 0:
+        _decide(0, top, 0, parents, values, weight, step, e, codes)
+
+
+@njit(nogil=True, cache=True)
+def _decide(
+    start: int,
+    stop: int,
+    path: int,
+    parents: np.ndarray,
+    values: np.ndarray,
+    weight: np.ndarray,
+    step: np.ndarray,
+    e: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    """Codes and errors of columns start ... stop - 1 along one path, by its number at column `start`."""
+    for column in range(start, stop):
+        codes[column] = values[column, path]
+        e[column] = codes[column] * step[column] - weight[column]
+        path = parents[column, path]
 
 
 @njit(nogil=True, cache=True)
@@ -127,18 +227,20 @@ def salient_rows(
     steps: np.ndarray,
     low: np.ndarray,
     high: np.ndarray,
+    run: np.ndarray,
     price: np.ndarray,
     bits: np.ndarray,
     offset: np.ndarray,
     codes: np.ndarray,
     refits: np.ndarray,
+    most: int,
 ) -> int:
-    """Prune each row to `counts`, refit it, and quantise what is left once for every cell.
+    """Prune each row to `counts`, refit it, and quantise what is left once for every cell, along `most` paths.
 
-    H (d, d) float32; weight (rows, d) float32; order (rows, d); counts (rows,); cells c: steps (cells, rows), low and
-    high (cells, rows) limits of the codes, price (cells,), bits (cells, table) of code q at q + offset[c]; codes
-    (cells, rows, d) and refits (rows, d), the pruned weights before quantisation, are written. Returns the first row
-    whose factorisation failed, or -1.
+    H (d, d) float32; weight (rows, d) float32; order (rows, d); counts (rows,); cells c: steps (cells, rows, runs), of
+    run[c] consecutive columns each, low and high the same, limits of the codes, price (cells,), bits (cells, table) of
+    code q at q + offset[c]; codes (cells, rows, d) and refits (rows, d), the pruned weights before quantisation, are
+    written. Returns the first row whose factorisation failed, or -1.
     """
     rows, d = weight.shape
     cells = price.shape[0]
@@ -146,6 +248,10 @@ def salient_rows(
     refit = np.empty(d, np.float32)
     e = np.empty(d, np.float32)
     line = np.empty(d, np.int32)
+    base, gone = np.zeros(d, np.float32), np.zeros(d, np.bool_)
+    step, lowest, highest = np.empty(d, np.float32), np.empty(d, np.int64), np.empty(d, np.int64)
+    paths = np.empty((2, most, 2 * BLOCK), np.float32)
+    parents, values = np.empty((d, most), np.int32), np.empty((d, most), np.int32)
     for r in range(rows):
         n = counts[r]
         m = d - n
@@ -164,7 +270,26 @@ def salient_rows(
         for i in range(m):
             refits[r, kept[i]] = refit[i]
         for c in range(cells):
-            _salient_pass(B, refit, m, steps[c, r], low[c, r], high[c, r], price[c], bits[c], offset[c], e, line)
+            for i in range(m):
+                at = kept[i] // run[c]
+                step[i], lowest[i], highest[i] = steps[c, r, at], low[c, r, at], high[c, r, at]
+            _pass(
+                B,
+                refit[:m],
+                base,
+                gone,
+                step,
+                lowest,
+                highest,
+                price[c],
+                bits[c],
+                offset[c],
+                paths,
+                parents,
+                values,
+                e[:m],
+                line,
+            )
             for i in range(m):
                 codes[c, r, kept[i]] = line[i]
     return -1
@@ -184,6 +309,7 @@ def shared_block(
     offset: int,
     e: np.ndarray,
     codes: np.ndarray,
+    most: int,
 ) -> None:
     """One block of columns of a pass that all rows make in one order, from the block's last column to its first.
 
@@ -192,13 +318,23 @@ def shared_block(
     codes are written.
     """
     rows, n = weight.shape
+    paths = np.empty((2, most, 2 * BLOCK), np.float32)
+    parents, values = np.empty((n, most), np.int32), np.empty((n, most), np.int32)
     for r in range(rows):
-        for a in range(n - 1, -1, -1):
-            if gone[r, a]:
-                e[r, a] = 0.0
-                codes[r, a] = 0
-                continue
-            c = A[a, a]
-            target = weight[r, a] - (base[r, a] + _dot(A[a], e[r], a + 1, n)) / c
-            codes[r, a] = choose(target, c * c, steps[r, a], low[r, a], high[r, a], price, bits, offset)
-            e[r, a] = codes[r, a] * steps[r, a] - weight[r, a]
+        _pass(
+            A,
+            weight[r],
+            base[r],
+            gone[r],
+            steps[r],
+            low[r],
+            high[r],
+            price,
+            bits,
+            offset,
+            paths,
+            parents,
+            values,
+            e[r],
+            codes[r],
+        )

@@ -1,4 +1,4 @@
-"""Quantising what pruning left, most salient weight first, each against the error of those before it.
+"""Quantising what pruning left, each weight against the error of those before it, along several paths side by side.
 
 One factorisation per row and sparsity serves every cell: every width of a uniform grid, every (step, λ) of
 rate-distortion OBS.
@@ -30,8 +30,8 @@ class Cell:
     """One way to quantise a layer. Code q stands for q · step; low <= q <= high; a bit costs `price` in units of the
     layer error.
 
-    step float32 (groups, rows); low, high int (groups, rows); bits float32 (table,): length of code q at q + offset.
-    `shared_cells` also takes all three as (groups, rows, runs), a run being `run` consecutive columns.
+    step float32, low and high int, all (groups, rows), or (groups, rows, runs) for runs of `run` consecutive columns;
+    bits float32 (table,): length of code q at q + offset. A `RowHessian` takes no runs.
     """
 
     step: np.ndarray
@@ -50,15 +50,18 @@ def salient_cells(
     counts: np.ndarray,
     cells: Sequence[Cell],
     threads: int = 0,
+    paths: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes of every cell, int32 (cells, *W.shape), and the pruned weights that they quantise, float64 in the shape of
     W.
 
     Visit the kept columns from the last pruned to the first; the target of a is w_a - Σ_b C_ba (ŵ_b - w_b)/C_aa over
-    the visited b, H_RR = C Cᵀ in pruning order; choosing ŵ_a costs C_aa² (ŵ_a - target)²/2. Pruned weights have code 0.
-    Shapes as in `prune_trace`; counts in the leading shape. Raises ValueError if H over a row's kept columns is not
-    positive definite. Source: OBS error feedback as in OBQ (arXiv 2208.11580) and GPTQ (arXiv 2210.17323), with one
-    order per row.
+    the visited b, H_RR = C Cᵀ in that order; choosing ŵ_a costs C_aa² (ŵ_a - target)²/2. Pruned weights have code 0.
+    paths: so many choices are followed side by side, the cheapest at each column (the M-algorithm); with one, each
+    column takes the code that is cheapest for it. Shapes as in `prune_trace`; counts in the leading shape. Raises
+    ValueError if H over a row's kept columns is not positive definite. Source: OBS error feedback as in OBQ (arXiv
+    2208.11580) and GPTQ (arXiv 2210.17323), with one order per row; several paths: this project, after Anderson and
+    Mohan, IEEE Transactions on Communications 32(2), 1984.
     """
     weight, hessian = as_groups(W, H)
     groups, rows, d = weight.shape
@@ -66,7 +69,8 @@ def salient_cells(
     counts = np.asarray(counts, np.int64).reshape(groups, rows)
     n = len(cells)
     if isinstance(hessian, RowHessian):
-        found = weighted.cells(weight, hessian, order, counts, cells, partial(salient_cells, threads=threads))
+        core = partial(salient_cells, threads=threads, paths=paths)
+        found = weighted.cells(weight, hessian, order, counts, cells, core)
         return found[0].reshape(n, *np.shape(W)), found[1].reshape(np.shape(W))
     table = max((c.bits.size for c in cells if c.bits is not None), default=1)
     bits = np.zeros((n, table), np.float32)
@@ -74,7 +78,8 @@ def salient_cells(
         if cell.bits is not None:
             bits[i, : cell.bits.size] = cell.bits
             bits[i, cell.bits.size :] = cell.bits[-1]
-    offset = np.array([c.offset for c in cells], np.int64)
+    offset, length = (np.array([x(c) for c in cells], np.int64) for x in (lambda c: c.offset, lambda c: c.run or d))
+    limits = [c.low for c in cells], [c.high for c in cells]
     codes = np.zeros((n, groups, rows, d), np.int32)
     refits = np.zeros(weight.shape, np.float64)
     magnitude = float(np.abs(weight).max(initial=0.0)) or 1.0  # one scale for the layer: steps are shared by its rows
@@ -83,9 +88,8 @@ def salient_cells(
         h32 = h.astype(np.float32)
         w32 = (weight[g] / magnitude).astype(np.float32)
         price = np.array([c.price / (magnitude**2 * h_scale) for c in cells], np.float32)
-        step = np.array([c.step[g] / magnitude for c in cells], np.float32).reshape(n, rows)
-        low = np.array([c.low[g] for c in cells], np.int64).reshape(n, rows)
-        high = np.array([c.high[g] for c in cells], np.int64).reshape(n, rows)
+        step = _side_by_side([c.step[g] / magnitude for c in cells], (n, rows), np.float32)
+        low, high = (_side_by_side([x[g] for x in of], (n, rows), np.int64) for of in limits)
         out = np.zeros((rows, d), np.float32)
         failed: list[int] = []
 
@@ -102,11 +106,13 @@ def salient_cells(
                 step[:, p],
                 low[:, p],
                 high[:, p],
+                length,
                 price,
                 bits,
                 offset,
                 part,
                 out[p],
+                paths,
             )
             codes[:, g, p] = part
             if bad >= 0:
@@ -119,6 +125,15 @@ def salient_cells(
     return codes.reshape(n, *np.shape(W)), refits.reshape(np.shape(W))
 
 
+def _side_by_side(values: Sequence[np.ndarray], shape: tuple[int, int], dtype: type) -> np.ndarray:
+    """(cells, rows, runs) of every cell's (rows,) or (rows, runs), with zeros behind those that have fewer runs."""
+    found = np.zeros((*shape, max((np.shape(v)[1] for v in values if np.ndim(v) == 2), default=1)), dtype)
+    for own, value in zip(found, values, strict=True):
+        value = np.reshape(value, (shape[1], -1))
+        own[:, : value.shape[1]] = value
+    return found
+
+
 def quantise_salient(
     W: np.ndarray,
     H: np.ndarray,
@@ -128,6 +143,7 @@ def quantise_salient(
     low: np.ndarray | int,
     high: np.ndarray | int,
     threads: int = 0,
+    paths: int = 1,
 ) -> np.ndarray:
     """Codes int32 of one uniform grid after pruning to `counts`; step, low, high (rows,) or scalar. See
     `salient_cells`.
@@ -138,15 +154,23 @@ def quantise_salient(
         low=np.full(leading, low).reshape(-1, leading[-1]),
         high=np.full(leading, high).reshape(-1, leading[-1]),
     )
-    return salient_cells(W, H, order, counts, [cell], threads=threads)[0][0]
+    return salient_cells(W, H, order, counts, [cell], threads, paths)[0][0]
 
 
 def rd_quantise(
-    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, step: float, lam: float, threads: int = 0
+    W: np.ndarray,
+    H: np.ndarray,
+    order: np.ndarray,
+    counts: np.ndarray,
+    step: float,
+    lam: float,
+    threads: int = 0,
+    paths: int = 1,
 ) -> np.ndarray:
     """Rate-distortion codes int32 of one (step, λ); `step` is absolute, `lam` as in `rate_distortion_cells`."""
-    cells = rate_distortion_cells(W, H, order, counts, [(step, lam)], threads=threads)
-    return salient_cells(W, H, order, counts, cells, threads=threads)[0][0]
+    passes = partial(salient_cells, paths=paths)
+    cells = rate_distortion_cells(W, H, order, counts, [(step, lam)], threads=threads, passes=passes)
+    return passes(W, H, order, counts, cells, threads=threads)[0][0]
 
 
 def rate_distortion_cells(

@@ -2,9 +2,9 @@
 
 Exact OBS costs d³/3 multiply-adds per row (`exact_operations`), and again for every sparsity. Where that is above a
 limit, weights are pruned in rounds, what is left is refitted by conjugate gradients, all rows at once, and quantised in
-the order of the largest diagonal of H with one factor for the layer: 168 d² operations per row for the order, about 50
+one order (`least_pivots`) with one factor for the layer: 168 d² operations per row for the order of pruning, about 50
 d² per row and sparsity, and d² per row and cell. What that loses: docs/options.md. Sources: GPTQ, arXiv 2210.17323
-(act-order); L-OBS's scores, arXiv 1705.07565, computed anew after every round.
+(one order for all rows); L-OBS's scores, arXiv 1705.07565, computed anew after every round.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from autocompress.obs import blas, kernels
 from autocompress.obs.pruning import as_groups, hessian_scale, in_threads, scaled_hessian
 from autocompress.obs.quantising import Cell
+from autocompress.obs.visiting import least_pivots
 from autocompress.threads import single_threaded
 
 __all__ = ["EXACT_LIMIT", "exact_operations", "shared_cells", "shared_prune", "shared_trace"]
@@ -91,17 +92,26 @@ def shared_trace(W: np.ndarray, H: np.ndarray, threads: int = 0, rounds: int = R
 
 
 def shared_cells(
-    W: np.ndarray, H: np.ndarray, order: np.ndarray, counts: np.ndarray, cells: Sequence[Cell], threads: int = 0
+    W: np.ndarray,
+    H: np.ndarray,
+    order: np.ndarray,
+    counts: np.ndarray,
+    cells: Sequence[Cell],
+    threads: int = 0,
+    paths: int = 1,
+    visit: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes of every cell and the pruned weights, as `salient_cells`, with one order of columns for all rows.
 
-    Columns go from the largest diagonal of H to the smallest; the target of a is w_a - Σ_b C_ba (ŵ_b - w_b)/C_aa over
-    the visited b, with w the pruned and refitted weights and H = C Cᵀ in that order reversed. The refit stops after
-    `STEPS` steps of conjugate gradients. Raises ValueError if H is not positive definite.
+    visit (groups, d): that order, from the column that is quantised last to the first; `least_pivots` of H where none
+    is given. The target of a is w_a - Σ_b C_ba (ŵ_b - w_b)/C_aa over the visited b, with w the pruned and refitted
+    weights and H = C Cᵀ in that order. The refit stops after `STEPS` steps of conjugate gradients; paths are decided
+    every `COLUMNS` columns. Raises ValueError if H is not positive definite.
     """
     weight, hessian = as_groups(W, H)
     groups, rows, d = weight.shape
     n = len(cells)
+    orders = least_pivots(hessian, np.float32) if visit is None else np.reshape(visit, (groups, d))
     codes = np.zeros((n, *weight.shape), np.int32)
     pruned = np.zeros(weight.shape)
     gone = np.zeros(weight.shape, np.bool_)
@@ -110,16 +120,16 @@ def shared_cells(
     peak = float(np.abs(weight).max(initial=0.0)) or 1.0  # one scale for the layer: steps are shared by its rows
     for g in range(groups):
         h_scale = hessian_scale(hessian[g])
-        visit = np.argsort(np.diag(hessian[g]), kind="stable")  # passes go from the last to the first
+        visited = orders[g]  # passes go from the last to the first
         curved = np.empty((d, d), np.float32)
-        for row, column in zip(curved, visit, strict=True):  # no copy in float64: a wide layer's is large
-            row[:] = hessian[g, column, visit] / h_scale
+        for row, column in zip(curved, visited, strict=True):  # no copy in float64: a wide layer's is large
+            row[:] = hessian[g, column, visited] / h_scale
         factor = curved.copy()
         with single_threaded():
             if not blas.in_place(blas.POTRF, factor, d):
                 raise ValueError(SINGULAR)
-        w = np.ascontiguousarray(weight[g][:, visit] / peak, np.float32)
-        left_out = np.ascontiguousarray(gone[g][:, visit])
+        w = np.ascontiguousarray(weight[g][:, visited] / peak, np.float32)
+        left_out = np.ascontiguousarray(gone[g][:, visited])
 
         def refit(top: int, w: np.ndarray = w, left_out: np.ndarray = left_out, curved: np.ndarray = curved) -> None:
             part = slice(top, top + ROWS)
@@ -132,13 +142,13 @@ def shared_cells(
             w: np.ndarray = w,
             left_out: np.ndarray = left_out,
             factor: np.ndarray = factor,
-            visit: np.ndarray = visit,
+            visited: np.ndarray = visited,
             h_scale: float = h_scale,
         ) -> None:
             at, top = task
             part, cell = slice(top, top + ROWS), cells[at]
             steps = (cell.step[g, part] / peak).astype(np.float32)
-            step, low, high = (_by_column(x, cell.run, visit) for x in (steps, cell.low[g, part], cell.high[g, part]))
+            step, low, high = (_by_column(x, cell.run, visited) for x in (steps, cell.low[g, part], cell.high[g, part]))
             bits = np.zeros(1, np.float32) if cell.bits is None else cell.bits
             price = cell.price / (peak**2 * h_scale)
             e, q = np.zeros((len(step), d), np.float32), np.zeros((len(step), d), np.int32)
@@ -157,14 +167,15 @@ def shared_cells(
                     cell.offset,
                     e[:, block],
                     q[:, block],
+                    paths,
                 )
-            codes[at, g, part][:, visit] = q
+            codes[at, g, part][:, visited] = q
 
         tops = range(0, rows, ROWS)
         with single_threaded():
             in_threads(refit, tops, threads)
             in_threads(run, [(at, top) for at in range(n) for top in tops], threads)
-        pruned[g][:, visit] = w.astype(np.float64) * peak
+        pruned[g][:, visited] = w.astype(np.float64) * peak
     return codes.reshape(n, *np.shape(W)), pruned.reshape(np.shape(W))
 
 

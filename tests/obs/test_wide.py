@@ -59,7 +59,8 @@ def test_quantising_in_act_order_is_the_order_of_that_name(d: int) -> None:
     order, _ = obs.shared_trace(W, H)
     step = np.full((1, 70), 0.4, np.float32)
     cell = obs.Cell(step, np.full((1, 70), -4), np.full((1, 70), 3))
-    codes, same = obs.shared_cells(W, H, order, np.zeros(70, int), [cell])
+    by_diagonal = np.argsort(np.diag(H), kind="stable")
+    codes, same = obs.shared_cells(W, H, order, np.zeros(70, int), [cell], visit=by_diagonal)
     expected = obs.quantise(W, H, 0.4, -4, 3, "act")
     assert (codes[0] == expected).mean() > 0.999  # float32 sums in another order break ties differently
     np.testing.assert_allclose(same, W, rtol=1e-6)
@@ -73,7 +74,7 @@ def test_steps_of_runs_of_columns() -> None:
     cell = obs.Cell(steps, low, high, run=8)
     order, none = np.broadcast_to(np.arange(30, dtype=np.int32), W.shape), np.zeros(66, int)
     codes = obs.shared_cells(W, H, order, none, [cell])[0][0]
-    step, visit = np.repeat(steps[0], 8, axis=1)[:, :30], np.argsort(np.diag(H), kind="stable")[::-1]
+    step, visit = np.repeat(steps[0], 8, axis=1)[:, :30], obs.least_pivots(H, np.float32)[::-1]
     off = 0
     for r in range(len(W)):
         for k, a in enumerate(visit):  # the best of the rest, given the errors so far, is what a is rounded from
