@@ -59,7 +59,13 @@ def _in_half(unit: np.ndarray, options: Sequence[Option]) -> bool:
 
 
 def default_grid() -> list[Option]:
-    """Sparsity x step x λ offered by default; beside the trellis few sparsities do (experiments/trellis_trial.py)."""
-    sparsities = (0, 35, 60, 77.5, 90, 97)
+    """Sparsity x step x λ offered by default. What no solve of ResNet-20, ResNet-56 or digits from 6x to 80x misses is
+    left out (experiments/grid_trial.py): small steps where most is pruned, and a high price where little is.
+    """
     steps = [round(0.1 * 2 ** (k / 2), 3) for k in range(11)]
-    return [Option(sparsity=float(s), step=t, lam=lam) for s in sparsities for t in steps for lam in (0.1, 0.3, 0.7)]
+    found = []
+    for sparsity in (0, 35, 60, 77.5, 90, 97):
+        own = steps if sparsity < 50 else steps[5:]
+        prices = (0.1, 0.3) if sparsity < 80 else (0.1, 0.3, 0.7)
+        found += [Option(sparsity=float(sparsity), step=t, lam=lam) for t in own for lam in prices]
+    return found
