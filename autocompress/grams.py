@@ -20,6 +20,7 @@ from autocompress.threads import default_workers
 __all__ = ["input_products", "positions_in_flight"]
 
 IN_FLIGHT = 1 << 22  # entries of the unfolded input per core held at a time (16 MiB of float32), unless that is
+FEW_COLUMNS = 256  # with fewer, a quarter of that: the product is so fast that reading back what was unfolded counts
 POSITIONS = 4096  # fewer positions than these or d: summing d x d products in float64 would take longer than they do
 PANEL = 256  # rows of a panel where symmetric matrices are worked on in panels
 LEAST_CHANNELS = 16  # with fewer, products of channels by channels are too small for BLAS, and unfolding is faster
@@ -53,6 +54,8 @@ def input_products(module: nn.Module | None, x: torch.Tensor, output: Any = None
         return _by_correlation(m, x)
     else:
         x = _pad(m, x)
+        if m.groups == 1 and {*m.kernel_size, *m.stride} == {1} and x.device.type == "cpu":
+            return _of_pixels(x)
     groups, d = m.groups, x.shape[1] // m.groups * int(np.prod(m.kernel_size))
     spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
     gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
@@ -66,6 +69,25 @@ def input_products(module: nn.Module | None, x: torch.Tensor, output: Any = None
         gram = gram.reshape(groups, d // int(np.prod(m.kernel_size)), *taps[1:], *taps).flip(axes)
         gram = gram.reshape(groups, d, d)
     return gram
+
+
+def _of_pixels(x: torch.Tensor) -> torch.Tensor:
+    """X Xᵀ, float64 (1, d, d), of a convolution that reads every pixel by itself: samples are what X is made of, and
+    are multiplied where they lie.
+    """
+    d, pixels = x.shape[1], int(np.prod(x.shape[2:]))
+    chunks = x.contiguous().reshape(len(x), d, pixels).split(max(1, max(IN_FLIGHT // d, POSITIONS) // max(1, pixels)))
+
+    def product(chunk: torch.Tensor) -> torch.Tensor:
+        found = np.zeros((d, d), np.float32, order="F")
+        for sample in chunk.numpy():
+            found = ssyrk(1.0, sample.T, beta=1.0, c=found, trans=1, overwrite_c=True)
+        return torch.from_numpy(found)[None]
+
+    gram = torch.zeros(1, d, d, dtype=torch.float64)
+    for part in _in_order(product, chunks):
+        gram += part
+    return _mirror(gram)
 
 
 def _correlates(m: Any, x: torch.Tensor) -> bool:
@@ -176,7 +198,7 @@ def _stuffed(m: Any, x: torch.Tensor, spatial: Sequence[int]) -> tuple[torch.Ten
 
 def positions_in_flight(d: int, entries: int) -> int:
     """Positions unfolded at a time by each core, for groups of d columns and so many entries per position."""
-    return max(1, IN_FLIGHT // entries, min(POSITIONS, d))
+    return max(1, (IN_FLIGHT if d >= FEW_COLUMNS else IN_FLIGHT // 4) // entries, min(POSITIONS, d))
 
 
 def _windows(m: Any, x: torch.Tensor, spatial: list[int]) -> torch.Tensor:

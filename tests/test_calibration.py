@@ -154,6 +154,8 @@ def test_more_samples_than_one_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(grams, "POSITIONS", 1)
     monkeypatch.setattr(grams, "PANEL", 5)
     check(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(100, 3)), _batches(3, 5, 5))
+    check(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, padding=1)), _batches(3, 5, 4))
+    check(nn.Conv3d(3, 4, 1), _batches(3, 2, 3, 4))
 
 
 @pytest.mark.parametrize("kernel", [3, (3, 1), (1, 3)], ids=str)
