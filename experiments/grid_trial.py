@@ -52,7 +52,14 @@ SETS: dict[str, Callable[[Option], bool]] = {
     "default, one price": lambda o: o in DEFAULT and o.lam == 0.1,
     "default, below 50 % pruned": lambda o: o in DEFAULT and o.sparsity < 50,
     "none": lambda o: False,
+    "default, no trellis": lambda o: o in DEFAULT,
 }
+
+
+def _offered(name: str, option: Option) -> bool:
+    if option.trellis:
+        return "no trellis" not in name
+    return option.step is None or SETS[name](option)
 
 
 def main() -> None:
@@ -71,13 +78,13 @@ def main() -> None:
         options = list(dict.fromkeys([*OTHERS, *FULL, *FINE]))
         found = ac.profile(model, stats, options=options, store=given.store / network)
         full: dict[int, float] = {}
-        for name, takes in SETS.items():
+        for name in SETS:
             part = dataclasses.replace(
                 found,
                 layers={
                     n: dataclasses.replace(
                         x,
-                        rows=tuple(r for r in x.rows if r.option.trellis or r.option.step is None or takes(r.option)),
+                        rows=tuple(r for r in x.rows if _offered(name, r.option)),
                     )
                     for n, x in found.layers.items()
                 },

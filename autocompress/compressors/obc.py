@@ -16,7 +16,7 @@ __all__ = ["ObcUniform"]
 
 
 class ObcUniform:
-    """Uniform b-bit grid, quantised most-salient-first with error feedback on what a structure's pruning left.
+    """Uniform b-bit grid, quantised with error feedback along several paths on what a structure's pruning left.
 
     Grid and suffixes as `Option` says: scale · {-2^(b-1), ..., 2^(b-1) - 1} with half-precision scales, found by OBC's
     shrink search on the refitted weights; an asymmetric grid has its zero among the codes, which is why the file needs
