@@ -8,8 +8,9 @@ leaves m = (1 - s) d columns of each; S = min(R, 16) rows are what a rate table 
     factor     of triangular factors                    Σ over structures of m³/3 per row (and once more for the refit
                                                         of uniform grids, and for those of at most 2 bits); d³/3 where
                                                         nothing is pruned, and for a layer that shares one
-    feedback   of each code's error on the next ones    m²/2 per row and cell, and for the gather of a factor; 64 d
-                                                        for a layer that shares one, whose other errors are products
+    feedback   of each code's error on the next ones    per weight and cell, of every path for columns that are open, at
+                                                        most 96, once for decided ones; m²/2 for the gather of a factor;
+                                                        decided ones of a layer that shares one are products
     product    of products of whole matrices            d² per row for each error and each step of a shared refit;
                                                         d²/2 per row and cell for a layer that shares one factor;
                                                         d³/3 for the order of a pass
@@ -25,13 +26,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from autocompress.obs import EXACT_LIMIT, exact_operations
+from autocompress.obs import EXACT_LIMIT, PATHS, exact_operations
 from autocompress.types import Option
 
 __all__ = ["KINDS", "REFERENCE", "counts", "needs_order", "pays", "schedule", "seconds"]
 
 KINDS = ("trace", "factor", "feedback", "product", "coded", "searched", "trellis", "option")
 COARSE_BITS = 2  # grids that rows are quantised to in an order of their own (compressors.base)
+OPEN = 96  # columns that paths may still differ in, on average where a row has many (obs.kernels)
 SAMPLED = 16  # rows that a rate table is learned from (obs.quantising)
 REFITS = 24  # steps of conjugate gradients where a layer shares one order (obs.wide)
 ORDERING = 24 * 7  # products of a row with H while such a layer is pruned in rounds
@@ -89,11 +91,12 @@ def counts(
             shared = sparsity == 0 and kind != "coarse"
             factors = groups + min(groups, sampled) if shared else R + sampled
             found["factor"] += round((factors + refits) * m**3 / 3)
-            found["feedback"] += round((factors + refits + walked) * m * m / 2)
+            opened = min(m / 2, OPEN)
+            found["feedback"] += round((factors + refits) * m * m / 2 + walked * m * (PATHS * opened + m / 2 - opened))
         else:
             found["factor"] += groups * d**3 // 3 * (1 + (kind == "rd"))
             found["product"] += (REFITS * (R + refits + sampled) * d * d if sparsity > 0 else 0) + walked * d * d // 2
-            found["feedback"] += 64 * walked * d
+            found["feedback"] += PATHS * min(d // 2, 64) * walked * d
     return found
 
 
@@ -116,14 +119,14 @@ def _is_coarse(option: Option) -> bool:
 # Seconds per operation of each kind on one thread, and to start a worker, as experiments/results/engines_rates.csv has
 # them; `estimating.measured_rates` measures those of the machine at hand.
 REFERENCE: Mapping[str, float] = {
-    "trace": 5.13e-11,
-    "factor": 1.05e-11,
-    "product": 1.66e-11,
-    "feedback": 1.03e-9,
-    "coded": 7.98e-8,
-    "searched": 3.39e-7,
-    "trellis": 1.87e-6,
-    "option": 2.02e-4,
+    "trace": 4.82e-11,
+    "factor": 1.03e-11,
+    "product": 1.68e-11,
+    "feedback": 8.76e-10,
+    "coded": 2.03e-7,
+    "searched": 4.66e-7,
+    "trellis": 1.63e-6,
+    "option": 2.71e-4,
 }
 START_SECONDS = 0.7  # of one core, for a worker to be there with its libraries
 
