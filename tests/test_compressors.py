@@ -173,9 +173,8 @@ def splits(p: LayerProblem, option: Option) -> bool:
 
 
 def out_of_reach(p: LayerProblem, option: Option) -> bool:
-    """Whether a layer is too wide for an option that works row by row, as levels of -1 and 1 do too."""
-    binary = option.bits == 1 and not option.asymmetric
-    return not p.exact and (option.fp8 or binary or option.structure != Option(sparsity=option.sparsity))
+    """Whether a layer is too wide for an option that works row by row."""
+    return not p.exact and option.structure != Option(sparsity=option.sparsity)
 
 
 def run_of(p: LayerProblem, option: Option) -> int:

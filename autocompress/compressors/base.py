@@ -112,16 +112,12 @@ class LayerProblem:
         assert isinstance(hessian, np.ndarray)
         return hessian
 
-    @property
-    def takes_levels(self) -> bool:
-        """Whether it can have `obs.quantise_levels`, which factors one Hessian for every row."""
-        return self.row_weights is None and self.exact
-
     def takes(self, structure: Option) -> bool:
         """Whether the layer can have a structure: rows that weigh differently, and those of a layer too wide for an
         order of their own, only lose single weights.
         """
-        return self.takes_levels or structure == Option(sparsity=structure.sparsity)
+        exact = self.exact and self.row_weights is None
+        return exact or structure == Option(sparsity=structure.sparsity)
 
     def kept(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
         """What a structure prunes: (order, counts), the first counts[g, r] columns of order[g, r] go, the least
@@ -207,7 +203,8 @@ class LayerProblem:
         """Codes of every cell on what a structure leaves, int32 (cells, groups, rows, d).
 
         In the order of least pivots; a row whose grid has at most four levels in that of pruning, most salient weight
-        first: such a grid clips what is far out, which the others must be free to make up for.
+        first: such a grid clips what is far out, which the others must be free to make up for. So do levels that lie
+        farther apart where they are larger (fp8).
         """
         found = np.zeros((len(cells), *self.weight.shape), np.int32)
         for rows, order in zip(self._by_levels(cells), (self.visited, self.kept), strict=True):
@@ -224,7 +221,7 @@ class LayerProblem:
         if self.exact and not self.is_table:  # else there is one order for all, or none
             for own, cell in zip(coarse, cells, strict=True):
                 span = (cell.high - cell.low).reshape(*own.shape, -1).max(axis=-1)
-                own[:] = (cell.price == 0.0) & (span > 0) & (span < COARSE)
+                own[:] = (cell.price == 0.0) & (span > 0) & (span < COARSE) | (cell.levels is not None)
         return ~coarse, coarse
 
     def rate_distortion_cells(

@@ -17,7 +17,7 @@ __all__ = ["Fp8"]
 class Fp8:
     """The largest weight of a row becomes 448, the largest e4m3 number; the others take the nearest to their target.
 
-    Sources: FP8 formats for deep learning, arXiv 2209.05433 (e4m3); OBS error feedback as in `obs.quantise_levels`.
+    Sources: FP8 formats for deep learning, arXiv 2209.05433 (e4m3); OBS error feedback as in `obs.salient_cells`.
     """
 
     version = 1
@@ -30,17 +30,20 @@ class Fp8:
         return True
 
     def realise_all(self, problem: LayerProblem, options: Sequence[Option]) -> list[Realised | None]:
-        if not problem.takes_levels:
+        if problem.row_weights is not None:  # rows that weigh differently take no levels
             return [None] * len(options)
-        levels = np.concatenate([-E4M3[:0:-1], E4M3])
-        found: dict[Option, Realised] = {}
+        levels = np.concatenate([-E4M3[:0:-1], E4M3]).astype(np.float32)
+        found: dict[Option, Realised | None] = {}
         for structure, wanted in by_structure(options):
+            if not problem.takes(structure):
+                found |= dict.fromkeys(wanted)
+                continue
             weight = problem.refitted(structure)
             step = storable(np.abs(weight).max(axis=-1, initial=0.0) / E4M3[-1])
-            steps = step.astype(np.float64)[..., None] if step.ndim else step
-            codes = obs.quantise_levels(
-                problem.weight, problem.shared_hessian(), *problem.kept(structure), steps, levels=levels
-            )
+            steps = np.broadcast_to(step.astype(np.float32), weight.shape[:-1])
+            none = np.zeros(weight.shape[:-1], np.int64)
+            chosen = problem.quantised(structure, [obs.Cell(steps, none, none, levels=levels)])[0]
+            codes = np.concatenate([[0.0], levels])[chosen]
             for o in wanted:
                 found[o] = Realised(
                     problem.shape,

@@ -14,6 +14,8 @@ from autocompress.types import Option
 
 __all__ = ["ObcUniform"]
 
+SIGNS = np.array([0, -1, 1], np.int32)  # what codes of a grid of -1 and 1 stand for
+
 
 class ObcUniform:
     """Uniform b-bit grid, quantised with error feedback along several paths on what a structure's pruning left.
@@ -45,16 +47,15 @@ class ObcUniform:
                 continue
             weight = problem.refitted(structure)
             grids = {o: _Grid(weight, o, 2.0 if problem.is_table else 2.4, problem.row_weights is None) for o in wanted}
-            # One factorisation serves all grids but that of one bit.
-            plain = [o for o in wanted if grids[o].cell is not None]
-            codes = problem.quantised(structure, [c for o in plain if (c := grids[o].cell) is not None])
-            by_option = dict(zip(plain, codes, strict=True))
-            for o, grid in grids.items():
-                if grid.cell is None and not problem.takes_levels:
-                    found[o] = None
-                    continue
-                chosen = by_option[o] if o in by_option else grid.quantise(problem, structure)
-                if not grid.binary:  # 0 is on the grid: no row may lose more than all of it
+            # One factorisation serves all grids.
+            has = [o for o in wanted if grids[o].cell is not None]
+            codes = problem.quantised(structure, [c for o in has if (c := grids[o].cell) is not None])
+            found |= dict.fromkeys(wanted)
+            for o, chosen in zip(has, codes, strict=True):
+                grid = grids[o]
+                if grid.binary:
+                    chosen = SIGNS[chosen]
+                else:  # 0 is on the grid: no row may lose more than all of it
                     values = chosen * np.repeat(grid.stored, grid.size, axis=-1)[..., : chosen.shape[-1]]
                     chosen[problem.row_errors(values) > problem.row_errors(np.zeros_like(values))] = 0
                 found[o] = Realised(
@@ -97,16 +98,10 @@ class _Grid:
         self.low = np.broadcast_to(low, full)
         self.high = self.low + 2**bits - 1
         self.size, self.cell = size, None
-        if not self.binary and scale.shape[2] == 1:
+        if scale.shape[2] == 1 and not self.binary:
             self.cell = obs.Cell(self.stored[..., 0], self.low[..., 0], self.high[..., 0])
-        elif not self.binary and runs:
+        elif runs:
             low, high = (np.where(self.steps > 0, x, 0) for x in (self.low, self.high))  # a run of zeros has codes 0
-            self.cell = obs.Cell(self.stored, low, high, run=size)
-
-    def quantise(self, problem: LayerProblem, structure: Option) -> np.ndarray:
-        """Codes where the levels are -1 and 1; a run of zeros has codes 0."""
-        step = np.repeat(self.steps, self.size, axis=-1)[..., : problem.weight.shape[-1]]
-        levels = np.array([-1.0, 1.0])
-        hessian = problem.shared_hessian()
-        codes = obs.quantise_levels(problem.weight, hessian, *problem.kept(structure), step, levels=levels)
-        return codes.astype(np.int32)
+            levels = SIGNS[1:].astype(np.float32) if self.binary else None
+            steps = self.steps if self.binary else self.stored
+            self.cell = obs.Cell(steps.astype(np.float32), low, high, run=size, levels=levels)

@@ -6,6 +6,8 @@ no row ever meets another. Float32 inside (engine.md section 1); callers scale w
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -112,6 +114,12 @@ def _enter(
     return live
 
 
+@njit(inline="always")
+def _value(code: int, levels: np.ndarray) -> Any:
+    """What a code stands for, in steps."""
+    return levels[code - 1] if code > 0 and levels.shape[0] > 0 else np.float32(code)
+
+
 @njit(nogil=True, cache=True)
 def _pass(
     A: np.ndarray,
@@ -124,6 +132,7 @@ def _pass(
     price: float,
     bits: np.ndarray,
     offset: int,
+    levels: np.ndarray,
     paths: np.ndarray,
     parents: np.ndarray,
     values: np.ndarray,
@@ -135,7 +144,8 @@ def _pass(
     The target of column a is w_a - (base_a + Σ_{b > a} C_ba e_b)/C_aa, and code q costs C_aa² (q step - target)²/2 +
     price bits(q); A (n, n) is Cᵀ, upper half. A path is a choice of codes so far with its own errors; candidates to
     continue it are both neighbours on the grid and, where bits have a price, zero. Once `2 BLOCK` columns are open, the
-    cheapest path decides the older half and those that differ from it there end. Columns that are gone are zero.
+    cheapest path decides the older half and those that differ from it there end. Columns that are gone are zero, and
+    so are those whose step is. levels (any number, ascending): where there are some, code q > 0 is levels[q - 1] steps.
 
     weight, base, gone, step, low, high (n,); work space: paths float32 (2, most, 2 BLOCK), parents and values int32
     (at least n, most), most being how many paths are kept. e and codes (n,) are written.
@@ -152,7 +162,7 @@ def _pass(
                 for column in range(a + 1, top - BLOCK):
                     at = parents[column, at]
                 ancestor[h] = at
-            _decide(top - BLOCK, top, ancestor[0], parents, values, weight, step, e, codes)
+            _decide(top - BLOCK, top, ancestor[0], parents, values, weight, step, levels, e, codes)
             for h in range(live):
                 if ancestor[h] != ancestor[0]:
                     cost[h] = np.inf
@@ -164,7 +174,7 @@ def _pass(
         row, s = A[a], step[a]
         c = row[a]
         entered = 0
-        if gone[a]:
+        if gone[a] or s == 0.0:
             for h in range(live):
                 found[h], parents[a, h], values[a, h] = cost[h], h, 0
             entered = live
@@ -175,15 +185,20 @@ def _pass(
                 if cost[h] == np.inf:
                     continue
                 x = (centre - _dot(row[a + 1 :], paths[now, h, first:], 0, opened) / c) / s
-                below = int(min(max(np.floor(x), low[a]), high[a]))
-                above = min(below + 1, high[a])
+                if levels.shape[0] > 0:
+                    above = min(np.searchsorted(levels, x), levels.shape[0] - 1) + 1
+                    below = max(above - 1, 1)
+                else:
+                    below = int(min(max(np.floor(x), low[a]), high[a]))
+                    above = min(below + 1, high[a])
                 for candidate in range(3):
                     q = below if candidate == 0 else above if candidate == 1 else 0
                     if candidate == 1 and above == below:
                         continue
                     if candidate == 2 and (price <= 0.0 or below == 0 or above == 0 or not low[a] <= 0 <= high[a]):
                         continue
-                    total = cost[h] + unit * (q - x) * (q - x)
+                    miss = _value(q, levels) - x
+                    total = cost[h] + unit * miss * miss
                     if price > 0.0:
                         total += price * bits[min(max(q + offset, 0), last)]
                     entered = _enter(found, parents[a], values[a], entered, total, h, q)
@@ -191,11 +206,11 @@ def _pass(
             g = parents[a, k]
             for j in range(first, 2 * BLOCK):
                 paths[1 - now, k, j] = paths[now, g, j]
-            paths[1 - now, k, first - 1] = values[a, k] * s - weight[a]
+            paths[1 - now, k, first - 1] = _value(values[a, k], levels) * s - weight[a]
             cost[k] = found[k]
         now, live = 1 - now, entered
     if n > 0:
-        _decide(0, top, 0, parents, values, weight, step, e, codes)
+        _decide(0, top, 0, parents, values, weight, step, levels, e, codes)
 
 
 @njit(nogil=True, cache=True)
@@ -207,13 +222,14 @@ def _decide(
     values: np.ndarray,
     weight: np.ndarray,
     step: np.ndarray,
+    levels: np.ndarray,
     e: np.ndarray,
     codes: np.ndarray,
 ) -> None:
     """Codes and errors of columns start ... stop - 1 along one path, by its number at column `start`."""
     for column in range(start, stop):
         codes[column] = values[column, path]
-        e[column] = codes[column] * step[column] - weight[column]
+        e[column] = _value(codes[column], levels) * step[column] - weight[column]
         path = parents[column, path]
 
 
@@ -231,6 +247,8 @@ def salient_rows(
     price: np.ndarray,
     bits: np.ndarray,
     offset: np.ndarray,
+    levels: np.ndarray,
+    count: np.ndarray,
     codes: np.ndarray,
     refits: np.ndarray,
     most: int,
@@ -239,8 +257,9 @@ def salient_rows(
 
     H (d, d) float32; weight (rows, d) float32; order (rows, d); counts (rows,); cells c: steps (cells, rows, runs), of
     run[c] consecutive columns each, low and high the same, limits of the codes, price (cells,), bits (cells, table) of
-    code q at q + offset[c]; codes (cells, rows, d) and refits (rows, d), the pruned weights before quantisation, are
-    written. Returns the first row whose factorisation failed, or -1.
+    code q at q + offset[c], levels (cells, any) of which the first count[c] are the cell's. Written are codes (cells,
+    rows, d) and refits (rows, d), the pruned weights before quantisation. Returns the first row whose factorisation
+    failed, or -1.
     """
     rows, d = weight.shape
     cells = price.shape[0]
@@ -284,6 +303,7 @@ def salient_rows(
                 price[c],
                 bits[c],
                 offset[c],
+                levels[c, : count[c]],
                 paths,
                 parents,
                 values,
@@ -307,6 +327,7 @@ def shared_block(
     price: float,
     bits: np.ndarray,
     offset: int,
+    levels: np.ndarray,
     e: np.ndarray,
     codes: np.ndarray,
     most: int,
@@ -332,6 +353,7 @@ def shared_block(
             price,
             bits,
             offset,
+            levels,
             paths,
             parents,
             values,

@@ -31,7 +31,8 @@ class Cell:
     layer error.
 
     step float32, low and high int, all (groups, rows), or (groups, rows, runs) for runs of `run` consecutive columns;
-    bits float32 (table,): length of code q at q + offset. A `RowHessian` takes no runs.
+    bits float32 (table,): length of code q at q + offset. A `RowHessian` takes no runs. levels, where there are any, in
+    place of low and high: ascending, code q > 0 stands for levels[q - 1] · step. A weight whose step is 0 has code 0.
     """
 
     step: np.ndarray
@@ -41,6 +42,7 @@ class Cell:
     bits: np.ndarray | None = None
     offset: int = 0
     run: int = 0
+    levels: np.ndarray | None = None
 
 
 def salient_cells(
@@ -80,6 +82,11 @@ def salient_cells(
             bits[i, cell.bits.size :] = cell.bits[-1]
     offset, length = (np.array([x(c) for c in cells], np.int64) for x in (lambda c: c.offset, lambda c: c.run or d))
     limits = [c.low for c in cells], [c.high for c in cells]
+    known = [np.zeros(0, np.float32) if c.levels is None else c.levels for c in cells]
+    count = np.array([x.size for x in known], np.int64)
+    levels = np.zeros((n, count.max(initial=0)), np.float32)
+    for own, given in zip(levels, known, strict=True):
+        own[: given.size] = given
     codes = np.zeros((n, groups, rows, d), np.int32)
     refits = np.zeros(weight.shape, np.float64)
     magnitude = float(np.abs(weight).max(initial=0.0)) or 1.0  # one scale for the layer: steps are shared by its rows
@@ -110,6 +117,8 @@ def salient_cells(
                 price,
                 bits,
                 offset,
+                levels,
+                count,
                 part,
                 out[p],
                 paths,

@@ -165,6 +165,7 @@ def shared_cells(
                     price,
                     bits,
                     cell.offset,
+                    np.zeros(0, np.float32) if cell.levels is None else cell.levels,
                     e[:, block],
                     q[:, block],
                     paths,
