@@ -151,6 +151,7 @@ def page(rows: pd.DataFrame, others: pd.DataFrame) -> str:
         "Every allocation strategy on the same error curves, the same bytes and the same networks, post-training.",
         "Written by `experiments/plot_strategies.py` from `experiments/results/strategies_cifar10.csv`; what a row is",
         "says `experiments/strategies_cifar10.py`. Top-1 is on the 10,000 test images, which no choice depends on.",
+        'The rows are of an engine that chose codes along one path (docs/options.md, "How codes are chosen").',
         "",
         "![top-1 against bytes](strategies_cifar10.png)",
         "",

@@ -21,6 +21,7 @@ A budget in bytes and one in MACs at once, on CIFAR-10. `python experiments/join
 files written, read back and measured; one seed, nothing retrained. *Error* rows are the exact solve of the sum of
 relative errors over that family, with what is proven of it; *auto* rows are what `--strategy auto` hands out of it.
 Top-1 is on the 10,000 test images. Sparsity and bits alone cannot keep a limit on MACs below 100 %.
+The rows are of an engine that chose codes along one path (docs/options.md, "How codes are chosen").
 
 A joint solve holds every other family's choices, so its error is never larger, and proven within the gap. A smaller
 error is not always a better network: what channels and ranks lose does not weigh alike, so `auto` measures plans with
