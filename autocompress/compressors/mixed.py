@@ -17,9 +17,9 @@ class MixedRows:
     """Output rows at 0, 2, 4, 6 and 8 bits, by one criterion for pruning and widths: the row's energy ½ w H wᵀ.
 
     Rows of the least energy get the least bits; where a percentage ends within a row, it is rounded to the nearest one.
-    A row of b bits has the grid of `w{b}`, scale · {-2^(b-1), ..., 2^(b-1) - 1}, quantised with
-    error feedback; rows do not make up for each other, so that a pruned one is lost whole. Where half precision cannot
-    hold a scale per row, all rows share the largest.
+    A row of b bits has the grid of `w{b}`, scale · {-2^(b-1), ..., 2^(b-1) - 1}, quantised with error feedback; rows do
+    not make up for each other, so that a pruned one is lost whole. Where half precision cannot hold a scale per row,
+    all rows share the largest.
     Source: AJPQ, arXiv 2011.06231 (pruning as 0 bits, one importance for both; its own measure is not public). The
     widths are this project's; the quantiser is OBC's, as in `ObcUniform`.
     """
