@@ -59,8 +59,8 @@ def _in_half(unit: np.ndarray, options: Sequence[Option]) -> bool:
 
 
 def default_grid() -> list[Option]:
-    """Sparsity x step x λ offered by default. What no solve of ResNet-20, ResNet-56 or digits from 6x to 80x misses is
-    left out (experiments/grid_trial.py): small steps where most is pruned, and a high price where little is.
+    """Sparsity x step x λ offered by default. What no solve of ResNet-20 or digits from 6x to 80x misses is left
+    out (experiments/grid_trial.py): small steps where most is pruned, and a high price where little is.
     """
     steps = [round(0.1 * 2 ** (k / 2), 3) for k in range(11)]
     found = []
