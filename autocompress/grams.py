@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg.blas import ssyrk
 from torch import nn
 from torch.nn import functional as F
 
 from autocompress.layers import TRANSPOSED
+from autocompress.obs import blas
 from autocompress.threads import default_workers
 
 __all__ = ["input_products", "positions_in_flight"]
@@ -59,8 +59,8 @@ def input_products(module: nn.Module | None, x: torch.Tensor, output: Any = None
     groups, d = m.groups, x.shape[1] // m.groups * int(np.prod(m.kernel_size))
     spatial = [(x.shape[2 + i] - m.dilation[i] * (m.kernel_size[i] - 1) - 1) // m.stride[i] + 1 for i in range(dims)]
     gram = torch.zeros(groups, d, d, dtype=torch.float64, device=x.device)
-    per_chunk = max(1, positions_in_flight(d, d * groups) // max(1, int(np.prod(spatial))))
-    for product in _products(x.split(per_chunk), lambda chunk: _windows(m, chunk, spatial)):
+    chunks = _split(x, positions_in_flight(d, d * groups) // max(1, int(np.prod(spatial))))
+    for product in _products(chunks, lambda chunk: _windows(m, chunk, spatial)):
         gram += product
     gram = _mirror(gram)
     if transposed:  # the kernel is applied the other way round
@@ -76,12 +76,12 @@ def _of_pixels(x: torch.Tensor) -> torch.Tensor:
     are multiplied where they lie.
     """
     d, pixels = x.shape[1], int(np.prod(x.shape[2:]))
-    chunks = x.contiguous().reshape(len(x), d, pixels).split(max(1, max(IN_FLIGHT // d, POSITIONS) // max(1, pixels)))
+    chunks = _split(x.contiguous().reshape(len(x), d, pixels), max(IN_FLIGHT // d, POSITIONS) // max(1, pixels))
 
     def product(chunk: torch.Tensor) -> torch.Tensor:
-        found = np.zeros((d, d), np.float32, order="F")
+        found = np.zeros((d, d), np.float32)
         for sample in chunk.numpy():
-            found = ssyrk(1.0, sample.T, beta=1.0, c=found, trans=1, overwrite_c=True)
+            blas.gram(blas.SYRK, sample, found, True, 1.0)
         return torch.from_numpy(found)[None]
 
     gram = torch.zeros(1, d, d, dtype=torch.float64)
@@ -235,6 +235,12 @@ def _pad(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, sides) if m.padding_mode == "zeros" else F.pad(x, sides, mode=m.padding_mode)
 
 
+def _split(x: torch.Tensor, most: int) -> Sequence[torch.Tensor]:
+    """Samples in chunks of at most so many, and at least one, as even as they can be: cores wait for the longest."""
+    chunks = -(-len(x) // max(1, most))
+    return x.split(max(1, -(-len(x) // max(1, chunks))))
+
+
 def _products(
     chunks: Sequence[torch.Tensor], unfold: Callable[[torch.Tensor], Iterable[torch.Tensor]]
 ) -> Iterator[torch.Tensor]:
@@ -266,10 +272,10 @@ def _in_order(
 def _upper_product(X: torch.Tensor) -> torch.Tensor:
     """X Xᵀ on and above the diagonal, float32 (d, d): half the multiplications of the full product."""
     if X.device.type == "cpu":
-        # BLAS wants columns, so it gets the transpose, which is a view whichever way X lies in memory.
-        array = X.numpy()
-        by_columns = array.flags.f_contiguous
-        return torch.from_numpy(ssyrk(1.0, array) if by_columns else ssyrk(1.0, array.T, trans=1))
+        array, found = X.numpy(), np.zeros((X.shape[0], X.shape[0]), np.float32)
+        by_columns = array.flags.f_contiguous and not array.flags.c_contiguous
+        blas.gram(blas.SYRK, np.ascontiguousarray(array.T if by_columns else array), found, not by_columns, 0.0)
+        return torch.from_numpy(found)
     d = X.shape[0]
     product = X.new_zeros(d, d)
     panels = max(1, -(-d // PANEL))

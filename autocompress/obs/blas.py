@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import get_cython_function_address, intrinsic
 
-__all__ = ["DPOTRF", "DPOTRI", "DPOTRS", "FAST", "POTRF", "SYRK", "in_place", "solve", "syrk_lower"]
+__all__ = ["DPOTRF", "DPOTRI", "DPOTRS", "FAST", "POTRF", "SYRK", "gram", "in_place", "solve", "syrk_lower"]
 
 SYRK: int = get_cython_function_address("scipy.linalg.cython_blas", "ssyrk")
 POTRF: int = get_cython_function_address("scipy.linalg.cython_lapack", "spotrf")
@@ -55,6 +55,22 @@ def syrk_lower(address: int, G: np.ndarray, U: np.ndarray, m: int, k: int) -> No
     r = reals.ctypes.data
     c = chars.ctypes.data
     _call_pointers(address, (c, c + 1, i, i + 4, r, U.ctypes.data, i + 8, r + 4, G.ctypes.data, i + 12))
+
+
+@njit(nogil=True, cache=True)
+def gram(address: int, A: np.ndarray, G: np.ndarray, by_rows: bool, beta: float) -> None:
+    """G = beta G + A Aᵀ (by_rows), or beta G + Aᵀ A, in float32, on and above the diagonal of the row-major G only.
+
+    Unlike SciPy's own function it lets other Python threads run.
+    """
+    d, k = (A.shape[0], A.shape[1]) if by_rows else (A.shape[1], A.shape[0])
+    ints = np.array((d, k, A.shape[1], d), np.int32)
+    reals = np.array((1.0, beta), np.float32)
+    chars = np.array((76, 84 if by_rows else 78), np.uint8)  # 'L', 'T' or 'N': BLAS sees the transposes
+    i = ints.ctypes.data
+    r = reals.ctypes.data
+    c = chars.ctypes.data
+    _call_pointers(address, (c, c + 1, i, i + 4, r, A.ctypes.data, i + 8, r + 4, G.ctypes.data, i + 12))
 
 
 @njit(nogil=True, cache=True)
