@@ -17,17 +17,15 @@ from __future__ import annotations
 import argparse
 import csv
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from common import RESULTS, ROOT, done_keys, environment, keep_row
-from wide_layers import TASKS
+from wide_layers import TASKS, calibrated_layers
 
-import autocompress as ac
 from autocompress import obs
 from autocompress.compressors import LayerProblem, compressor_of, measure
-from autocompress.layers import find_layers
-from autocompress.tasks import load_task
 from autocompress.threads import single_threaded
 from autocompress.types import Option
 
@@ -70,8 +68,8 @@ class Ordered(LayerProblem):
 
     by = "pivots"
 
-    def _by_levels(self, cells: object) -> tuple[np.ndarray, np.ndarray]:
-        fine, coarse = super()._by_levels(cells)  # type: ignore[arg-type]
+    def _by_levels(self, cells: Sequence[obs.Cell]) -> tuple[np.ndarray, np.ndarray]:
+        fine, coarse = super()._by_levels(cells)
         return fine | coarse, np.zeros_like(coarse)
 
     def visited(self, structure: Option) -> tuple[np.ndarray, np.ndarray]:
@@ -153,25 +151,16 @@ def main() -> None:
         todo = [n for n in names if any((network, n, o, b, str(p)) not in done for o in OPTIONS for b, p in SETTINGS)]
         if not todo:
             continue
-        task = load_task(TASKS / spec)
-        model = task.build_model()
-        layers = {layer.name: layer for layer in find_layers(model)}
-        kept = given.store / f"{network}.npz"
-        if not kept.exists():
-            ac.calibrate(model, task.calibration_batches(0), seed=0).save(kept)
-        stats = ac.Statistics.load(kept)
+        layers = calibrated_layers(TASKS / spec, given.store / f"{network}.npz")
         for name in todo:
-            hessian = stats.layers[name].hessian
-            assert hessian is not None
-            problem = Ordered(
-                name, layers[name].stored_shape, layers[name].matrix(model.get_parameter(layers[name].key)), hessian
-            )
+            layer, weight, hessian = layers[name]
+            problem = Ordered(name, layer.stored_shape, weight, hessian)
             with single_threaded():
                 problem.trace()
                 for order, paths in SETTINGS:
                     for option, error, size, seconds in measured(problem, order, paths):
                         row = {"network": network, "layer": name, "option": option, "order": order, "paths": paths}
-                        row |= {"shape": "x".join(map(str, layers[name].matrix_shape)), "error": f"{error:.6g}"}
+                        row |= {"shape": "x".join(map(str, layer.matrix_shape)), "error": f"{error:.6g}"}
                         row |= {"bytes": size, "seconds": f"{seconds:.4f}"}
                         keep_row(given.results, row | environment(), KEYS)
             print(network, name, flush=True)

@@ -132,6 +132,21 @@ def times(given: argparse.Namespace) -> None:
         print("timed", d, flush=True)
 
 
+def calibrated_layers(spec: Path, kept: Path) -> dict[str, tuple[ac.Layer, np.ndarray, np.ndarray]]:
+    """Every layer of a task that has a Hessian, with its weight and that; statistics of seed 0 are kept in a file."""
+    task = load_task(spec)
+    model = task.build_model()
+    if not kept.exists():
+        ac.calibrate(model, task.calibration_batches(0), seed=0).save(kept)
+    stats = ac.Statistics.load(kept)
+    found = {}
+    for layer in find_layers(model):
+        hessian = stats.layers[layer.name].hessian if layer.name in stats.layers else None
+        if hessian is not None:
+            found[layer.name] = layer, layer.matrix(model.get_parameter(layer.key)), hessian
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS))
@@ -151,20 +166,12 @@ def main() -> None:
         todo = [n for n in names if any((network, n, o) not in done for _, kept in CURVES.values() for o in kept)]
         if not todo or given.network not in (None, network):
             continue
-        task = load_task(spec)
-        model = task.build_model()
-        layers = {layer.name: layer for layer in find_layers(model)}
-        kept = given.store / f"{network}.npz"
-        if not kept.exists():
-            ac.calibrate(model, task.calibration_batches(0), seed=0).save(kept)
-        stats = ac.Statistics.load(kept)
+        layers = calibrated_layers(spec, given.store / f"{network}.npz")
         for name in todo:
-            weight = layers[name].matrix(model.get_parameter(layers[name].key))
-            hessian = stats.layers[name].hessian
-            assert hessian is not None
-            exact, shared = (problem_of(layers[name], weight, hessian, limit) for limit in (math.inf, 0.0))
+            weight, hessian = layers[name][1:]
+            exact, shared = (problem_of(layers[name][0], weight, hessian, limit) for limit in (math.inf, 0.0))
             (mine, exact_trace), (theirs, shared_trace) = measured(exact), measured(shared)
-            first = problem_of(layers[name], weight, hessian, 0.0)
+            first = problem_of(layers[name][0], weight, hessian, 0.0)
             first.order, first.losses = obs.shared_trace(first.weight, hessian, threads=1, rounds=0)
             pruned, _ = measured(first, [name for name in ALL if Option.parse(name).sparsity])
             for kind, (_, options) in CURVES.items():
@@ -179,7 +186,7 @@ def main() -> None:
                         "network": network,
                         "layer": name,
                         "option": option,
-                        "shape": "x".join(map(str, layers[name].matrix_shape)),
+                        "shape": "x".join(map(str, layers[name][0].matrix_shape)),
                         "rows": exact.weight.shape[1],
                         "kind": kind,
                         "error_exact": f"{row.error / exact.energy:.5g}",
